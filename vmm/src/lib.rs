@@ -1,0 +1,1 @@
+//! A KVM virtual machine monitor that boots stock Linux kernels and updates them while they run.

@@ -1,0 +1,3 @@
+//! The `exopatch` command.
+
+fn main() {}
