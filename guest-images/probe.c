@@ -1,0 +1,329 @@
+/*
+ * probe: what a test guest does to show how its kernel behaves. One static program, one subcommand a question.
+ *
+ *   siocatmark [COUNT] [INTERVAL_MS]  ask SIOCATMARK of an AF_UNIX datagram socket; "siocatmark: N RESULT ERRNONAME" a try
+ *                                     (COUNT 0, the default: for ever; INTERVAL_MS default 100)
+ *   siocatmark-loop SECONDS THREADS   the same without pause from threads pinned to CPUs; counts each answer and its changes
+ *   answers THREADS                   the same for ever; a line "answer ERRNONAME at SEQ thread T" for a thread's first answer
+ *                                     and whenever its answer changes (SEQ: that thread's calls so far)
+ *   heartbeat SECONDS                 a thread on each CPU wakes every millisecond; "heartbeat: cpu C wakes N largest_gap_us G"
+ *   clock                             "clock: realtime NS monotonic NS boottime NS"
+ *   kexec KERNEL INITRD CMDLINE       load a kernel with kexec_file_load and start it
+ *   devmem ADDRESS LENGTH             try to read and to map physical memory through /dev/mem
+ *   busy THREADS                      spin for ever
+ *   power-button                      open the power button, go to the background, power off when it is pressed
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <glob.h>
+#include <linux/input.h>
+#include <linux/sockios.h>
+#include <poll.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/reboot.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { MAX_THREADS = 1024, ERRNO_MAX = 4096 };
+
+static _Noreturn void fail(const char *what)
+{
+	fprintf(stderr, "probe: %s: %s\n", what, strerror(errno));
+	exit(1);
+}
+
+static _Noreturn void usage(void)
+{
+	fprintf(stderr, "usage: probe siocatmark|siocatmark-loop|answers|heartbeat|clock|kexec|devmem|busy|power-button ...\n");
+	exit(2);
+}
+
+static unsigned long number(const char *text, unsigned long max)
+{
+	char *end;
+	errno = 0;
+	unsigned long value = strtoul(text, &end, 0);
+	if (errno || end == text || *end || value > max) {
+		fprintf(stderr, "probe: '%s' is not a number up to %lu\n", text, max);
+		exit(2);
+	}
+	return value;
+}
+
+static uint64_t now_ns(clockid_t clock)
+{
+	struct timespec t;
+	if (clock_gettime(clock, &t))
+		fail("clock_gettime");
+	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+static void pin(unsigned long index)
+{
+	cpu_set_t set;
+	CPU_ZERO(&set);
+	CPU_SET(index % (unsigned long)sysconf(_SC_NPROCESSORS_ONLN), &set);
+	if (sched_setaffinity(0, sizeof set, &set))
+		fail("sched_setaffinity");
+}
+
+/* Runs body(0..threads) on threads of their own; returns when all have ended. */
+static void on_threads(unsigned long threads, void *(*body)(void *))
+{
+	static pthread_t thread[MAX_THREADS];
+	for (unsigned long i = 0; i < threads; i++)
+		if ((errno = pthread_create(&thread[i], NULL, body, (void *)i)))
+			fail("pthread_create");
+	for (unsigned long i = 0; i < threads; i++)
+		pthread_join(thread[i], NULL);
+}
+
+/* SIOCATMARK: 0, or the errno it failed with. */
+static int ask(int socket_fd)
+{
+	int mark = 0;
+	return ioctl(socket_fd, SIOCATMARK, &mark) ? errno : 0;
+}
+
+static int dgram_socket(void)
+{
+	int fd = socket(AF_UNIX, SOCK_DGRAM, 0);
+	if (fd < 0)
+		fail("socket");
+	return fd;
+}
+
+static const char *answer_name(int answer)
+{
+	const char *name = answer ? strerrorname_np(answer) : "OK";
+	return name ? name : "?";
+}
+
+static int siocatmark(unsigned long count, unsigned long interval_ms)
+{
+	int fd = dgram_socket();
+	for (unsigned long n = 1; !count || n <= count; n++) {
+		int answer = ask(fd);
+		printf("siocatmark: %lu %d %s\n", n, answer ? -1 : 0, answer_name(answer));
+		if (n != count)
+			usleep((useconds_t)interval_ms * 1000);
+	}
+	return 0;
+}
+
+static uint64_t loop_end_ns;
+static uint64_t loop_counts[ERRNO_MAX];
+static uint64_t loop_changes;
+static pthread_mutex_t loop_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static void *siocatmark_loop(void *index)
+{
+	static __thread uint64_t counts[ERRNO_MAX];
+	uint64_t changes = 0;
+	int fd = dgram_socket(), last = -1;
+	pin((unsigned long)index);
+	while (now_ns(CLOCK_MONOTONIC) < loop_end_ns) {
+		for (int i = 0; i < 64; i++) {
+			int answer = ask(fd);
+			counts[answer]++;
+			changes += last >= 0 && answer != last;
+			last = answer;
+		}
+	}
+	pthread_mutex_lock(&loop_lock);
+	loop_changes += changes;
+	for (int i = 0; i < ERRNO_MAX; i++)
+		loop_counts[i] += counts[i];
+	pthread_mutex_unlock(&loop_lock);
+	return NULL;
+}
+
+static int report_loop(unsigned long seconds, unsigned long threads)
+{
+	loop_end_ns = now_ns(CLOCK_MONOTONIC) + seconds * 1000000000u;
+	on_threads(threads, siocatmark_loop);
+	for (int i = 0; i < ERRNO_MAX; i++)
+		if (loop_counts[i])
+			printf("siocatmark-loop: %s %lu\n", answer_name(i), loop_counts[i]);
+	printf("siocatmark-loop: changes %lu\n", loop_changes);
+	return 0;
+}
+
+static void *answers(void *index)
+{
+	int fd = dgram_socket(), last = -1;
+	pin((unsigned long)index);
+	for (uint64_t n = 1;; n++) {
+		int answer = ask(fd);
+		if (answer != last)
+			printf("answer %s at %lu thread %lu\n", answer_name(answer), n, (unsigned long)index);
+		last = answer;
+	}
+	return NULL;
+}
+
+struct beats {
+	uint64_t wakes, largest_gap_ns;
+};
+static struct beats beats[MAX_THREADS];
+
+static void *heartbeat(void *index)
+{
+	struct beats mine = { 0 };
+	pin((unsigned long)index);
+	uint64_t last = now_ns(CLOCK_MONOTONIC);
+	while (last < loop_end_ns) {
+		struct timespec tick = { .tv_nsec = 1000000 };
+		clock_nanosleep(CLOCK_MONOTONIC, 0, &tick, NULL);
+		uint64_t now = now_ns(CLOCK_MONOTONIC);
+		if (now - last > mine.largest_gap_ns)
+			mine.largest_gap_ns = now - last;
+		last = now;
+		mine.wakes++;
+	}
+	beats[(unsigned long)index] = mine;
+	return NULL;
+}
+
+static int report_heartbeat(unsigned long seconds)
+{
+	long cpus = sysconf(_SC_NPROCESSORS_ONLN);
+	if (cpus > MAX_THREADS)
+		cpus = MAX_THREADS;
+	loop_end_ns = now_ns(CLOCK_MONOTONIC) + seconds * 1000000000u;
+	on_threads((unsigned long)cpus, heartbeat);
+	for (long i = 0; i < cpus; i++)
+		printf("heartbeat: cpu %ld wakes %lu largest_gap_us %lu\n", i, beats[i].wakes, beats[i].largest_gap_ns / 1000);
+	return 0;
+}
+
+static int print_clock(void)
+{
+	printf("clock: realtime %lu monotonic %lu boottime %lu\n", now_ns(CLOCK_REALTIME), now_ns(CLOCK_MONOTONIC),
+	       now_ns(CLOCK_BOOTTIME));
+	return 0;
+}
+
+static int start_kernel(const char *kernel, const char *initrd, const char *cmdline)
+{
+	int kernel_fd = open(kernel, O_RDONLY | O_CLOEXEC), initrd_fd = open(initrd, O_RDONLY | O_CLOEXEC);
+	if (kernel_fd < 0)
+		fail(kernel);
+	if (initrd_fd < 0)
+		fail(initrd);
+	if (syscall(SYS_kexec_file_load, kernel_fd, initrd_fd, strlen(cmdline) + 1, cmdline, 0UL))
+		fail("kexec_file_load");
+	sync();
+	reboot((int)0x45584543 /* LINUX_REBOOT_CMD_KEXEC */);
+	fail("reboot");
+}
+
+/* Prints what reading, then mapping, gave; a mapping is read through, which raises SIGBUS where nothing answers. */
+static int devmem(unsigned long address, unsigned long length)
+{
+	int fd = open("/dev/mem", O_RDONLY);
+	if (fd < 0)
+		fail("/dev/mem");
+	unsigned char *buffer = malloc(length ? length : 1);
+	if (!buffer)
+		fail("malloc");
+	ssize_t got = pread(fd, buffer, length, (off_t)address);
+	printf("devmem: read %zd %s\n", got, got < 0 ? answer_name(errno) : "OK");
+	unsigned char *map = mmap(NULL, length, PROT_READ, MAP_SHARED, fd, (off_t)address);
+	if (map == MAP_FAILED) {
+		printf("devmem: mmap -1 %s\n", answer_name(errno));
+		return 0;
+	}
+	printf("devmem: mmap 0 OK\n");
+	printf("devmem: mapped byte 0x%02x\n", *(volatile unsigned char *)map);
+	return 0;
+}
+
+static void *busy(void *index)
+{
+	pin((unsigned long)index);
+	for (volatile uint64_t n = 0;; n++)
+		;
+	return NULL;
+}
+
+/* Opens every input device that is a power button before going to the background, so that no press is lost once this returns. */
+static int power_button(void)
+{
+	struct pollfd fds[16];
+	nfds_t count = 0;
+	glob_t found;
+	if (glob("/dev/input/event*", 0, NULL, &found) == 0)
+		for (size_t i = 0; i < found.gl_pathc && count < 16; i++) {
+			char name[64] = "";
+			int fd = open(found.gl_pathv[i], O_RDONLY | O_CLOEXEC);
+			if (fd < 0)
+				continue;
+			if (ioctl(fd, EVIOCGNAME(sizeof name - 1), name) > 0 && strstr(name, "Power Button"))
+				fds[count++] = (struct pollfd){ .fd = fd, .events = POLLIN };
+			else
+				close(fd);
+		}
+	if (!count) {
+		fprintf(stderr, "probe: this guest has no power button\n");
+		return 1;
+	}
+	pid_t child = fork();
+	if (child < 0)
+		fail("fork");
+	if (child)
+		return 0;
+	setsid();
+	while (poll(fds, count, -1) > 0 || errno == EINTR)
+		for (nfds_t i = 0; i < count; i++) {
+			struct input_event event;
+			if (!(fds[i].revents & POLLIN) || read(fds[i].fd, &event, sizeof event) != sizeof event)
+				continue;
+			if (event.type == EV_KEY && event.code == KEY_POWER && event.value == 1) {
+				printf("exopatch-guest: power button\n");
+				sync();
+				reboot(RB_POWER_OFF);
+			}
+		}
+	fail("poll");
+}
+
+int main(int argc, char **argv)
+{
+	setvbuf(stdout, NULL, _IOLBF, 0);
+	if (argc < 2)
+		usage();
+	const char *name = argv[1];
+	char **arg = argv + 2;
+	int args = argc - 2;
+	if (!strcmp(name, "siocatmark") && args <= 2)
+		return siocatmark(args > 0 ? number(arg[0], -1UL) : 0, args > 1 ? number(arg[1], 1000000) : 100);
+	if (!strcmp(name, "siocatmark-loop") && args == 2)
+		return report_loop(number(arg[0], 1000000), number(arg[1], MAX_THREADS));
+	if (!strcmp(name, "answers") && args == 1)
+		return on_threads(number(arg[0], MAX_THREADS), answers), 0;
+	if (!strcmp(name, "heartbeat") && args == 1)
+		return report_heartbeat(number(arg[0], 1000000));
+	if (!strcmp(name, "clock") && args == 0)
+		return print_clock();
+	if (!strcmp(name, "kexec") && args == 3)
+		return start_kernel(arg[0], arg[1], arg[2]);
+	if (!strcmp(name, "devmem") && args == 2)
+		return devmem(number(arg[0], -1UL), number(arg[1], 1UL << 30));
+	if (!strcmp(name, "busy") && args == 1)
+		return on_threads(number(arg[0], MAX_THREADS), busy), 0;
+	if (!strcmp(name, "power-button") && args == 0)
+		return power_button();
+	usage();
+}
