@@ -1,1 +1,8 @@
-//! What the tests of real kernels share.
+//! What the tests of real kernels share: the stock kernels, a guest to boot them in, and the client that drives it.
+//!
+//! The tests run where `/dev/kvm` carries a kernel: on this machine, or in the lab (`scripts/test kernels` chooses).
+
+pub mod client;
+pub mod console;
+pub mod guest;
+pub mod stock;

@@ -1,0 +1,233 @@
+//! A booted guest: its process, its console, and the client that drives it.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+use crate::client::Client;
+use crate::console::Console;
+use crate::stock::{self, Stock};
+
+/// Far above what a boot takes in the lab; only a hang reaches it.
+const BOOT_LIMIT: Duration = Duration::from_secs(120);
+/// The same for one command in a booted guest.
+const COMMAND_LIMIT: Duration = Duration::from_secs(60);
+const READY: &str = "exopatch-guest: ready";
+const DONE: &str = "exopatch-guest: done ";
+
+/// How to boot a guest.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Which kernel.
+    pub stock: Stock,
+    /// The file of the kernel to boot: `vmlinuz`, or `vmlinux` through PVH.
+    pub kernel: &'static str,
+    /// Number of vCPUs.
+    pub cpus: u32,
+    /// Guest memory in MiB.
+    pub memory_mib: u64,
+    /// The guest's command line.
+    pub cmdline: String,
+}
+
+impl Options {
+    /// The usual guest: 2 vCPUs, 256 MiB, the kernel as shipped.
+    #[must_use]
+    pub fn new(stock: Stock) -> Self {
+        Self { stock, kernel: "vmlinuz", cpus: 2, memory_mib: 256, cmdline: "console=ttyS0 quiet".to_owned() }
+    }
+
+    /// The same with another number of vCPUs.
+    #[must_use]
+    pub fn cpus(self, cpus: u32) -> Self {
+        Self { cpus, ..self }
+    }
+
+    /// The same with another memory size in MiB.
+    #[must_use]
+    pub fn memory_mib(self, memory_mib: u64) -> Self {
+        Self { memory_mib, ..self }
+    }
+
+    /// The same booted from another file of the kernel.
+    #[must_use]
+    pub fn kernel(self, kernel: &'static str) -> Self {
+        Self { kernel, ..self }
+    }
+
+    /// The same with `words` added to the command line.
+    #[must_use]
+    pub fn cmdline(self, words: &str) -> Self {
+        let cmdline = format!("{} {words}", self.cmdline);
+        Self { cmdline, ..self }
+    }
+}
+
+/// A running guest. Dropping it kills it.
+#[derive(Debug)]
+pub struct Guest {
+    process: Child,
+    input: ChildStdin,
+    /// What the guest prints.
+    pub console: Console,
+    /// What exopatch itself prints.
+    pub log: Console,
+    /// Drives the guest from outside.
+    pub client: Client,
+    dir: TempDir,
+}
+
+/// What a command in the guest gave.
+#[derive(Debug)]
+pub struct Answer {
+    /// Its exit status.
+    pub status: i32,
+    /// The lines that came on the console meanwhile.
+    pub lines: Vec<String>,
+}
+
+impl Answer {
+    /// All lines as one text.
+    #[must_use]
+    pub fn text(&self) -> String {
+        self.lines.join("\n")
+    }
+}
+
+impl Guest {
+    /// Boots a guest and waits until it obeys commands.
+    ///
+    /// # Panics
+    /// When it does not come up.
+    #[must_use]
+    pub fn boot(options: &Options) -> Self {
+        let guest = Self::start(options);
+        guest.wait_ready();
+        guest
+    }
+
+    /// Starts a guest without waiting for it.
+    ///
+    /// # Panics
+    /// When the process cannot be started.
+    #[must_use]
+    pub fn start(options: &Options) -> Self {
+        let dir = tempfile::tempdir().expect("a directory for the socket");
+        let socket = dir.path().join("api.sock");
+        let mut process = Command::new(stock::exopatch())
+            .arg("run")
+            .arg("--kernel")
+            .arg(options.stock.file(options.kernel))
+            .arg("--initrd")
+            .arg(options.stock.file("initramfs.cpio.gz"))
+            .args(["--cmdline", &options.cmdline])
+            .args(["--cpus", &options.cpus.to_string()])
+            .args(["--memory", &format!("{}M", options.memory_mib)])
+            .arg("--api-sock")
+            .arg(&socket)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("exopatch starts");
+        let console = Console::follow(process.stdout.take().expect("stdout is piped"));
+        let log = Console::follow(process.stderr.take().expect("stderr is piped"));
+        let input = process.stdin.take().expect("stdin is piped");
+        Self { process, input, console, log, client: Client::new(socket), dir }
+    }
+
+    /// A directory that goes with the guest.
+    #[must_use]
+    pub fn dir(&self) -> PathBuf {
+        self.dir.path().to_owned()
+    }
+
+    /// The process id of the machine's process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// Waits until the guest obeys commands.
+    ///
+    /// # Panics
+    /// When it does not come up.
+    pub fn wait_ready(&self) {
+        if let Err(why) = self.console.wait(0, BOOT_LIMIT, |line| line.contains(READY)) {
+            panic!("no boot: {why}\nexopatch said:\n{}", self.log.since(0).join("\n"));
+        }
+    }
+
+    /// Types `line` on the guest's console.
+    ///
+    /// # Panics
+    /// When the guest has ended.
+    pub fn type_line(&mut self, line: &str) {
+        writeln!(self.input, "{line}").and_then(|()| self.input.flush()).expect("the guest takes input");
+    }
+
+    /// Runs a shell command in the guest and waits for its end.
+    ///
+    /// # Panics
+    /// When it does not end.
+    pub fn sh(&mut self, command: &str) -> Answer {
+        let mark = self.console.mark();
+        self.type_line(command);
+        let end = self
+            .console
+            .wait(mark, COMMAND_LIMIT, |line| line.starts_with(DONE))
+            .unwrap_or_else(|why| panic!("'{command}' did not end: {why}"));
+        let mut lines = self.console.since(mark);
+        lines.truncate(end - mark + 1);
+        let done = lines.pop().expect("the end was found");
+        let status = done[DONE.len()..].trim().parse().expect("the end carries a status");
+        Answer { status, lines }
+    }
+
+    /// Waits for a console line from `mark` on.
+    ///
+    /// # Panics
+    /// When it does not come.
+    #[must_use]
+    pub fn wait_line(&self, mark: usize, what: &str, wanted: impl Fn(&str) -> bool) -> usize {
+        let found = self.console.wait(mark, COMMAND_LIMIT, wanted);
+        found.unwrap_or_else(|why| panic!("no {what}: {why}"))
+    }
+
+    /// Waits for the process to end by itself and gives its exit status.
+    ///
+    /// # Panics
+    /// When it does not end.
+    pub fn wait_end(&mut self) -> i32 {
+        let deadline = Instant::now() + COMMAND_LIMIT;
+        loop {
+            if let Some(status) = self.process.try_wait().expect("the process can be waited for") {
+                return status.code().unwrap_or(128);
+            }
+            let log = || self.log.since(0).join("\n");
+            assert!(Instant::now() < deadline, "exopatch did not end; it said:\n{}", log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// The kernel's log without time stamps, as the guest prints it.
+    pub fn kernel_log(&mut self) -> Vec<String> {
+        let lines = self.sh("dmesg").lines;
+        lines.into_iter().map(|line| line.split_once("] ").map_or(line.clone(), |(_, text)| text.to_owned())).collect()
+    }
+}
+
+impl Drop for Guest {
+    #[expect(clippy::print_stderr, reason = "a destructor has no other way to say it")]
+    fn drop(&mut self) {
+        if self.process.try_wait().is_ok_and(|ended| ended.is_none()) {
+            let killed = self.process.kill().and_then(|()| self.process.wait());
+            if let Err(error) = killed {
+                eprintln!("the guest's process {} stays: {error}", self.process.id());
+            }
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! The stock kernels that `guest-images/build` has made ready, and the editions that were built for them.
+
+use std::env;
+use std::path::{Path, PathBuf};
+
+/// One of Debian's kernels as shipped, by its name in `guest-images/manifest`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stock(pub &'static str);
+
+/// The 6.1 cloud kernel that lacks the fixes the demo brings.
+pub const LTS_6_1: Stock = Stock("6.1");
+/// The newest 6.1 cloud kernel.
+pub const NEWEST_6_1: Stock = Stock("6.1-new");
+/// The newest 6.12 cloud kernel.
+pub const NEWEST_6_12: Stock = Stock("6.12");
+/// All of them.
+pub const ALL: [Stock; 3] = [LTS_6_1, NEWEST_6_1, NEWEST_6_12];
+
+impl Stock {
+    /// A file of this kernel: `vmlinuz`, `vmlinux`, `initramfs.cpio.gz`, `config`.
+    ///
+    /// # Panics
+    /// When `guest-images/build` has not made it.
+    #[must_use]
+    pub fn file(self, name: &str) -> PathBuf {
+        let path = cache().join("kernels").join(self.0).join(name);
+        assert!(path.exists(), "{} is missing: run guest-images/build {}", path.display(), self.0);
+        path
+    }
+
+    /// An edition that `scripts/test` has built for this kernel from `tests/editions/NAME.c`.
+    ///
+    /// # Panics
+    /// When it has not been built.
+    #[must_use]
+    pub fn edition(self, name: &str) -> PathBuf {
+        let path = editions().join(self.0).join(format!("{name}.xpu"));
+        assert!(path.exists(), "{} is missing: run scripts/test editions", path.display());
+        path
+    }
+}
+
+fn cache() -> PathBuf {
+    if let Some(dir) = env::var_os("EXOPATCH_CACHE") {
+        return dir.into();
+    }
+    let base = env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+    base.or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cache")))
+        .expect("HOME is set")
+        .join("exopatch")
+}
+
+fn editions() -> PathBuf {
+    env::var_os("EXOPATCH_EDITIONS").map_or_else(|| target().join("editions"), PathBuf::from)
+}
+
+/// The directory that cargo builds into.
+#[must_use]
+pub fn target() -> PathBuf {
+    let default = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the tests lie in the repository").join("target");
+    env::var_os("CARGO_TARGET_DIR").map_or(default, PathBuf::from)
+}
+
+/// The command under test.
+///
+/// # Panics
+/// When it has not been built.
+#[must_use]
+pub fn exopatch() -> PathBuf {
+    let path = env::var_os("EXOPATCH_BIN").map_or_else(|| target().join("release/exopatch"), PathBuf::from);
+    assert!(path.exists(), "{} is missing: run cargo build --release", path.display());
+    path
+}
