@@ -1,6 +1,12 @@
 //! Real kernels in real guests. Each module is a question; each test boots its own guests, through [`tests::guest`].
 //!
 //! `scripts/test kernels [FILTER]` runs them where a KVM that carries a kernel is.
+#![expect(clippy::print_stdout, reason = "a test prints the figures that it saw")]
 
 mod boot;
+mod coexist;
 mod end;
+mod input;
+mod patch;
+mod pause;
+mod witness;

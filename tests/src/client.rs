@@ -36,7 +36,9 @@ impl Reply {
     #[must_use]
     pub fn refusal(&self, what: &str) -> &str {
         assert_ne!(self.status, 0, "{what} succeeded: {self:?}");
-        self.json["code"].as_str().unwrap_or_else(|| panic!("{what} gave no code: {self:?}"))
+        self.json["code"]
+            .as_str()
+            .unwrap_or_else(|| panic!("{what} gave no code: {self:?}"))
     }
 }
 
@@ -66,12 +68,24 @@ impl Client {
     #[must_use]
     pub fn call(&self, args: &[&str]) -> Reply {
         let mut command = Command::new(stock::exopatch());
-        command.arg("--api-sock").arg(&self.socket).arg("--json").args(args);
+        command
+            .arg("--api-sock")
+            .arg(&self.socket)
+            .arg("--json")
+            .args(args);
         let output = command.output().expect("exopatch starts");
         let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
         let stdout = String::from_utf8_lossy(&output.stdout);
-        let text = if stdout.trim().is_empty() { stderr.trim() } else { stdout.trim() };
+        let text = if stdout.trim().is_empty() {
+            stderr.trim()
+        } else {
+            stdout.trim()
+        };
         let json = serde_json::from_str(text).unwrap_or(Value::Null);
-        Reply { status: output.status.code().unwrap_or(128), json, stderr }
+        Reply {
+            status: output.status.code().unwrap_or(128),
+            json,
+            stderr,
+        }
     }
 }

@@ -23,8 +23,15 @@ impl Console {
         thread::spawn(move || {
             let mut stream = BufReader::new(stream);
             let mut line = Vec::new();
-            while stream.read_until(b'\n', &mut line).is_ok_and(|read| read > 0) {
-                sink.with(|state| state.lines.push(String::from_utf8_lossy(&line).trim_end().to_owned()));
+            while stream
+                .read_until(b'\n', &mut line)
+                .is_ok_and(|read| read > 0)
+            {
+                sink.with(|state| {
+                    state
+                        .lines
+                        .push(String::from_utf8_lossy(&line).trim_end().to_owned())
+                });
                 line.clear();
             }
             sink.with(|state| state.closed = true);
@@ -55,7 +62,12 @@ impl Console {
     ///
     /// # Errors
     /// What was printed instead, when the time is over or the guest has ended.
-    pub fn wait(&self, mark: usize, limit: Duration, wanted: impl Fn(&str) -> bool) -> Result<usize, String> {
+    pub fn wait(
+        &self,
+        mark: usize,
+        limit: Duration,
+        wanted: impl Fn(&str) -> bool,
+    ) -> Result<usize, String> {
         let deadline = Instant::now() + limit;
         let (state, changed) = &*self.0;
         let mut state = state.lock().expect("no reader of the console panicked");
@@ -67,10 +79,17 @@ impl Console {
             seen = state.lines.len().max(mark);
             let left = deadline.saturating_duration_since(Instant::now());
             if state.closed || left.is_zero() {
-                let why = if state.closed { "the guest ended" } else { "time is over" };
+                let why = if state.closed {
+                    "the guest ended"
+                } else {
+                    "time is over"
+                };
                 return Err(format!("{why}; its last lines:\n{}", tail(&state.lines)));
             }
-            state = changed.wait_timeout(state, left).expect("no reader of the console panicked").0;
+            state = changed
+                .wait_timeout(state, left)
+                .expect("no reader of the console panicked")
+                .0;
         }
     }
 }

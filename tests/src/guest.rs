@@ -9,6 +9,7 @@ use tempfile::TempDir;
 
 use crate::client::Client;
 use crate::console::Console;
+use crate::initrd;
 use crate::stock::{self, Stock};
 
 /// Far above what a boot takes in the lab; only a hang reaches it.
@@ -31,13 +32,25 @@ pub struct Options {
     pub memory_mib: u64,
     /// The guest's command line.
     pub cmdline: String,
+    /// Files of the host that the guest has in `/files`, under the same names.
+    pub files: Vec<PathBuf>,
+    /// Where to serve the API instead of a path of the guest's own.
+    pub socket: Option<PathBuf>,
 }
 
 impl Options {
     /// The usual guest: 2 vCPUs, 256 MiB, the kernel as shipped.
     #[must_use]
     pub fn new(stock: Stock) -> Self {
-        Self { stock, kernel: "vmlinuz", cpus: 2, memory_mib: 256, cmdline: "console=ttyS0 quiet".to_owned() }
+        Self {
+            stock,
+            kernel: "vmlinuz",
+            cpus: 2,
+            memory_mib: 256,
+            cmdline: "console=ttyS0 quiet".to_owned(),
+            files: Vec::new(),
+            socket: None,
+        }
     }
 
     /// The same with another number of vCPUs.
@@ -56,6 +69,21 @@ impl Options {
     #[must_use]
     pub fn kernel(self, kernel: &'static str) -> Self {
         Self { kernel, ..self }
+    }
+
+    /// The same with files of the host in the guest's `/files`.
+    #[must_use]
+    pub fn files(self, files: Vec<PathBuf>) -> Self {
+        Self { files, ..self }
+    }
+
+    /// The same with its API served at `socket`.
+    #[must_use]
+    pub fn socket(self, socket: PathBuf) -> Self {
+        Self {
+            socket: Some(socket),
+            ..self
+        }
     }
 
     /// The same with `words` added to the command line.
@@ -116,13 +144,23 @@ impl Guest {
     #[must_use]
     pub fn start(options: &Options) -> Self {
         let dir = tempfile::tempdir().expect("a directory for the socket");
-        let socket = dir.path().join("api.sock");
+        let socket = options
+            .socket
+            .clone()
+            .unwrap_or_else(|| dir.path().join("api.sock"));
+        let initrd = dir.path().join("initrd");
+        initrd::write(
+            &initrd,
+            &options.stock.file("initramfs.cpio.gz"),
+            &options.files,
+        )
+        .expect("an initrd for the guest");
         let mut process = Command::new(stock::exopatch())
             .arg("run")
             .arg("--kernel")
             .arg(options.stock.file(options.kernel))
             .arg("--initrd")
-            .arg(options.stock.file("initramfs.cpio.gz"))
+            .arg(&initrd)
             .args(["--cmdline", &options.cmdline])
             .args(["--cpus", &options.cpus.to_string()])
             .args(["--memory", &format!("{}M", options.memory_mib)])
@@ -136,7 +174,14 @@ impl Guest {
         let console = Console::follow(process.stdout.take().expect("stdout is piped"));
         let log = Console::follow(process.stderr.take().expect("stderr is piped"));
         let input = process.stdin.take().expect("stdin is piped");
-        Self { process, input, console, log, client: Client::new(socket), dir }
+        Self {
+            process,
+            input,
+            console,
+            log,
+            client: Client::new(socket),
+            dir,
+        }
     }
 
     /// A directory that goes with the guest.
@@ -156,8 +201,14 @@ impl Guest {
     /// # Panics
     /// When it does not come up.
     pub fn wait_ready(&self) {
-        if let Err(why) = self.console.wait(0, BOOT_LIMIT, |line| line.contains(READY)) {
-            panic!("no boot: {why}\nexopatch said:\n{}", self.log.since(0).join("\n"));
+        if let Err(why) = self
+            .console
+            .wait(0, BOOT_LIMIT, |line| line.contains(READY))
+        {
+            panic!(
+                "no boot: {why}\nexopatch said:\n{}",
+                self.log.since(0).join("\n")
+            );
         }
     }
 
@@ -166,7 +217,9 @@ impl Guest {
     /// # Panics
     /// When the guest has ended.
     pub fn type_line(&mut self, line: &str) {
-        writeln!(self.input, "{line}").and_then(|()| self.input.flush()).expect("the guest takes input");
+        writeln!(self.input, "{line}")
+            .and_then(|()| self.input.flush())
+            .expect("the guest takes input");
     }
 
     /// Runs a shell command in the guest and waits for its end.
@@ -183,7 +236,10 @@ impl Guest {
         let mut lines = self.console.since(mark);
         lines.truncate(end - mark + 1);
         let done = lines.pop().expect("the end was found");
-        let status = done[DONE.len()..].trim().parse().expect("the end carries a status");
+        let status = done[DONE.len()..]
+            .trim()
+            .parse()
+            .expect("the end carries a status");
         Answer { status, lines }
     }
 
@@ -204,11 +260,19 @@ impl Guest {
     pub fn wait_end(&mut self) -> i32 {
         let deadline = Instant::now() + COMMAND_LIMIT;
         loop {
-            if let Some(status) = self.process.try_wait().expect("the process can be waited for") {
+            if let Some(status) = self
+                .process
+                .try_wait()
+                .expect("the process can be waited for")
+            {
                 return status.code().unwrap_or(128);
             }
             let log = || self.log.since(0).join("\n");
-            assert!(Instant::now() < deadline, "exopatch did not end; it said:\n{}", log());
+            assert!(
+                Instant::now() < deadline,
+                "exopatch did not end; it said:\n{}",
+                log()
+            );
             std::thread::sleep(Duration::from_millis(20));
         }
     }
@@ -216,12 +280,21 @@ impl Guest {
     /// The kernel's log without time stamps, as the guest prints it.
     pub fn kernel_log(&mut self) -> Vec<String> {
         let lines = self.sh("dmesg").lines;
-        lines.into_iter().map(|line| line.split_once("] ").map_or(line.clone(), |(_, text)| text.to_owned())).collect()
+        lines
+            .into_iter()
+            .map(|line| {
+                line.split_once("] ")
+                    .map_or(line.clone(), |(_, text)| text.to_owned())
+            })
+            .collect()
     }
 }
 
 impl Drop for Guest {
-    #[expect(clippy::print_stderr, reason = "a destructor has no other way to say it")]
+    #[expect(
+        clippy::print_stderr,
+        reason = "a destructor has no other way to say it"
+    )]
     fn drop(&mut self) {
         if self.process.try_wait().is_ok_and(|ended| ended.is_none()) {
             let killed = self.process.kill().and_then(|()| self.process.wait());

@@ -5,4 +5,5 @@
 pub mod client;
 pub mod console;
 pub mod guest;
+pub mod initrd;
 pub mod stock;

@@ -24,7 +24,12 @@ impl Stock {
     #[must_use]
     pub fn file(self, name: &str) -> PathBuf {
         let path = cache().join("kernels").join(self.0).join(name);
-        assert!(path.exists(), "{} is missing: run guest-images/build {}", path.display(), self.0);
+        assert!(
+            path.exists(),
+            "{} is missing: run guest-images/build {}",
+            path.display(),
+            self.0
+        );
         path
     }
 
@@ -35,7 +40,11 @@ impl Stock {
     #[must_use]
     pub fn edition(self, name: &str) -> PathBuf {
         let path = editions().join(self.0).join(format!("{name}.xpu"));
-        assert!(path.exists(), "{} is missing: run scripts/test editions", path.display());
+        assert!(
+            path.exists(),
+            "{} is missing: run scripts/test editions",
+            path.display()
+        );
         path
     }
 }
@@ -57,7 +66,10 @@ fn editions() -> PathBuf {
 /// The directory that cargo builds into.
 #[must_use]
 pub fn target() -> PathBuf {
-    let default = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the tests lie in the repository").join("target");
+    let default = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("the tests lie in the repository")
+        .join("target");
     env::var_os("CARGO_TARGET_DIR").map_or(default, PathBuf::from)
 }
 
@@ -67,7 +79,12 @@ pub fn target() -> PathBuf {
 /// When it has not been built.
 #[must_use]
 pub fn exopatch() -> PathBuf {
-    let path = env::var_os("EXOPATCH_BIN").map_or_else(|| target().join("release/exopatch"), PathBuf::from);
-    assert!(path.exists(), "{} is missing: run cargo build --release", path.display());
+    let path = env::var_os("EXOPATCH_BIN")
+        .map_or_else(|| target().join("release/exopatch"), PathBuf::from);
+    assert!(
+        path.exists(),
+        "{} is missing: run cargo build --release",
+        path.display()
+    );
     path
 }

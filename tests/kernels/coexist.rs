@@ -1,0 +1,125 @@
+//! Does an update leave the guest's own tools in peace, and do they leave it?
+
+use tests::guest::{Guest, Options};
+use tests::stock;
+
+use crate::patch::{apply, revert};
+use crate::witness::{assert_clean, boot_asking, wait_answer};
+
+fn one_line(guest: &mut Guest, command: &str) -> String {
+    let answer = guest.sh(command);
+    assert_eq!(answer.status, 0, "'{command}': {}", answer.text());
+    answer.text()
+}
+
+#[test]
+fn the_guest_traces_a_redirected_function() {
+    for stock in stock::ALL {
+        let mut guest = boot_asking(&Options::new(stock), 2);
+        let old = wait_answer(&guest, 0, 0, |_| true);
+        let id = apply(&guest, &stock.edition("answer_exdev"));
+        let tracing = "cd /sys/kernel/tracing";
+        one_line(
+            &mut guest,
+            &format!(
+                "{tracing} && echo unix_ioctl >set_ftrace_filter && echo function >current_tracer"
+            ),
+        );
+        one_line(&mut guest, "sleep 1");
+        let traced = one_line(
+            &mut guest,
+            &format!("{tracing} && grep -c 'unix_ioctl <-' trace"),
+        );
+        assert!(
+            traced.trim().parse::<u64>().is_ok_and(|calls| calls > 10),
+            "{stock:?}: {traced} calls traced"
+        );
+        let mark = guest.console.mark();
+        revert(&guest, id);
+        let _ = wait_answer(&guest, mark, 0, |answer| answer == old);
+        let mark = guest.console.mark();
+        let _ = apply(&guest, &stock.edition("answer_exdev"));
+        let _ = wait_answer(&guest, mark, 0, |answer| answer == "EXDEV");
+        one_line(
+            &mut guest,
+            &format!("{tracing} && echo nop >current_tracer"),
+        );
+        assert_eq!(
+            one_line(&mut guest, "cat /proc/sys/kernel/ftrace_enabled"),
+            "1",
+            "{stock:?}"
+        );
+        assert_clean(&guest.kernel_log());
+    }
+}
+
+#[test]
+fn a_kprobe_inside_the_displaced_bytes_is_refused_and_nothing_has_changed() {
+    for stock in stock::ALL {
+        let mut guest = boot_asking(&Options::new(stock), 1);
+        let old = wait_answer(&guest, 0, 0, |_| true);
+        let events = "/sys/kernel/tracing/kprobe_events";
+        // The instruction behind the fentry site; its offset depends on whether the function begins with endbr64.
+        let armed = (4..16).any(|offset| {
+            let place = format!("unix_ioctl+{offset}");
+            let added = guest.sh(&format!("echo 'p:probe{offset} {place}' >>{events}"));
+            added.status == 0 && offset > 4
+        });
+        assert!(
+            armed,
+            "{stock:?}: no kprobe could be set behind the fentry site"
+        );
+        one_line(
+            &mut guest,
+            "echo 1 >/sys/kernel/tracing/events/kprobes/enable",
+        );
+        let package = stock.edition("answer_exdev");
+        let reply = guest
+            .client
+            .call(&["update", "apply", package.to_str().expect("UTF-8")]);
+        println!("{stock:?}: {}", reply.json);
+        assert!(!reply.refusal("an apply onto a kprobe").is_empty());
+        let mark = guest.console.mark();
+        one_line(&mut guest, "sleep 1");
+        let changed: Vec<_> = guest
+            .console
+            .since(mark)
+            .into_iter()
+            .filter(|line| line.contains("answer "))
+            .collect();
+        assert!(changed.is_empty(), "{stock:?}: {changed:?}");
+        one_line(
+            &mut guest,
+            &format!("echo 0 >/sys/kernel/tracing/events/kprobes/enable; echo >{events}"),
+        );
+        let mark = guest.console.mark();
+        let _ = apply(&guest, &stock.edition("answer_exdev"));
+        let new = wait_answer(&guest, mark, 0, |answer| answer != old);
+        assert_eq!(new, "EXDEV", "{stock:?}: once the kprobe is gone");
+        assert_clean(&guest.kernel_log());
+    }
+}
+
+#[test]
+fn the_arena_cannot_be_had_through_dev_mem() {
+    for stock in stock::ALL {
+        let mut guest = Guest::boot(&Options::new(stock));
+        let kernel = guest.client.call(&["kernel", "info"]).expect("the kernel");
+        let start = kernel["arena"]["guest_physical"]
+            .as_str()
+            .expect("where the arena is")
+            .to_owned();
+        let _ = apply(&guest, &stock.edition("answer_exdev"));
+        let told = one_line(&mut guest, "cat /proc/iomem");
+        let listed = told
+            .lines()
+            .any(|line| line.contains(start.trim_start_matches("0x")) && line.contains("Unusable"));
+        assert!(listed, "{stock:?}: {start} is not marked in\n{told}");
+        let tried = one_line(&mut guest, &format!("probe devmem {start} 4096"));
+        assert!(!tried.contains("OK"), "{stock:?}: {tried}");
+        assert!(
+            tried.contains("read -1") && tried.contains("mmap -1"),
+            "{stock:?}: {tried}"
+        );
+    }
+}

@@ -1,0 +1,206 @@
+//! Does an update change what guest programs see, each time, and leave nothing behind?
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tests::guest::{Guest, Options};
+use tests::stock::{self, LTS_6_1, NEWEST_6_12, Stock};
+
+use crate::witness::{assert_clean, boot_asking, wait_answer};
+
+/// What the edition `answer_exdev` makes of SIOCATMARK on a datagram socket.
+const NEW: &str = "EXDEV";
+const THREADS: u32 = 4;
+const ROUNDS: usize = 500;
+
+/// Applies a package and gives the update's number.
+pub(crate) fn apply(guest: &Guest, package: &Path) -> u64 {
+    let path = package.to_str().expect("paths of tests are UTF-8");
+    let update = guest
+        .client
+        .call(&["update", "apply", path, "--deadline", "20s"])
+        .expect("the apply");
+    assert_eq!(update["state"], "applied", "{update:#}");
+    update["id"].as_u64().expect("an id")
+}
+
+/// Reverts an update.
+pub(crate) fn revert(guest: &Guest, id: u64) {
+    let update = guest
+        .client
+        .call(&["update", "revert", &id.to_string(), "--deadline", "20s"])
+        .expect("the revert");
+    assert_eq!(update["state"], "reverted", "{update:#}");
+}
+
+/// What the guest can tell of itself and must not change: modules, taint, and that it was never booted anew.
+fn identity(guest: &mut Guest) -> String {
+    guest
+        .sh("cat /proc/modules /proc/sys/kernel/tainted /proc/sys/kernel/random/boot_id")
+        .text()
+}
+
+/// Applies and reverts in a row; after each, every thread in the guest is seen to get the new, then the old answer.
+fn rounds(stock: Stock, rounds: usize) {
+    let mut guest = boot_asking(&Options::new(stock).cpus(THREADS), THREADS);
+    let old = wait_answer(&guest, 0, 0, |_| true);
+    assert_ne!(old, NEW);
+    let before = identity(&mut guest);
+    let package = stock.edition("answer_exdev");
+    for _ in 0..rounds {
+        let mark = guest.console.mark();
+        let id = apply(&guest, &package);
+        for thread in 0..THREADS {
+            let _ = wait_answer(&guest, mark, thread, |answer| answer == NEW);
+        }
+        let mark = guest.console.mark();
+        revert(&guest, id);
+        for thread in 0..THREADS {
+            let _ = wait_answer(&guest, mark, thread, |answer| answer == old);
+        }
+    }
+    assert_eq!(identity(&mut guest), before);
+    assert_clean(&guest.kernel_log());
+}
+
+#[test]
+fn five_hundred_applies_and_reverts_under_four_callers_on_6_1() {
+    rounds(LTS_6_1, ROUNDS);
+}
+
+#[test]
+fn five_hundred_applies_and_reverts_under_four_callers_on_the_newest_6_1() {
+    rounds(stock::NEWEST_6_1, ROUNDS);
+}
+
+#[test]
+fn five_hundred_applies_and_reverts_under_four_callers_on_6_12() {
+    rounds(NEWEST_6_12, ROUNDS);
+}
+
+#[test]
+fn an_edition_can_call_the_original() {
+    for stock in stock::ALL {
+        let guest = boot_asking(&Options::new(stock), 1);
+        let old = wait_answer(&guest, 0, 0, |_| true);
+        let mark = guest.console.mark();
+        let id = apply(&guest, &stock.edition("pass_through"));
+        std::thread::sleep(Duration::from_millis(500));
+        let changed: Vec<_> = guest
+            .console
+            .since(mark)
+            .into_iter()
+            .filter(|line| line.contains("answer "))
+            .collect();
+        assert!(
+            changed.is_empty(),
+            "{stock:?} answered {old}, then {changed:?}"
+        );
+        let state = guest
+            .client
+            .call(&["update", "verify", &id.to_string()])
+            .expect("the verification");
+        assert_eq!(state["intact"], true, "{state:#}");
+    }
+}
+
+#[test]
+fn a_check_writes_nothing() {
+    let guest = boot_asking(&Options::new(LTS_6_1), 1);
+    let mark = guest.console.mark();
+    let package = LTS_6_1.edition("answer_exdev");
+    let path = package.to_str().expect("paths of tests are UTF-8");
+    let update = guest
+        .client
+        .call(&["update", "apply", path, "--check"])
+        .expect("the check");
+    assert_eq!(update["state"], "checked", "{update:#}");
+    assert_eq!(update["applied"]["bytes_written"], 0, "{update:#}");
+    std::thread::sleep(Duration::from_millis(500));
+    let changed: Vec<_> = guest
+        .console
+        .since(mark)
+        .into_iter()
+        .filter(|line| line.contains("answer "))
+        .collect();
+    assert!(changed.is_empty(), "{changed:?}");
+}
+
+/// Applies at moments spread over a boot: each waits or is refused, and the guest comes up whole.
+#[test]
+fn an_apply_during_boot_waits_or_is_refused() {
+    for stock in [LTS_6_1, NEWEST_6_12] {
+        for round in 0..6u64 {
+            let mut guest =
+                Guest::start(&Options::new(stock).cmdline("exopatch.run=probe,answers,1"));
+            let started = Instant::now();
+            while !guest.client.socket().exists() {
+                assert!(started.elapsed() < Duration::from_secs(30), "no API socket");
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            std::thread::sleep(Duration::from_millis(round * 600));
+            let package = stock.edition("answer_exdev");
+            let deadline = if round % 2 == 0 { "60s" } else { "10ms" };
+            let path = package.to_str().expect("paths of tests are UTF-8");
+            let reply = guest
+                .client
+                .call(&["update", "apply", path, "--deadline", deadline]);
+            let applied = reply.json["state"] == "applied";
+            println!(
+                "{stock:?}, {} ms into the boot: {}",
+                round * 600,
+                summary(&reply.json)
+            );
+            assert!(applied || reply.status != 0, "{reply:?}");
+            assert!(
+                applied || deadline == "10ms",
+                "an apply with time enough was refused: {reply:?}"
+            );
+            guest.wait_ready();
+            if applied {
+                let _ = wait_answer(&guest, 0, 0, |answer| answer == NEW);
+            }
+            assert_clean(&guest.kernel_log());
+        }
+    }
+}
+
+fn summary(reply: &Value) -> String {
+    let field = |name: &str| reply[name].as_str().unwrap_or_default().to_owned();
+    format!("{} {}", field("state"), field("code"))
+}
+
+/// A guest that has gone to another kernel by kexec is known to have, and its updates are lost.
+#[test]
+fn an_apply_after_a_kexec_knows_that_this_is_another_kernel() {
+    for (stock, other) in [
+        (LTS_6_1, NEWEST_6_12),
+        (NEWEST_6_12, LTS_6_1),
+        (LTS_6_1, LTS_6_1),
+    ] {
+        let files = vec![other.file("vmlinuz"), other.file("initramfs.cpio.gz")];
+        let mut guest = Guest::boot(&Options::new(stock).memory_mib(512).files(files));
+        let id = apply(&guest, &stock.edition("answer_exdev"));
+        let mark = guest.console.mark();
+        guest
+            .type_line("probe kexec /files/vmlinuz /files/initramfs.cpio.gz 'console=ttyS0 quiet'");
+        let _ = guest.wait_line(mark, "second boot", |line| {
+            line.contains("exopatch-guest: ready")
+        });
+        let reply = guest.client.call(&["update", "revert", &id.to_string()]);
+        assert_ne!(reply.status, 0, "a revert in another kernel: {reply:?}");
+        let listed = guest
+            .client
+            .call(&["update", "show", &id.to_string()])
+            .expect("the update");
+        assert_eq!(listed["state"], "lost", "{listed:#}");
+        let path = stock.edition("answer_exdev");
+        let reply = guest
+            .client
+            .call(&["update", "apply", path.to_str().expect("UTF-8")]);
+        println!("{stock:?} to {other:?}: {}", summary(&reply.json));
+        assert_eq!(reply.status == 0, stock == other, "{reply:?}");
+        assert_clean(&guest.kernel_log());
+    }
+}
