@@ -99,10 +99,8 @@ impl Show {
         same("after the second apply", &new, &again)?;
 
         let after = self.identity();
-        self.host(&format!(
-            "guest: up {} s; modules and taint: {after}",
-            self.uptime()
-        ));
+        let uptime = self.uptime();
+        self.host(&format!("guest: up {uptime} s; modules and taint: {after}"));
         same("modules, taint flags and boot id", &before, &after)?;
         let log = self.guest.kernel_log();
         let complaint = log.iter().find(|line| {
