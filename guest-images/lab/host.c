@@ -1,0 +1,379 @@
+/*
+ * The host: one process a lab, outside. It starts QEMU and the file server, waits for the agent's READY, and then passes frames between
+ * clients (DIR/ctl.sock) and the agent, and bytes between DIR/api.sock and a unix socket inside. All three processes end together.
+ *
+ * DIR/lock holds its process id and is locked while it lives, so a lab that died is never taken for one that runs.
+ */
+#define _GNU_SOURCE
+#include "lab.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/prctl.h>
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+enum { NOT_READY_STATUS = 75, ONCE_PATIENCE_MS = 60000 };
+
+struct peer {
+	bool used, proxy; /* proxy: speaks plain bytes for a socket inside, not frames */
+	bool ended, input_ended, output_ended; /* ended: the agent has closed the stream */
+	int fd;
+	uint32_t stream;
+	uint32_t credit; /* of a proxy: bytes of input that may be sent */
+	struct buffer from, to;
+};
+
+static struct {
+	const char *dir, *api;
+	bool once;
+	unsigned long ready_seconds;
+	char **qemu;
+} options = { .api = "/run/exopatch.sock", .ready_seconds = 30 };
+
+static struct peer peers[MAX_STREAMS];
+static struct buffer from_agent, to_agent;
+static uint32_t last_stream;
+
+static char *path_in_dir(const char *name)
+{
+	char *path;
+	if (asprintf(&path, "%s/%s", options.dir, name) < 0)
+		fail("no memory");
+	return path;
+}
+
+static void parse_options(int argc, char **argv)
+{
+	int i = 1;
+	for (; i < argc && strcmp(argv[i], "--"); i++) {
+		if (!strcmp(argv[i], "--once"))
+			options.once = true;
+		else if (i + 1 < argc && !strcmp(argv[i], "--dir"))
+			options.dir = argv[++i];
+		else if (i + 1 < argc && !strcmp(argv[i], "--api"))
+			options.api = argv[++i];
+		else if (i + 1 < argc && !strcmp(argv[i], "--ready-seconds"))
+			options.ready_seconds = strtoul(argv[++i], NULL, 10);
+		else
+			fail("host: unknown option %s", argv[i]);
+	}
+	if (!options.dir || i + 1 >= argc)
+		fail("usage: lab host --dir DIR [--api PATH] [--once] [--ready-seconds N] -- QEMU ARG...");
+	options.qemu = argv + i + 1;
+}
+
+static void take_lock(void)
+{
+	int fd = open(path_in_dir("lock"), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+	if (fd < 0 || flock(fd, LOCK_EX | LOCK_NB))
+		fail("%s: %s", path_in_dir("lock"), errno == EWOULDBLOCK ? "this lab runs already" : strerror(errno));
+	if (ftruncate(fd, 0) || dprintf(fd, "%d\n", getpid()) < 0)
+		fail("%s: %s", path_in_dir("lock"), strerror(errno));
+}
+
+/* Forks a process that ends when this one does. */
+static pid_t fork_with_us(void)
+{
+	pid_t parent = getpid(), process = fork();
+	if (process < 0)
+		fail("fork: %s", strerror(errno));
+	if (process == 0) {
+		sigset_t none;
+		sigemptyset(&none);
+		sigprocmask(SIG_SETMASK, &none, NULL);
+		signal(SIGPIPE, SIG_DFL);
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		if (getppid() != parent)
+			_exit(1);
+	}
+	return process;
+}
+
+static pid_t start_qemu(void)
+{
+	pid_t process = fork_with_us();
+	if (process)
+		return process;
+	int log = open(path_in_dir("qemu.log"), O_WRONLY | O_CREAT | O_TRUNC, 0600), null = open("/dev/null", O_RDONLY);
+	dup2(null, 0);
+	dup2(log, 1);
+	dup2(log, 2);
+	execvp(options.qemu[0], options.qemu);
+	fail("%s: %s", options.qemu[0], strerror(errno));
+}
+
+/* Waits for QEMU to connect a port, which it does before the machine starts. */
+static int accept_port(int listener, uint64_t deadline)
+{
+	struct pollfd p = { .fd = listener, .events = POLLIN };
+	uint64_t now = now_ms();
+	if (poll(&p, 1, deadline > now ? (int)(deadline - now) : 0) <= 0)
+		return -1;
+	int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+	close(listener);
+	return fd;
+}
+
+static void new_peer(int listener, bool proxy)
+{
+	int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+	if (fd < 0)
+		return;
+	for (int i = 0; i < MAX_STREAMS; i++)
+		if (!peers[i].used) {
+			peers[i] = (struct peer){ .used = true, .proxy = proxy, .fd = fd, .stream = ++last_stream, .credit = WINDOW };
+			if (proxy)
+				frame_append(&to_agent, last_stream, CONNECT, options.api, strlen(options.api));
+			return;
+		}
+	close(fd); /* too many at once */
+}
+
+static void end_peer(struct peer *peer)
+{
+	if (!peer->ended)
+		frame_append(&to_agent, peer->stream, HANGUP, NULL, 0);
+	close(peer->fd);
+	free(peer->from.bytes);
+	free(peer->to.bytes);
+	peer->used = false;
+}
+
+static void from_agent_to_proxy(struct peer *peer, const struct frame *frame, const char *body)
+{
+	if (frame->type == OUTPUT && frame->length)
+		buffer_append(&peer->to, body, frame->length);
+	else if (frame->type == OUTPUT)
+		peer->output_ended = true;
+	else if (frame->type == INPUT_CREDIT)
+		peer->credit += frame_number(frame, body);
+	else if (frame->type == EXIT)
+		peer->ended = true;
+}
+
+static void from_agent_to_peers(void)
+{
+	const char *body;
+	for (const struct frame *frame; (frame = frame_first(&from_agent, &body));) {
+		for (int i = 0; i < MAX_STREAMS; i++) {
+			struct peer *peer = &peers[i];
+			if (!peer->used || peer->stream != frame->stream)
+				continue;
+			if (peer->proxy) {
+				from_agent_to_proxy(peer, frame, body);
+			} else {
+				frame_append(&peer->to, 0, frame->type, body, frame->length);
+				peer->ended |= frame->type == EXIT;
+			}
+		}
+		buffer_consume(&from_agent, sizeof *frame + frame->length);
+	}
+}
+
+static bool readable(const struct peer *peer)
+{
+	return !peer->ended && !peer->input_ended && to_agent.length < 4 * WINDOW && (!peer->proxy || peer->credit);
+}
+
+/* What a peer sent, on to the agent; false when the peer is gone. */
+static bool from_peer(struct peer *peer)
+{
+	size_t most = peer->proxy && peer->credit < 65536 ? peer->credit : 65536;
+	long got = buffer_fill(&peer->from, peer->fd, most);
+	if (got < 0)
+		return errno == EAGAIN || errno == EINTR;
+	if (peer->proxy) {
+		frame_append(&to_agent, peer->stream, INPUT, peer->from.bytes + peer->from.start, peer->from.length);
+		peer->credit -= (uint32_t)peer->from.length;
+		buffer_consume(&peer->from, peer->from.length);
+		peer->input_ended = got == 0;
+		return true;
+	}
+	const char *body;
+	for (const struct frame *frame; (frame = frame_first(&peer->from, &body));) {
+		frame_append(&to_agent, peer->stream, frame->type, body, frame->length);
+		buffer_consume(&peer->from, sizeof *frame + frame->length);
+	}
+	return got > 0;
+}
+
+/* What is queued for a peer; false when the peer is gone or has all it will get. */
+static bool to_peer(struct peer *peer)
+{
+	if (peer->to.length) {
+		long put = buffer_drain(&peer->to, peer->fd, 65536);
+		if (put < 0 && errno != EAGAIN && errno != EINTR)
+			return false;
+		if (put > 0 && peer->proxy)
+			frame_append_number(&to_agent, peer->stream, OUTPUT_CREDIT, (uint32_t)put);
+	}
+	if (!peer->to.length && peer->output_ended && !peer->ended)
+		shutdown(peer->fd, SHUT_WR);
+	return peer->to.length || !peer->ended;
+}
+
+static void serve_peers(const struct pollfd *fds, bool *had_one)
+{
+	for (int i = 0; i < MAX_STREAMS; i++) {
+		struct peer *peer = &peers[i];
+		const struct pollfd *p = &fds[i];
+		if (!peer->used || p->fd != peer->fd)
+			continue;
+		bool alive = true;
+		if (p->revents & (POLLIN | POLLHUP) && readable(peer))
+			alive = from_peer(peer);
+		else if (p->revents & (POLLHUP | POLLERR) && !peer->to.length)
+			alive = false;
+		if (!alive || !to_peer(peer)) {
+			*had_one |= !peer->proxy;
+			end_peer(peer);
+		}
+	}
+}
+
+/* Passes frames until QEMU ends, somebody asks us to end, or, with --once, the first command has ended. */
+static void serve(int port, int ctl, int api, int signals)
+{
+	static struct pollfd fds[4 + MAX_STREAMS];
+	bool had_one = false;
+	uint64_t started = now_ms();
+	set_nonblocking(port);
+	while (!(options.once && had_one)) {
+		fds[0] = (struct pollfd){ .fd = port, .events = (short)(POLLIN | (to_agent.length ? POLLOUT : 0)) };
+		fds[1] = (struct pollfd){ .fd = ctl, .events = POLLIN };
+		fds[2] = (struct pollfd){ .fd = api, .events = POLLIN };
+		fds[3] = (struct pollfd){ .fd = signals, .events = POLLIN };
+		for (int i = 0; i < MAX_STREAMS; i++)
+			fds[4 + i] = (struct pollfd){ .fd = peers[i].used ? peers[i].fd : -1,
+						      .events = (short)((readable(&peers[i]) ? POLLIN : 0) |
+									(peers[i].to.length ? POLLOUT : 0)) };
+		if (poll(fds, 4 + MAX_STREAMS, options.once ? 1000 : -1) < 0 && errno != EINTR)
+			fail("poll: %s", strerror(errno));
+		if (fds[3].revents)
+			return;
+		if (fds[0].revents & (POLLIN | POLLHUP)) {
+			long got = buffer_fill(&from_agent, port, 65536);
+			if (got == 0 || (got < 0 && errno != EAGAIN && errno != EINTR))
+				return;
+			from_agent_to_peers();
+		}
+		serve_peers(fds + 4, &had_one);
+		if (fds[1].revents)
+			new_peer(ctl, false);
+		if (fds[2].revents)
+			new_peer(api, true);
+		if (to_agent.length && buffer_drain(&to_agent, port, 65536) < 0 && errno != EAGAIN && errno != EINTR)
+			return;
+		if (options.once && !last_stream && now_ms() - started > ONCE_PATIENCE_MS)
+			return;
+	}
+}
+
+/* Waits for READY, and says on `told` how long it took; false when the machine did not come up. */
+static bool wait_ready(int port, int signals, uint64_t started, uint64_t deadline, int told)
+{
+	const char *body;
+	for (;;) {
+		struct pollfd fds[2] = { { .fd = port, .events = POLLIN }, { .fd = signals, .events = POLLIN } };
+		uint64_t now = now_ms();
+		int ready = now < deadline ? poll(fds, 2, (int)(deadline - now)) : 0;
+		if (ready < 0 && errno == EINTR)
+			continue;
+		if (ready <= 0 || fds[1].revents || buffer_fill(&from_agent, port, 4096) <= 0)
+			return false;
+		const struct frame *frame = frame_first(&from_agent, &body);
+		if (!frame)
+			continue;
+		uint64_t inside = 0;
+		memcpy(&inside, body, frame->length < sizeof inside ? frame->length : sizeof inside);
+		dprintf(told, "%lu %lu\n", now_ms() - started, inside);
+		buffer_consume(&from_agent, sizeof *frame + frame->length);
+		return true;
+	}
+}
+
+static int daemon_main(int told)
+{
+	sigset_t set;
+	sigemptyset(&set);
+	sigaddset(&set, SIGCHLD);
+	sigaddset(&set, SIGTERM);
+	sigprocmask(SIG_BLOCK, &set, NULL);
+	signal(SIGPIPE, SIG_IGN);
+	signal(SIGINT, SIG_IGN);
+	signal(SIGHUP, SIG_IGN);
+	int signals = signalfd(-1, &set, SFD_CLOEXEC);
+
+	take_lock();
+	int fs_listener = unix_listen(path_in_dir("fs.sock")), mux_listener = unix_listen(path_in_dir("mux.sock"));
+	uint64_t started = now_ms(), deadline = started + options.ready_seconds * 1000;
+	pid_t qemu = start_qemu();
+	int fs = accept_port(fs_listener, started + 5000), port = accept_port(mux_listener, started + 5000);
+	bool ready = false;
+	if (fs >= 0 && port >= 0) {
+		if (fork_with_us() == 0) {
+			close(told);
+			_exit(fs_main(fs));
+		}
+		close(fs);
+		ready = wait_ready(port, signals, started, deadline, told);
+	}
+	if (ready) {
+		int ctl = unix_listen(path_in_dir("ctl.sock")), api = unix_listen(path_in_dir("api.sock"));
+		dprintf(told, "ready\n");
+		close(told);
+		serve(port, ctl, api, signals);
+	}
+	kill(qemu, SIGKILL);
+	waitpid(qemu, NULL, 0);
+	static const char *const names[] = { "fs.sock", "mux.sock", "ctl.sock", "api.sock" };
+	for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+		unlink(path_in_dir(names[i]));
+	return ready ? 0 : NOT_READY_STATUS;
+}
+
+/* Prints "MILLISECONDS MILLISECONDS-INSIDE" once the lab is ready, and leaves it running; NOT_READY_STATUS when it did not come up. */
+int host_main(int argc, char **argv)
+{
+	int told[2];
+	char text[128] = "";
+	size_t length = 0;
+	ssize_t got;
+	parse_options(argc, argv);
+	if (pipe2(told, O_CLOEXEC))
+		fail("pipe: %s", strerror(errno));
+	pid_t process = fork();
+	if (process < 0)
+		fail("fork: %s", strerror(errno));
+	if (process == 0) {
+		int null = open("/dev/null", O_RDWR | O_CLOEXEC);
+		setsid();
+		close(told[0]);
+		int log = open(path_in_dir("host.log"), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+		dup2(null, 0);
+		dup2(null, 1);
+		dup2(log < 0 ? null : log, 2); /* not the caller's, whose reader would wait for us to end */
+		return daemon_main(told[1]);
+	}
+	close(told[1]);
+	while (length < sizeof text - 1 && (got = read(told[0], text + length, sizeof text - 1 - length)) > 0)
+		length += (size_t)got;
+	char *end = strstr(text, "\nready\n");
+	if (!end) {
+		int status = 0;
+		waitpid(process, &status, 0);
+		return WIFEXITED(status) && WEXITSTATUS(status) ? WEXITSTATUS(status) : NOT_READY_STATUS;
+	}
+	*end = 0;
+	puts(text);
+	return 0;
+}
