@@ -7,3 +7,4 @@
 
 pub mod addr;
 pub mod guest;
+pub mod x86;

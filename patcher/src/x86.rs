@@ -1,0 +1,3 @@
+//! The x86-64 architecture, as far as a patcher needs it.
+
+pub mod insn;
