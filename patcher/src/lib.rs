@@ -6,5 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod addr;
+pub mod edition;
 pub mod guest;
+pub mod journal;
 pub mod x86;

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use iced_x86::{
     BlockEncoder, BlockEncoderOptions, Code, Decoder, DecoderOptions, FlowControl, Instruction,
-    InstructionBlock, OpKind, Register,
+    InstructionBlock, Mnemonic, OpKind, Register,
 };
 
 use crate::addr::Gva;

@@ -1,0 +1,10 @@
+//! Editions: from a source file to placed bytes.
+//!
+//! [`build`] compiles one against a kernel's headers, [`object`] reads the package back, [`link`] resolves it against the
+//! running kernel and gives every byte its place in the arena ([`space`]).
+
+pub mod build;
+pub mod object;
+pub mod reloc;
+pub mod section;
+pub mod space;
