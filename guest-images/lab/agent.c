@@ -1,6 +1,8 @@
 /*
- * The agent: first process of the emulated machine. It loads the modules that KVM and the two virtio ports need, mounts the files of the
- * machine outside as its root, says READY, and then runs commands and connects to unix sockets as the frames from outside ask.
+ * The agent: first process of the emulated machine. It loads the modules that KVM and the two virtio ports need, says BOOTED, and waits;
+ * here the machine may be saved, and started again from the saved state any number of times. At GO it takes the time and fresh randomness
+ * from outside, mounts the files of the machine outside as its root, says READY, and then runs commands and connects to unix sockets as
+ * the frames from outside ask.
  *
  * One poll loop; a thread each way moves FUSE messages between /dev/fuse and their port. A command is a process group of its own. When
  * it ends, what it has written is sent, then its status; what it left behind runs on without our pipes.
@@ -13,6 +15,7 @@
 #include <fcntl.h>
 #include <linux/fuse.h>
 #include <linux/if.h>
+#include <linux/random.h>
 #include <poll.h>
 #include <pthread.h>
 #include <sched.h>
@@ -27,6 +30,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 struct stream {
@@ -152,7 +156,6 @@ static void mount_files(void)
 {
 	char options[128];
 	pthread_t thread;
-	fuse_port = open_port("fs");
 	fuse_fd = open("/dev/fuse", O_RDWR | O_CLOEXEC);
 	if (fuse_fd < 0)
 		give_up("/dev/fuse");
@@ -187,6 +190,38 @@ static void lo_up(void)
 	struct ifreq request = { .ifr_name = "lo", .ifr_flags = IFF_UP };
 	if (fd < 0 || ioctl(fd, SIOCSIFFLAGS, &request))
 		give_up("lo");
+	close(fd);
+}
+
+/* Says BOOTED and waits for GO: until then this machine's clock and random numbers are those of every machine started from its state. */
+static void wait_for_go(int port)
+{
+	const struct frame *frame;
+	const char *body;
+	struct go go;
+	struct {
+		struct rand_pool_info info;
+		unsigned char bytes[sizeof go.random];
+	} entropy = { .info = { .entropy_count = 8 * sizeof go.random, .buf_size = sizeof go.random } };
+	frame_append(&to_host, 0, BOOTED, NULL, 0);
+	while (to_host.length)
+		if (buffer_drain(&to_host, port, to_host.length) < 0 && errno != EINTR)
+			give_up("port");
+	while (!(frame = frame_first(&from_host, &body)))
+		/* Without a host at the other end, as while being saved, a read ends at once. */
+		if (buffer_fill(&from_host, port, 4096) <= 0)
+			usleep(1000);
+	if (frame->type != GO || frame->length != sizeof go)
+		give_up("not GO");
+	memcpy(&go, body, sizeof go);
+	buffer_consume(&from_host, sizeof *frame + frame->length);
+	struct timespec time = { (time_t)(go.realtime_ns / 1000000000), (long)(go.realtime_ns % 1000000000) };
+	if (clock_settime(CLOCK_REALTIME, &time))
+		give_up("clock_settime");
+	memcpy(entropy.bytes, go.random, sizeof go.random);
+	int fd = open("/dev/urandom", O_RDWR | O_CLOEXEC);
+	if (fd < 0 || ioctl(fd, RNDADDENTROPY, &entropy) || ioctl(fd, RNDRESEEDCRNG))
+		give_up("/dev/urandom");
 	close(fd);
 }
 
@@ -540,16 +575,17 @@ int agent_main(void)
 	mount_or_give_up("proc", "/proc", 0, NULL);
 	mount_or_give_up("sysfs", "/sys", 0, NULL);
 	load_modules();
-	int port = open_port("mux"), signal_fd = watch_signals();
-	mount_files();
-	enter_files();
 	lo_up();
 	write_setting("/proc/sys/vm/overcommit_memory", "1"); /* guests may be larger than this machine, as long as they do not use it */
 	if (access("/dev/kvm", R_OK | W_OK))
 		give_up("/dev/kvm");
+	int port = open_port("mux"), signal_fd = watch_signals();
+	fuse_port = open_port("fs");
+	wait_for_go(port);
+	mount_files();
+	enter_files();
 
-	uint64_t up = now_ms();
-	frame_append(&to_host, 0, READY, &up, sizeof up);
+	frame_append(&to_host, 0, READY, NULL, 0);
 	set_nonblocking(port);
 	static struct pollfd fds[2 + 3 * MAX_STREAMS];
 	for (;;) {

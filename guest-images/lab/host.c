@@ -16,9 +16,11 @@
 #include <string.h>
 #include <sys/file.h>
 #include <sys/prctl.h>
+#include <sys/random.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { NOT_READY_STATUS = 75, ONCE_PATIENCE_MS = 60000 };
@@ -34,6 +36,8 @@ struct peer {
 
 static struct {
 	const char *dir, *api;
+	const char *save; /* save the machine's state there instead of using it */
+	const char *load; /* start from that state */
 	bool once;
 	unsigned long ready_seconds;
 	char **qemu;
@@ -61,13 +65,17 @@ static void parse_options(int argc, char **argv)
 			options.dir = argv[++i];
 		else if (i + 1 < argc && !strcmp(argv[i], "--api"))
 			options.api = argv[++i];
+		else if (i + 1 < argc && !strcmp(argv[i], "--save"))
+			options.save = argv[++i];
+		else if (i + 1 < argc && !strcmp(argv[i], "--load"))
+			options.load = argv[++i];
 		else if (i + 1 < argc && !strcmp(argv[i], "--ready-seconds"))
 			options.ready_seconds = strtoul(argv[++i], NULL, 10);
 		else
 			fail("host: unknown option %s", argv[i]);
 	}
 	if (!options.dir || i + 1 >= argc)
-		fail("usage: lab host --dir DIR [--api PATH] [--once] [--ready-seconds N] -- QEMU ARG...");
+		fail("usage: lab host --dir DIR [--api PATH] [--save FILE | --load FILE] [--once] [--ready-seconds N] -- QEMU ARG...");
 	options.qemu = argv + i + 1;
 }
 
@@ -98,13 +106,20 @@ static pid_t fork_with_us(void)
 	return process;
 }
 
-static pid_t start_qemu(void)
+/* Starts QEMU, whose monitor reads what is written to *monitor. */
+static pid_t start_qemu(int *monitor)
 {
+	int ends[2];
+	if (pipe2(ends, O_CLOEXEC))
+		fail("pipe: %s", strerror(errno));
 	pid_t process = fork_with_us();
-	if (process)
+	if (process) {
+		close(ends[0]);
+		*monitor = ends[1];
 		return process;
-	int log = open(path_in_dir("qemu.log"), O_WRONLY | O_CREAT | O_TRUNC, 0600), null = open("/dev/null", O_RDONLY);
-	dup2(null, 0);
+	}
+	int log = open(path_in_dir("qemu.log"), O_WRONLY | O_CREAT | O_TRUNC, 0600);
+	dup2(ends[0], 0);
 	dup2(log, 1);
 	dup2(log, 2);
 	execvp(options.qemu[0], options.qemu);
@@ -278,11 +293,17 @@ static void serve(int port, int ctl, int api, int signals)
 	}
 }
 
-/* Waits for READY, and says on `told` how long it took; false when the machine did not come up. */
-static bool wait_ready(int port, int signals, uint64_t started, uint64_t deadline, int told)
+/* Waits for a frame that the agent sends while it starts; false when it does not come. */
+static bool wait_for(enum frame_type type, int port, int signals, uint64_t deadline)
 {
 	const char *body;
 	for (;;) {
+		const struct frame *frame = frame_first(&from_agent, &body);
+		if (frame) {
+			bool wanted = frame->type == type;
+			buffer_consume(&from_agent, sizeof *frame + frame->length);
+			return wanted;
+		}
 		struct pollfd fds[2] = { { .fd = port, .events = POLLIN }, { .fd = signals, .events = POLLIN } };
 		uint64_t now = now_ms();
 		int ready = now < deadline ? poll(fds, 2, (int)(deadline - now)) : 0;
@@ -290,15 +311,44 @@ static bool wait_ready(int port, int signals, uint64_t started, uint64_t deadlin
 			continue;
 		if (ready <= 0 || fds[1].revents || buffer_fill(&from_agent, port, 4096) <= 0)
 			return false;
-		const struct frame *frame = frame_first(&from_agent, &body);
-		if (!frame)
-			continue;
-		uint64_t inside = 0;
-		memcpy(&inside, body, frame->length < sizeof inside ? frame->length : sizeof inside);
-		dprintf(told, "%lu %lu\n", now_ms() - started, inside);
-		buffer_consume(&from_agent, sizeof *frame + frame->length);
-		return true;
 	}
+}
+
+static bool say_go(int port)
+{
+	struct go go;
+	struct timespec time;
+	clock_gettime(CLOCK_REALTIME, &time);
+	go.realtime_ns = (uint64_t)time.tv_sec * 1000000000 + (uint64_t)time.tv_nsec;
+	if (getrandom(go.random, sizeof go.random, 0) != sizeof go.random)
+		fail("getrandom: %s", strerror(errno));
+	frame_append(&to_agent, 0, GO, &go, sizeof go);
+	long length = (long)to_agent.length;
+	return buffer_drain(&to_agent, port, to_agent.length) == length;
+}
+
+/*
+ * Has the machine's devices saved to a file and QEMU end; its memory is a shared file already, hence x-ignore-shared. It is not stopped
+ * before, because one that was would be started stopped.
+ */
+static bool save_state(int monitor, pid_t *qemu)
+{
+	int status;
+	dprintf(monitor, "migrate_set_capability x-ignore-shared on\nmigrate \"exec:cat >%s\"\nquit\n", options.save);
+	return waitpid(*qemu, &status, 0) == *qemu && (*qemu = -1) && WIFEXITED(status) && !WEXITSTATUS(status) &&
+	       access(options.save, R_OK) == 0;
+}
+
+/* From QEMU's start to the agent's READY. */
+static bool bring_up(int port, int signals, int monitor, pid_t *qemu, uint64_t deadline)
+{
+	if (options.load)
+		dprintf(monitor, "migrate_set_capability x-ignore-shared on\nmigrate_incoming \"exec:cat %s\"\n", options.load);
+	else if (!wait_for(BOOTED, port, signals, deadline))
+		return false;
+	if (options.save)
+		return save_state(monitor, qemu);
+	return say_go(port) && wait_for(READY, port, signals, deadline);
 }
 
 static int daemon_main(int told)
@@ -316,7 +366,8 @@ static int daemon_main(int told)
 	take_lock();
 	int fs_listener = unix_listen(path_in_dir("fs.sock")), mux_listener = unix_listen(path_in_dir("mux.sock"));
 	uint64_t started = now_ms(), deadline = started + options.ready_seconds * 1000;
-	pid_t qemu = start_qemu();
+	int monitor;
+	pid_t qemu = start_qemu(&monitor);
 	int fs = accept_port(fs_listener, started + 5000), port = accept_port(mux_listener, started + 5000);
 	bool ready = false;
 	if (fs >= 0 && port >= 0) {
@@ -325,23 +376,23 @@ static int daemon_main(int told)
 			_exit(fs_main(fs));
 		}
 		close(fs);
-		ready = wait_ready(port, signals, started, deadline, told);
+		ready = bring_up(port, signals, monitor, &qemu, deadline);
 	}
-	if (ready) {
-		int ctl = unix_listen(path_in_dir("ctl.sock")), api = unix_listen(path_in_dir("api.sock"));
-		dprintf(told, "ready\n");
-		close(told);
+	int ctl = unix_listen(path_in_dir("ctl.sock")), api = unix_listen(path_in_dir("api.sock"));
+	if (ready)
+		dprintf(told, "%lu\n", now_ms() - started);
+	close(told);
+	if (ready && !options.save)
 		serve(port, ctl, api, signals);
-	}
-	kill(qemu, SIGKILL);
-	waitpid(qemu, NULL, 0);
+	if (qemu > 0 && !kill(qemu, SIGKILL))
+		waitpid(qemu, NULL, 0);
 	static const char *const names[] = { "fs.sock", "mux.sock", "ctl.sock", "api.sock" };
 	for (size_t i = 0; i < sizeof names / sizeof *names; i++)
 		unlink(path_in_dir(names[i]));
 	return ready ? 0 : NOT_READY_STATUS;
 }
 
-/* Prints "MILLISECONDS MILLISECONDS-INSIDE" once the lab is ready, and leaves it running; NOT_READY_STATUS when it did not come up. */
+/* Prints how many milliseconds it took, once the lab is ready, and leaves it running; NOT_READY_STATUS when it did not come up. */
 int host_main(int argc, char **argv)
 {
 	int told[2];
@@ -367,13 +418,11 @@ int host_main(int argc, char **argv)
 	close(told[1]);
 	while (length < sizeof text - 1 && (got = read(told[0], text + length, sizeof text - 1 - length)) > 0)
 		length += (size_t)got;
-	char *end = strstr(text, "\nready\n");
-	if (!end) {
+	if (!length) {
 		int status = 0;
 		waitpid(process, &status, 0);
 		return WIFEXITED(status) && WEXITSTATUS(status) ? WEXITSTATUS(status) : NOT_READY_STATUS;
 	}
-	*end = 0;
-	puts(text);
+	fputs(text, stdout);
 	return 0;
 }

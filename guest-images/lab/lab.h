@@ -18,7 +18,9 @@
 enum { WINDOW = 256 * 1024, MAX_FRAME = WINDOW + 1024 * 1024, MAX_STREAMS = 256 };
 
 enum frame_type {
-	READY = 1, /* agent to host: u64 milliseconds since its kernel started */
+	BOOTED = 1, /* agent to host: it waits for GO */
+	GO, /* host to agent: struct go */
+	READY, /* agent to host: it takes commands */
 	EXEC, /* opens: struct exec_request, then NUL-ended cwd, arguments, environment */
 	CONNECT, /* opens: path of a unix socket inside */
 	INPUT, /* bytes for the command or socket; an empty one is the end */
@@ -35,6 +37,11 @@ enum frame_type {
 
 struct frame {
 	uint32_t stream, type, length;
+};
+
+struct go {
+	uint64_t realtime_ns;
+	unsigned char random[32];
 };
 
 struct exec_request {
