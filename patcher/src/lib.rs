@@ -9,4 +9,5 @@ pub mod addr;
 pub mod edition;
 pub mod guest;
 pub mod journal;
+pub mod kernel;
 pub mod x86;

@@ -1,0 +1,49 @@
+//! Unpacks and indexes a kernel, and prints how long that took and what was found.
+//!
+//! `cargo run --release --example index -- BZIMAGE [NAME...]`
+#![expect(clippy::print_stdout, reason = "its output is what it is for")]
+
+use std::error::Error;
+use std::sync::Arc;
+use std::time::Instant;
+
+use patcher::kernel::image::Image;
+use patcher::kernel::payload::Payload;
+use patcher::kernel::sites::SiteKind;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let mut args = std::env::args().skip(1);
+    let path = args.next().ok_or("usage: index BZIMAGE [SYMBOL...]")?;
+    let file = std::fs::read(&path)?;
+    let payload = Payload::find(&file)?;
+    let mut vmlinux = vec![0; payload.size()];
+    vmlinux.iter_mut().step_by(4096).for_each(|byte| *byte = 1);
+    let start = Instant::now();
+    payload.decompress_into(&mut vmlinux)?;
+    println!(
+        "{:?}: {} bytes unpacked in {:?}",
+        payload.compression(),
+        payload.size(),
+        start.elapsed()
+    );
+    let start = Instant::now();
+    let image = Image::parse(Arc::new(vmlinux))?;
+    println!("indexed in {:?}", start.elapsed());
+    let start = Instant::now();
+    let schedule = image.symbols().lookup("schedule")?;
+    println!("{schedule:x?} in {:?}", start.elapsed());
+    println!(
+        "{image:?} {:?} {:?} {:?}",
+        image.types(),
+        image.relocs(),
+        image.sites()
+    );
+    println!("{} fentry sites", image.sites().count(SiteKind::Fentry));
+    for name in args {
+        match name.split_once('.') {
+            Some((of, member)) => println!("{name}: {:?}", image.types().member(of, member)),
+            None => println!("{name}: {:x?}", image.symbols().lookup(&name)),
+        }
+    }
+    Ok(())
+}

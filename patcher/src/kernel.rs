@@ -1,0 +1,14 @@
+//! A Linux kernel seen from outside: its image on the host, and the same kernel running in a guest.
+//!
+//! [`image::Image`] is what the file says; [`locate::Kernel`] is an image together with where and how a guest runs it.
+//! Nothing is chosen by the kernel's version: presence of a symbol, a type or a member decides.
+
+pub(crate) mod btf;
+pub(crate) mod bytes;
+pub mod image;
+pub(crate) mod kallsyms;
+pub mod payload;
+pub mod relocs;
+pub mod sites;
+pub mod symbols;
+pub mod types;

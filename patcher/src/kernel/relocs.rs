@@ -1,0 +1,173 @@
+//! The relocations that the kernel's build appends to its ELF file, for KASLR.
+//!
+//! Format (kernel `arch/x86/tools/relocs.c` and `handle_relocations()` in `arch/x86/boot/compressed/misc.c`), read from
+//! the end of the file backwards: 32-bit sites, a zero, inverse 32-bit sites, a zero, 64-bit sites, a zero. Kernels
+//! without per-CPU data at zero have no inverse list. Each entry is the site's link address, its upper half cut off.
+
+use std::ops::Range;
+
+use super::bytes::{le_u32, le_u64};
+use super::image::Bytes;
+use crate::addr::LinkAddr;
+
+/// The relocation lists of one image. An image without any (an ELF kernel that is never moved) has empty ones.
+pub struct Relocs {
+    bytes: Bytes,
+    lists: [(Kind, Range<usize>); 3],
+}
+
+/// What a kernel that runs `slide` bytes above its link address does at a site.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// Adds the slide to eight bytes.
+    Add64,
+    /// Takes the slide from four bytes: references from moved text to per-CPU symbols, which stay at zero.
+    Sub32,
+    /// Adds the slide to four bytes.
+    Add32,
+}
+
+/// The bytes at a range cannot be known because a relocation straddles its edge or the image has none.
+#[derive(Debug, thiserror::Error)]
+pub enum RelocError {
+    /// A site is only partly within the bytes asked for.
+    #[error("a relocation at {site} straddles the edge of {range:?}")]
+    Straddles {
+        /// The relocated field.
+        site: LinkAddr,
+        /// The bytes asked for.
+        range: Range<LinkAddr>,
+    },
+    /// The kernel runs elsewhere than it was linked, and the image does not say what that changes.
+    #[error(
+        "the kernel runs {slide:#x} from where it was linked, but its image carries no relocations"
+    )]
+    None {
+        /// Runtime address minus link address.
+        slide: u64,
+    },
+}
+
+impl Relocs {
+    /// The relocations that follow the ELF file, which ends at `elf_end`.
+    pub(crate) fn parse(bytes: Bytes, elf_end: usize) -> Self {
+        let data: &[u8] = (*bytes).as_ref();
+        let mut end = data.len();
+        let mut lists = Vec::new();
+        while end >= elf_end.saturating_add(4) && lists.len() < 3 {
+            let mut start = end;
+            while start >= elf_end.saturating_add(4) && le_u32(data, start - 4) != Some(0) {
+                start -= 4;
+            }
+            lists.push(start..end);
+            end = start.saturating_sub(4);
+        }
+        let none = 0..0;
+        let lists = match lists.as_slice() {
+            [add32, sub32, add64] => [
+                (Kind::Add64, add64.clone()),
+                (Kind::Sub32, sub32.clone()),
+                (Kind::Add32, add32.clone()),
+            ],
+            [add32, add64] => [
+                (Kind::Add64, add64.clone()),
+                (Kind::Sub32, none),
+                (Kind::Add32, add32.clone()),
+            ],
+            _ => [
+                (Kind::Add64, none.clone()),
+                (Kind::Sub32, none.clone()),
+                (Kind::Add32, none),
+            ],
+        };
+        Self { bytes, lists }
+    }
+
+    /// How many 64-bit, inverse 32-bit and 32-bit sites there are.
+    #[must_use]
+    pub fn counts(&self) -> [usize; 3] {
+        [0, 1, 2].map(|list| self.lists[list].1.len() / 4)
+    }
+
+    /// Applies to `bytes`, the image's at `at`, what a kernel does that runs `slide` (modulo 2^64) above its link address.
+    ///
+    /// # Errors
+    /// When a site is only partly in `bytes`, or the image has no relocations though `slide` is not zero.
+    pub fn apply(&self, at: LinkAddr, bytes: &mut [u8], slide: u64) -> Result<(), RelocError> {
+        if slide == 0 {
+            return Ok(());
+        }
+        if self.counts() == [0, 0, 0] {
+            return Err(RelocError::None { slide });
+        }
+        for (kind, list) in &self.lists {
+            self.apply_list(*kind, list.clone(), at, bytes, slide)?;
+        }
+        Ok(())
+    }
+
+    fn apply_list(
+        &self,
+        kind: Kind,
+        list: Range<usize>,
+        at: LinkAddr,
+        bytes: &mut [u8],
+        slide: u64,
+    ) -> Result<(), RelocError> {
+        let entries: &[[u8; 4]] = (*self.bytes)
+            .as_ref()
+            .get(list)
+            .unwrap_or_default()
+            .as_chunks()
+            .0;
+        let site =
+            |entry: &[u8; 4]| LinkAddr(i64::from(i32::from_le_bytes(*entry)).cast_unsigned());
+        let width = if kind == Kind::Add64 { 8 } else { 4 };
+        let range = at..LinkAddr(at.0.saturating_add(bytes.len() as u64));
+        let first =
+            entries.partition_point(|entry| site(entry).0.saturating_add(width) <= range.start.0);
+        for entry in &entries[first..] {
+            let site = site(entry);
+            if site >= range.end {
+                break;
+            }
+            let field = site
+                .offset_from(range.start)
+                .and_then(|start| usize::try_from(start).ok())
+                .and_then(|start| {
+                    bytes.get_mut(start..start.checked_add(if width == 8 { 8 } else { 4 })?)
+                })
+                .ok_or_else(|| RelocError::Straddles {
+                    site,
+                    range: range.clone(),
+                })?;
+            relocate(kind, field, slide);
+        }
+        Ok(())
+    }
+}
+
+impl std::fmt::Debug for Relocs {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Relocs").field(&self.counts()).finish()
+    }
+}
+
+fn relocate(kind: Kind, field: &mut [u8], slide: u64) {
+    let low = slide.to_le_bytes();
+    let slide32 = u32::from_le_bytes([low[0], low[1], low[2], low[3]]);
+    match kind {
+        Kind::Add64 => {
+            let value = le_u64(field, 0).unwrap_or(0).wrapping_add(slide);
+            field.copy_from_slice(&value.to_le_bytes());
+        }
+        Kind::Sub32 => {
+            let value = le_u32(field, 0).unwrap_or(0).wrapping_sub(slide32);
+            field.copy_from_slice(&value.to_le_bytes());
+        }
+        Kind::Add32 => {
+            let value = le_u32(field, 0).unwrap_or(0).wrapping_add(slide32);
+            field.copy_from_slice(&value.to_le_bytes());
+        }
+    }
+}

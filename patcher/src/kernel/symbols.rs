@@ -1,0 +1,401 @@
+//! The kernel's symbols by name and by address, from kallsyms.
+//!
+//! A name that several symbols bear is an error, never the first match: callers that know better say which
+//! one they mean by its position among its namesakes, in the order of addresses.
+//! The index costs eight bytes for each symbol; names stay compressed in the image.
+
+use std::fmt;
+use std::ops::Range;
+
+use super::bytes::{le_i32, le_u32};
+use super::image::{Bytes, Section};
+use super::kallsyms::{IMAGE_BASE, MARKER_STEP, Tables, name_len};
+use crate::addr::LinkAddr;
+
+pub use super::kallsyms::KallsymsError;
+
+/// Longest list of alternatives in an error.
+const NEAR_NAMES: usize = 5;
+
+/// One symbol of the kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Symbol {
+    /// Its name.
+    pub name: String,
+    /// Where it is in the image; for a per-CPU symbol the offset into each CPU's area.
+    pub address: LinkAddr,
+    /// The letter that nm(1) gives it: `T` and `t` are code.
+    pub kind: u8,
+    /// Bytes to the next symbol's address, padding included; zero for the last one.
+    pub size: u64,
+    /// The address is an offset into per-CPU areas (or another absolute value), and does not move with the kernel.
+    pub percpu: bool,
+}
+
+/// Why a name does not give one symbol.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SymbolError {
+    /// No symbol is called that.
+    #[error("the kernel has no symbol {name}{}", near_names(.near))]
+    Missing {
+        /// The name asked for.
+        name: String,
+        /// Names that look similar.
+        near: Vec<String>,
+    },
+    /// Several symbols are called that.
+    #[error("{} symbols of the kernel are called {name}; say which by its position:{}", .candidates.len(), list(.candidates))]
+    Ambiguous {
+        /// The name asked for.
+        name: String,
+        /// Position (from 1) and address of each.
+        candidates: Vec<(usize, LinkAddr)>,
+    },
+    /// There are not that many symbols of the name.
+    #[error(
+        "symbol {name} number {position} was asked for, but the kernel has {count} of that name"
+    )]
+    Position {
+        /// The name asked for.
+        name: String,
+        /// The position asked for, from 1.
+        position: usize,
+        /// How many there are.
+        count: usize,
+    },
+    /// The symbol has no single address, because each CPU has its own.
+    #[error("symbol {name} is per-CPU or absolute, it has no address in the kernel's image")]
+    PerCpu {
+        /// The name asked for.
+        name: String,
+    },
+}
+
+fn near_names(near: &[String]) -> String {
+    if near.is_empty() {
+        String::new()
+    } else {
+        format!("; it has {}", near.join(", "))
+    }
+}
+
+fn list(candidates: &[(usize, LinkAddr)]) -> String {
+    candidates
+        .iter()
+        .map(|(position, address)| format!(" {position} at {address}"))
+        .collect()
+}
+
+/// All symbols of one image.
+pub struct Symbols {
+    bytes: Bytes,
+    tables: Tables,
+    /// Hash of the name in the upper half, index in the lower; sorted.
+    by_name: Vec<u64>,
+}
+
+impl Symbols {
+    /// Finds and indexes the symbols in `rodata`, the section that holds kallsyms.
+    pub(crate) fn parse(bytes: Bytes, rodata: &Section) -> Result<Self, KallsymsError> {
+        let data: &[u8] = (*bytes).as_ref();
+        let tables = Tables::find(data, &rodata.file)?;
+        let by_name = index_names(data, &tables)?;
+        Ok(Self {
+            bytes,
+            tables,
+            by_name,
+        })
+    }
+
+    /// How many symbols there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.tables.count
+    }
+
+    /// Whether there are none (there always are some).
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.tables.count == 0
+    }
+
+    /// The one symbol called `name`.
+    ///
+    /// # Errors
+    /// [`SymbolError::Missing`], or [`SymbolError::Ambiguous`] when several are called that.
+    pub fn lookup(&self, name: &str) -> Result<Symbol, SymbolError> {
+        match self.indices(name).as_slice() {
+            [] => Err(self.missing(name)),
+            [index] => Ok(self.symbol(*index)),
+            several => {
+                let candidates = several
+                    .iter()
+                    .enumerate()
+                    .map(|(at, index)| (at + 1, LinkAddr(self.address(*index))));
+                Err(SymbolError::Ambiguous {
+                    name: name.to_owned(),
+                    candidates: candidates.collect(),
+                })
+            }
+        }
+    }
+
+    /// The `position`th symbol (from 1, in the order of addresses) of those called `name`.
+    ///
+    /// # Errors
+    /// [`SymbolError::Missing`], or [`SymbolError::Position`] when there are fewer.
+    pub fn lookup_nth(&self, name: &str, position: usize) -> Result<Symbol, SymbolError> {
+        let indices = self.indices(name);
+        if indices.is_empty() {
+            return Err(self.missing(name));
+        }
+        let index = position
+            .checked_sub(1)
+            .and_then(|position| indices.get(position));
+        let none = || SymbolError::Position {
+            name: name.to_owned(),
+            position,
+            count: indices.len(),
+        };
+        index.map(|index| self.symbol(*index)).ok_or_else(none)
+    }
+
+    /// Whether any symbol is called `name`.
+    #[must_use]
+    pub fn has(&self, name: &str) -> bool {
+        !self.indices(name).is_empty()
+    }
+
+    /// The symbol whose bytes `address` is among, and how far in. Of several at one address, the first.
+    #[must_use]
+    pub fn containing(&self, address: LinkAddr) -> Option<(Symbol, u64)> {
+        let after = self.partition_point(|candidate| candidate <= address.0);
+        let at = self.address(after.checked_sub(1)?);
+        let first = self.partition_point(|candidate| candidate < at);
+        let symbol = self.symbol(first);
+        let offset = address.offset_from(symbol.address)?;
+        (offset < symbol.size).then_some((symbol, offset))
+    }
+
+    /// All symbols, in the order of their addresses.
+    pub fn iter(&self) -> impl Iterator<Item = Symbol> + '_ {
+        let mut at = 0;
+        (0..self.tables.count).map(move |index| {
+            let (len, from) = name_len(self.names(), at).unwrap_or((0, at));
+            at = from + len;
+            self.symbol_named(index, from..at)
+        })
+    }
+
+    fn data(&self) -> &[u8] {
+        (*self.bytes).as_ref()
+    }
+
+    fn names(&self) -> &[u8] {
+        &self.data()[self.tables.names.clone()]
+    }
+
+    fn address(&self, index: usize) -> u64 {
+        let entry = le_i32(self.data(), self.tables.offsets.start + index * 4).unwrap_or(0);
+        self.tables.encoding.address(self.tables.base, entry)
+    }
+
+    /// The first index whose address `before` does not hold for.
+    fn partition_point(&self, before: impl Fn(u64) -> bool) -> usize {
+        let (mut low, mut high) = (0, self.tables.count);
+        while low < high {
+            let middle = usize::midpoint(low, high);
+            if before(self.address(middle)) {
+                low = middle + 1
+            } else {
+                high = middle
+            }
+        }
+        low
+    }
+
+    fn symbol(&self, index: usize) -> Symbol {
+        self.symbol_named(index, self.compressed(index))
+    }
+
+    fn symbol_named(&self, index: usize, compressed: Range<usize>) -> Symbol {
+        let expanded = self.expand(compressed);
+        let (kind, name) = expanded
+            .split_first()
+            .map_or((0, &[][..]), |(kind, name)| (*kind, name));
+        let address = self.address(index);
+        let next = self.partition_point_from(index, address);
+        let size = if next < self.tables.count {
+            self.address(next).wrapping_sub(address)
+        } else {
+            0
+        };
+        Symbol {
+            name: String::from_utf8_lossy(name).into_owned(),
+            address: LinkAddr(address),
+            kind,
+            size,
+            percpu: address < IMAGE_BASE,
+        }
+    }
+
+    /// The first index above `index` with another address.
+    fn partition_point_from(&self, index: usize, address: u64) -> usize {
+        let near = (index + 1..self.tables.count)
+            .take(8)
+            .find(|next| self.address(*next) != address);
+        near.unwrap_or_else(|| self.partition_point(|candidate| candidate <= address))
+    }
+
+    /// Where the compressed name of symbol `index` lies in the names.
+    fn compressed(&self, index: usize) -> Range<usize> {
+        let marker = self.tables.markers.start + index / MARKER_STEP * 4;
+        let mut at = le_u32(self.data(), marker).unwrap_or(0) as usize;
+        for _ in 0..index % MARKER_STEP {
+            let Some((len, from)) = name_len(self.names(), at) else {
+                return 0..0;
+            };
+            at = from + len;
+        }
+        name_len(self.names(), at).map_or(0..0, |(len, from)| from..from + len)
+    }
+
+    fn expand(&self, compressed: Range<usize>) -> Vec<u8> {
+        let tokens = self.names().get(compressed).unwrap_or_default();
+        tokens
+            .iter()
+            .flat_map(|token| &self.data()[self.tables.tokens[usize::from(*token)].clone()])
+            .copied()
+            .collect()
+    }
+
+    fn indices(&self, name: &str) -> Vec<usize> {
+        let key = u64::from(NameHash::of(name.as_bytes()).finish()) << 32;
+        let first = self.by_name.partition_point(|entry| *entry < key);
+        let same = self.by_name[first..]
+            .iter()
+            .take_while(|entry| *entry >> 32 == key >> 32);
+        let index = |entry: &u64| usize::try_from(entry & 0xffff_ffff).unwrap_or(usize::MAX);
+        same.map(index)
+            .filter(|index| self.expand(self.compressed(*index)).get(1..) == Some(name.as_bytes()))
+            .collect()
+    }
+
+    fn missing(&self, name: &str) -> SymbolError {
+        let stem = name
+            .split('.')
+            .next()
+            .unwrap_or(name)
+            .trim_start_matches('_');
+        let mut near: Vec<(usize, String)> = Vec::new();
+        if stem.len() > 2 {
+            let similar = self
+                .iter()
+                .filter(|symbol| symbol.name.contains(stem) || nearly(&symbol.name, name));
+            near = similar
+                .map(|symbol| (symbol.name.len().abs_diff(name.len()), symbol.name))
+                .collect();
+            near.sort();
+            near.dedup();
+            near.truncate(NEAR_NAMES);
+        }
+        SymbolError::Missing {
+            name: name.to_owned(),
+            near: near.into_iter().map(|(_, name)| name).collect(),
+        }
+    }
+}
+
+impl fmt::Debug for Symbols {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Symbols")
+            .field("count", &self.tables.count)
+            .field("encoding", &self.tables.encoding)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Whether one changed, added or dropped character, or two neighbours swapped, turns `a` into `b`.
+fn nearly(a: &str, b: &str) -> bool {
+    let (a, b) = (a.as_bytes(), b.as_bytes());
+    let head = a.iter().zip(b).take_while(|(a, b)| a == b).count();
+    let (a, b) = (&a[head..], &b[head..]);
+    let tail = a
+        .iter()
+        .rev()
+        .zip(b.iter().rev())
+        .take_while(|(a, b)| a == b)
+        .count();
+    let (a, b) = (&a[..a.len() - tail], &b[..b.len() - tail]);
+    a.len() <= 1 && b.len() <= 1 || a.len() == 2 && b.len() == 2 && a[0] == b[1] && a[1] == b[0]
+}
+
+/// A hash that can be put together from the hashes of a name's tokens.
+#[derive(Clone, Copy)]
+struct NameHash {
+    sum: u64,
+    /// `FACTOR` to the power of the length.
+    shift: u64,
+}
+
+impl NameHash {
+    const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
+    const EMPTY: Self = Self { sum: 0, shift: 1 };
+
+    fn of(bytes: &[u8]) -> Self {
+        bytes.iter().fold(Self::EMPTY, |hash, byte| {
+            hash.then(Self {
+                sum: u64::from(*byte) + 1,
+                shift: Self::FACTOR,
+            })
+        })
+    }
+
+    fn then(self, next: Self) -> Self {
+        Self {
+            sum: self.sum.wrapping_mul(next.shift).wrapping_add(next.sum),
+            shift: self.shift.wrapping_mul(next.shift),
+        }
+    }
+
+    fn finish(self) -> u32 {
+        let [.., a, b, c, d] = (self.sum ^ self.sum >> 29)
+            .wrapping_mul(0xbf58_476d_1ce4_e5b9)
+            .to_le_bytes();
+        u32::from_le_bytes([a, b, c, d])
+    }
+}
+
+/// The hashes of all names without expanding any: each token is hashed once, and a name's is put together from them.
+fn index_names(data: &[u8], tables: &Tables) -> Result<Vec<u64>, KallsymsError> {
+    let token = |range: &Range<usize>| data.get(range.clone()).unwrap_or_default();
+    let whole: Vec<NameHash> = tables
+        .tokens
+        .iter()
+        .map(|range| NameHash::of(token(range)))
+        .collect();
+    // The first character of the first token is the symbol's kind, not part of its name.
+    let first: Vec<NameHash> = tables
+        .tokens
+        .iter()
+        .map(|range| NameHash::of(token(range).get(1..).unwrap_or_default()))
+        .collect();
+    let names = data.get(tables.names.clone()).unwrap_or_default();
+    let mut by_name = Vec::with_capacity(tables.count);
+    let mut at = 0;
+    for index in 0..tables.count {
+        let damaged = KallsymsError::Name { index };
+        let (len, from) = name_len(names, at).ok_or(KallsymsError::Name { index })?;
+        let Some((head, tail)) = names.get(from..from + len).and_then(<[u8]>::split_first) else {
+            return Err(damaged);
+        };
+        let start = first[usize::from(*head)];
+        let hash = tail
+            .iter()
+            .fold(start, |hash, token| hash.then(whole[usize::from(*token)]));
+        by_name.push(u64::from(hash.finish()) << 32 | index as u64);
+        at = from + len;
+    }
+    by_name.sort_unstable();
+    Ok(by_name)
+}

@@ -1,0 +1,381 @@
+//! The kernel's types, from BTF: where a member is, how large a structure is, what an enumerator's value is.
+//!
+//! Presence decides, never a version: a member that the kernel lacks is an error that callers may expect.
+//! One pass over the section indexes the names; a type is decoded when it is asked about. Where several types bear
+//! one name and answer differently, that is an error too.
+
+use std::fmt;
+use std::ops::Range;
+
+use super::btf::{Kind, Layout, RawType};
+use super::image::{Bytes, Section};
+
+/// Deepest nesting of types that is followed; the kernel's own stay below twenty.
+const MAX_DEPTH: usize = 64;
+
+/// Why a question about a type has no answer.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TypeError {
+    /// The section is damaged.
+    #[error("section .BTF has {what} at {at:#x}")]
+    Damaged {
+        /// What is wrong.
+        what: &'static str,
+        /// Where, in bytes from the section's start.
+        at: usize,
+    },
+    /// No type is called that.
+    #[error("the kernel has no type {name}")]
+    NoType {
+        /// The name asked for.
+        name: String,
+    },
+    /// The type has no such member.
+    #[error("type {name} of the kernel has no member {member}")]
+    NoMember {
+        /// The type asked about.
+        name: String,
+        /// The part of the path that was not found.
+        member: String,
+    },
+    /// The enumeration has no such enumerator.
+    #[error("enumeration {name} of the kernel has no enumerator {enumerator}")]
+    NoEnumerator {
+        /// The enumeration asked about.
+        name: String,
+        /// The enumerator asked for.
+        enumerator: String,
+    },
+    /// Several types bear the name and differ in what was asked.
+    #[error("the kernel has {count} different types called {name}")]
+    Ambiguous {
+        /// The name asked for.
+        name: String,
+        /// How many.
+        count: usize,
+    },
+}
+
+/// Where a member lies in its structure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Member {
+    /// Bytes from the start of the structure; for a bit field, of the byte that its first bit is in.
+    pub offset: u64,
+    /// Bytes; for a bit field, of the bytes that it touches.
+    pub size: u64,
+    /// For a bit field: its first bit within the byte at `offset`, and how many bits it has.
+    pub bits: Option<(u8, u8)>,
+}
+
+/// The types of one image.
+pub struct Types {
+    bytes: Bytes,
+    section: Range<usize>,
+    layout: Layout,
+    /// Hash of a named structure's, union's, enumeration's or typedef's name in the upper half, id in the lower; sorted.
+    by_name: Vec<u64>,
+}
+
+impl Types {
+    /// Indexes the types in `btf`, the section `.BTF`.
+    pub(crate) fn parse(bytes: Bytes, btf: &Section) -> Result<Self, TypeError> {
+        let section = btf.file.clone();
+        let data = (*bytes).as_ref().get(section.clone()).unwrap_or_default();
+        let mut named = Vec::new();
+        let layout = Layout::parse(data, |id, raw| {
+            let wanted = matches!(
+                raw.kind,
+                Kind::Struct | Kind::Union | Kind::Enum | Kind::Enum64 | Kind::Typedef
+            );
+            if wanted && raw.name != 0 {
+                named.push((id, raw.name));
+            }
+        })
+        .map_err(|(what, at)| TypeError::Damaged { what, at })?;
+        let key = |&(id, name): &(u32, u32)| key(layout.string(data, name)) | u64::from(id);
+        let mut by_name: Vec<u64> = named.iter().map(key).collect();
+        by_name.sort_unstable();
+        Ok(Self {
+            bytes,
+            section,
+            layout,
+            by_name,
+        })
+    }
+
+    /// How many types there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.layout.starts.len()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.layout.starts.is_empty()
+    }
+
+    /// Where member `path` of structure, union or typedef `name` lies. `path` may go through members
+    /// (`thread.sp`), through anonymous members without naming them, and through array elements (`slots[3]`).
+    ///
+    /// # Errors
+    /// [`TypeError::NoType`], [`TypeError::NoMember`], or [`TypeError::Ambiguous`].
+    pub fn member(&self, name: &str, path: &str) -> Result<Member, TypeError> {
+        self.agreed(name, |id| {
+            let mut at = Place {
+                id,
+                bit: 0,
+                bits: 0,
+            };
+            for part in path.split('.') {
+                let none = || TypeError::NoMember {
+                    name: name.to_owned(),
+                    member: path.to_owned(),
+                };
+                at = self.step(at, part).ok_or_else(none)?;
+            }
+            self.finish(at).ok_or_else(|| TypeError::NoMember {
+                name: name.to_owned(),
+                member: path.to_owned(),
+            })
+        })
+    }
+
+    /// Offset of member `path` in bytes, where it is no bit field.
+    ///
+    /// # Errors
+    /// As [`Types::member`].
+    pub fn offset_of(&self, name: &str, path: &str) -> Result<u64, TypeError> {
+        self.member(name, path).map(|member| member.offset)
+    }
+
+    /// Whether [`Types::member`] would answer.
+    #[must_use]
+    pub fn has_member(&self, name: &str, path: &str) -> bool {
+        self.member(name, path).is_ok()
+    }
+
+    /// Bytes of structure, union, enumeration or typedef `name`.
+    ///
+    /// # Errors
+    /// [`TypeError::NoType`] or [`TypeError::Ambiguous`].
+    pub fn size_of(&self, name: &str) -> Result<u64, TypeError> {
+        self.agreed(name, |id| {
+            self.size(id, 0).ok_or_else(|| TypeError::NoType {
+                name: name.to_owned(),
+            })
+        })
+    }
+
+    /// Value of `enumerator` of enumeration `name`.
+    ///
+    /// # Errors
+    /// [`TypeError::NoType`], [`TypeError::NoEnumerator`] or [`TypeError::Ambiguous`].
+    pub fn enumerator(&self, name: &str, enumerator: &str) -> Result<i64, TypeError> {
+        let all = self.enumerators(name)?;
+        let found = all
+            .into_iter()
+            .find(|(candidate, _)| candidate == enumerator);
+        let none = || TypeError::NoEnumerator {
+            name: name.to_owned(),
+            enumerator: enumerator.to_owned(),
+        };
+        found.map(|(_, value)| value).ok_or_else(none)
+    }
+
+    /// All enumerators of enumeration `name`, with their values.
+    ///
+    /// # Errors
+    /// [`TypeError::NoType`] or [`TypeError::Ambiguous`].
+    pub fn enumerators(&self, name: &str) -> Result<Vec<(String, i64)>, TypeError> {
+        self.agreed(name, |id| {
+            let none = || TypeError::NoType {
+                name: name.to_owned(),
+            };
+            let of = self
+                .resolve(id)
+                .filter(|of| matches!(of.kind, Kind::Enum | Kind::Enum64))
+                .ok_or_else(none)?;
+            let data = self.data();
+            let named = (0..of.vlen).filter_map(|index| self.layout.enumerator(data, &of, index));
+            let text =
+                |offset| String::from_utf8_lossy(self.layout.string(data, offset)).into_owned();
+            Ok(named.map(|(offset, value)| (text(offset), value)).collect())
+        })
+    }
+
+    fn data(&self) -> &[u8] {
+        (*self.bytes)
+            .as_ref()
+            .get(self.section.clone())
+            .unwrap_or_default()
+    }
+
+    /// What `ask` answers for the types called `name`, when they all answer the same.
+    fn agreed<T: PartialEq>(
+        &self,
+        name: &str,
+        ask: impl Fn(u32) -> Result<T, TypeError>,
+    ) -> Result<T, TypeError> {
+        let ids = self.ids(name);
+        let mut answers = ids.iter().map(|id| ask(*id));
+        let first = answers.next().unwrap_or_else(|| {
+            Err(TypeError::NoType {
+                name: name.to_owned(),
+            })
+        });
+        if answers.any(|answer| answer != first) {
+            return Err(TypeError::Ambiguous {
+                name: name.to_owned(),
+                count: ids.len(),
+            });
+        }
+        first
+    }
+
+    /// The structures, unions and enumerations called `name`; if there are none, the typedefs.
+    fn ids(&self, name: &str) -> Vec<u32> {
+        let hash = key(name.as_bytes());
+        let first = self.by_name.partition_point(|entry| *entry < hash);
+        let same = self.by_name[first..]
+            .iter()
+            .take_while(|entry| **entry >> 32 == hash >> 32);
+        let (mut tagged, mut typedefs) = (Vec::new(), Vec::new());
+        for entry in same {
+            let id = u32::try_from(entry & 0xffff_ffff).unwrap_or(0);
+            match self.layout.get(self.data(), id) {
+                Some(raw) if self.layout.string(self.data(), raw.name) != name.as_bytes() => {}
+                Some(raw) if raw.kind == Kind::Typedef => typedefs.push(id),
+                Some(_) => tagged.push(id),
+                None => {}
+            }
+        }
+        if tagged.is_empty() { typedefs } else { tagged }
+    }
+
+    /// Type `id` with its typedefs and qualifiers taken off.
+    fn resolve(&self, mut id: u32) -> Option<RawType> {
+        for _ in 0..MAX_DEPTH {
+            let raw = self.layout.get(self.data(), id)?;
+            match raw.kind {
+                Kind::Alias | Kind::Typedef => id = raw.size_or_type,
+                _ => return Some(raw),
+            }
+        }
+        None
+    }
+
+    fn size(&self, id: u32, depth: usize) -> Option<u64> {
+        if depth > MAX_DEPTH {
+            return None;
+        }
+        let raw = self.resolve(id)?;
+        match raw.kind {
+            Kind::Ptr => Some(8),
+            Kind::Array => {
+                let (element, count) = self.layout.array(self.data(), &raw)?;
+                self.size(element, depth + 1)?.checked_mul(u64::from(count))
+            }
+            Kind::Int | Kind::Struct | Kind::Union | Kind::Enum | Kind::Enum64 | Kind::Float => {
+                Some(raw.size_or_type.into())
+            }
+            Kind::Fwd | Kind::Alias | Kind::Typedef | Kind::Other => None,
+        }
+    }
+
+    /// From `at` to its member `part`, which may end in `[index]`.
+    fn step(&self, at: Place, part: &str) -> Option<Place> {
+        let (member, mut indices) = part
+            .split_once('[')
+            .map_or((part, ""), |(member, indices)| (member, indices));
+        let mut budget = MAX_DEPTH * MAX_DEPTH;
+        let mut at = self.find(at, member.as_bytes(), 0, &mut budget)?;
+        while !indices.is_empty() {
+            let (index, rest) = indices.split_once(']')?;
+            let (element, count) = self.layout.array(
+                self.data(),
+                &self.resolve(at.id).filter(|raw| raw.kind == Kind::Array)?,
+            )?;
+            let index: u64 = index
+                .parse()
+                .ok()
+                .filter(|index| *index < u64::from(count))?;
+            at = Place {
+                id: element,
+                bit: at
+                    .bit
+                    .checked_add(self.size(element, 0)?.checked_mul(index * 8)?)?,
+                bits: 0,
+            };
+            indices = rest.strip_prefix('[').unwrap_or(rest);
+        }
+        Some(at)
+    }
+
+    /// Member `name` of the structure at `at`, also within its anonymous members, at most `budget` of which are looked into.
+    fn find(&self, at: Place, name: &[u8], depth: usize, budget: &mut usize) -> Option<Place> {
+        *budget = budget.checked_sub(1)?;
+        let of = self
+            .resolve(at.id)
+            .filter(|raw| matches!(raw.kind, Kind::Struct | Kind::Union))?;
+        if depth > MAX_DEPTH {
+            return None;
+        }
+        (0..of.vlen).find_map(|index| {
+            let member = self.layout.member(self.data(), &of, index)?;
+            let place = Place {
+                id: member.kind,
+                bit: at.bit.checked_add(member.bit_offset.into())?,
+                bits: member.bits,
+            };
+            if member.name == 0 {
+                self.find(place, name, depth + 1, budget)
+            } else {
+                (self.layout.string(self.data(), member.name) == name).then_some(place)
+            }
+        })
+    }
+
+    fn finish(&self, at: Place) -> Option<Member> {
+        let offset = at.bit / 8;
+        let first = u8::try_from(at.bit % 8).ok()?;
+        if at.bits == 0 && first == 0 {
+            return Some(Member {
+                offset,
+                size: self.size(at.id, 0)?,
+                bits: None,
+            });
+        }
+        let bits = u8::try_from(at.bits).ok()?;
+        let size = (u64::from(first) + u64::from(bits)).div_ceil(8);
+        Some(Member {
+            offset,
+            size,
+            bits: Some((first, bits)),
+        })
+    }
+}
+
+/// A member on the way through a path.
+#[derive(Clone, Copy)]
+struct Place {
+    id: u32,
+    bit: u64,
+    bits: u32,
+}
+
+impl fmt::Debug for Types {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Types")
+            .field("count", &self.len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// The hash of a name (32-bit FNV-1a) in the upper half of a key.
+fn key(name: &[u8]) -> u64 {
+    let hash = name.iter().fold(0x811c_9dc5_u32, |hash, byte| {
+        (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193)
+    });
+    u64::from(hash) << 32
+}
