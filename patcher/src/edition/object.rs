@@ -300,3 +300,6 @@ pub fn build_id_text(id: &[u8]) -> String {
         text
     })
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

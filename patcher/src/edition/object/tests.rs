@@ -1,0 +1,310 @@
+//! Packages made by hand, with one thing wrong in each, and packages with random damage.
+
+use object::write::{
+    Object, Relocation, SectionId, StandardSection, Symbol, SymbolId, SymbolSection,
+};
+use object::{
+    Architecture, BinaryFormat, Endianness, RelocationFlags, SectionKind, SymbolFlags, SymbolKind,
+    SymbolScope,
+};
+use proptest::prelude::*;
+
+use super::{MAX_PACKAGE, Package, PackageError, Place, build_id_text, parse_build_id};
+
+/// Build-id that the packages made here are for.
+pub(crate) const BUILD_ID: [u8; 20] = [0x5a; 20];
+
+/// A package being made.
+pub(crate) struct Maker {
+    object: Object<'static>,
+    text: SectionId,
+    editions: SectionId,
+}
+
+impl Maker {
+    /// One with a `.text` of `code`, the build-id and no editions yet.
+    pub(crate) fn new(code: &[u8]) -> Self {
+        let mut object = Object::new(BinaryFormat::Elf, Architecture::X86_64, Endianness::Little);
+        let text = object.section_id(StandardSection::Text);
+        object.append_section_data(text, code, 16);
+        let kernel = object.add_section(
+            Vec::new(),
+            b".exopatch.kernel".to_vec(),
+            SectionKind::ReadOnlyData,
+        );
+        let id = format!("{}\0", build_id_text(&BUILD_ID));
+        object.append_section_data(kernel, id.as_bytes(), 1);
+        let editions = object.add_section(
+            Vec::new(),
+            b".exopatch.editions".to_vec(),
+            SectionKind::ReadOnlyData,
+        );
+        Self {
+            object,
+            text,
+            editions,
+        }
+    }
+
+    /// Adds a section.
+    pub(crate) fn section(&mut self, name: &str, kind: SectionKind, bytes: &[u8]) -> SectionId {
+        let section = self.object.add_section(Vec::new(), name.into(), kind);
+        self.object.append_section_data(section, bytes, 8);
+        section
+    }
+
+    /// Adds a symbol at `offset` of `section`, or an undefined one.
+    pub(crate) fn symbol(&mut self, name: &str, at: Option<(SectionId, u64)>) -> SymbolId {
+        self.object.add_symbol(Symbol {
+            name: name.into(),
+            value: at.map_or(0, |(_, offset)| offset),
+            size: 0,
+            kind: SymbolKind::Text,
+            scope: SymbolScope::Linkage,
+            weak: false,
+            section: at.map_or(SymbolSection::Undefined, |(section, _)| {
+                SymbolSection::Section(section)
+            }),
+            flags: SymbolFlags::None,
+        })
+    }
+
+    /// Adds a relocation of ELF type `kind`.
+    pub(crate) fn relocate(
+        &mut self,
+        section: SectionId,
+        offset: u64,
+        kind: u32,
+        symbol: SymbolId,
+        addend: i64,
+    ) {
+        let flags = RelocationFlags::Elf {
+            r_type: object::elf::RelocationType(kind),
+        };
+        self.object
+            .add_relocation(
+                section,
+                Relocation {
+                    offset,
+                    symbol,
+                    addend,
+                    flags,
+                },
+            )
+            .unwrap();
+    }
+
+    /// Adds a relocation to `.text`.
+    pub(crate) fn relocate_text(&mut self, offset: u64, kind: u32, symbol: &str, addend: i64) {
+        let symbol = self.symbol(symbol, None);
+        self.relocate(self.text, offset, kind, symbol, addend);
+    }
+
+    /// Declares that the code at `offset` of `.text` is an edition of `function`.
+    pub(crate) fn edition(&mut self, function: &str, position: u32, offset: u64) {
+        let symbol = self.symbol(
+            &format!("edition_of_{function}_{position}"),
+            Some((self.text, offset)),
+        );
+        let mut record = vec![0; 528];
+        record[8..12].copy_from_slice(&528_u32.to_le_bytes());
+        record[12..16].copy_from_slice(&position.to_le_bytes());
+        record[16..16 + function.len()].copy_from_slice(function.as_bytes());
+        let at = self.object.append_section_data(self.editions, &record, 8);
+        self.relocate(self.editions, at, 1, symbol, 0);
+    }
+
+    /// Gives `.text` an unwind table of one entry.
+    pub(crate) fn orc(&mut self) {
+        self.section(
+            ".orc_unwind",
+            SectionKind::ReadOnlyData,
+            &[8, 0, 0, 0, 5, 0],
+        );
+        let places = self.section(".orc_unwind_ip", SectionKind::ReadOnlyData, &[0; 4]);
+        let text = self.object.section_symbol(self.text);
+        self.relocate(places, 0, 2, text, 0);
+    }
+
+    /// The package's bytes.
+    pub(crate) fn finish(&self) -> Vec<u8> {
+        self.object.write().unwrap()
+    }
+}
+
+/// `call __fentry__; call exopatch_original_f; lea rax, [rip+counter]; ret; int3 ...`, an edition of `f`.
+pub(crate) fn sample() -> Maker {
+    let mut code = vec![
+        0xe8, 0, 0, 0, 0, 0xe8, 0, 0, 0, 0, 0x48, 0x8d, 0x05, 0, 0, 0, 0, 0xc3,
+    ];
+    code.resize(32, 0xcc);
+    let mut maker = Maker::new(&code);
+    maker.relocate_text(1, 4, "__fentry__", -4);
+    maker.relocate_text(6, 4, "exopatch_original_f", -4);
+    let data = maker.section(".data", SectionKind::Data, &[7; 8]);
+    let counter = maker.symbol("counter", Some((data, 4)));
+    maker.relocate(maker.text, 13, 2, counter, -4);
+    maker.edition("f", 0, 0);
+    maker.orc();
+    maker
+}
+
+#[test]
+fn a_package_is_read() {
+    let package = Package::parse(&sample().finish()).unwrap();
+    assert_eq!(package.build_id(), BUILD_ID);
+    let [edition] = package.editions() else {
+        panic!("{:?}", package.editions())
+    };
+    assert_eq!(
+        (edition.function.as_str(), edition.position, edition.offset),
+        ("f", 0, 0)
+    );
+    let [text, data] = package.sections() else {
+        panic!("{:?}", package.sections())
+    };
+    assert!(text.code && !data.code);
+    assert_eq!(text.relocations.len(), 3);
+    let counter = text.relocations[2].symbol;
+    assert_eq!(package.symbols()[counter].place, Place::Here(1, 4));
+    assert_eq!(
+        package.symbols()[text.relocations[1].symbol].place,
+        Place::Kernel
+    );
+    assert_eq!(package.orc().len(), 1);
+}
+
+#[test]
+fn what_is_wrong_is_named() {
+    let check = |what: &str, change: &dyn Fn(&mut Maker)| {
+        let mut maker = sample();
+        change(&mut maker);
+        let error = Package::parse(&maker.finish()).unwrap_err().to_string();
+        assert!(error.contains(what), "{what}: {error}");
+    };
+    let refused = [
+        ("__ex_table", SectionKind::ReadOnlyData),
+        ("__bug_table", SectionKind::Data),
+        (".altinstructions", SectionKind::ReadOnlyData),
+        ("__jump_table", SectionKind::Data),
+        (".static_call_sites", SectionKind::Data),
+        (".parainstructions", SectionKind::ReadOnlyData),
+        (".data..percpu", SectionKind::Data),
+        (".init.text", SectionKind::Text),
+        (".something.new", SectionKind::Data),
+    ];
+    for (name, kind) in refused {
+        check(&format!("section {name}"), &|m| {
+            m.section(name, kind, &[0; 8]);
+        });
+    }
+    check("R_X86_64_GOTPCREL at .text+0x14", &|m| {
+        m.relocate_text(20, 9, "jiffies", -4)
+    });
+    check("relocation type 77 at .text", &|m| {
+        m.relocate_text(20, 77, "jiffies", -4)
+    });
+    check("a relocation in section .text at 0x1d lies outside", &|m| {
+        m.relocate_text(29, 2, "jiffies", -4)
+    });
+    check("two editions of f", &|m| m.edition("f", 0, 16));
+    check("the edition of g is not a function", &|m| {
+        m.edition("g", 0, 32)
+    });
+    check("without a function name", &|m| m.edition("", 0, 0));
+    check("asks for memory of 0x20002f bytes", &|m| {
+        m.section(".data.once", SectionKind::Data, &vec![1; 0x20_0007]);
+    });
+    check("which is in a section that is not placed", &|m| {
+        let dropped = m.section(".discard.me", SectionKind::Data, &[0; 8]);
+        let symbol = m.symbol("gone", Some((dropped, 0)));
+        m.relocate(m.text, 20, 2, symbol, 0);
+    });
+}
+
+#[test]
+fn what_is_missing_is_named() {
+    let check = |maker: &Maker, what: &str| {
+        let error = Package::parse(&maker.finish()).unwrap_err().to_string();
+        assert!(error.contains(what), "{what}: {error}");
+    };
+    check(&Maker::new(&[0x90]), "replaces no function");
+    let mut maker = Maker::new(&[0x90]);
+    maker.edition("f", 0, 0);
+    check(&maker, "no ORC unwind table");
+    let other = Object::new(BinaryFormat::Elf, Architecture::X86_64, Endianness::Little);
+    let error = Package::parse(&other.write().unwrap()).unwrap_err();
+    assert_eq!(
+        error,
+        PackageError::Ours {
+            section: ".exopatch.kernel",
+            why: "is missing"
+        }
+    );
+    let other = Object::new(BinaryFormat::Elf, Architecture::Aarch64, Endianness::Little);
+    let error = Package::parse(&other.write().unwrap()).unwrap_err();
+    assert!(
+        matches!(error, PackageError::NotRelocatable { .. }),
+        "{error}"
+    );
+    assert!(matches!(
+        Package::parse(b"#!/bin/sh"),
+        Err(PackageError::Elf { .. })
+    ));
+    assert!(matches!(Package::parse(&[]), Err(PackageError::Elf { .. })));
+    assert_eq!(
+        Package::parse(&vec![0; MAX_PACKAGE + 1]),
+        Err(PackageError::TooLarge {
+            len: MAX_PACKAGE + 1
+        })
+    );
+}
+
+#[test]
+fn sections_left_out_are_listed() {
+    let mut maker = sample();
+    maker.section(".smp_locks", SectionKind::ReadOnlyData, &[0; 4]);
+    let package = Package::parse(&maker.finish()).unwrap();
+    assert!(
+        package
+            .left_out()
+            .iter()
+            .any(|(name, why)| name == ".smp_locks" && why.contains("LOCK"))
+    );
+}
+
+#[test]
+fn build_ids_are_hexadecimal() {
+    assert_eq!(
+        parse_build_id(&build_id_text(&BUILD_ID)),
+        Some(BUILD_ID.to_vec())
+    );
+    for wrong in ["", "abc", "zz", "0123456789abcdeg", "é0123456789abcdef"] {
+        assert_eq!(parse_build_id(wrong), None, "{wrong}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn damage_never_panics(edits in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8)) {
+        let mut bytes = sample().finish();
+        for (at, value) in edits {
+            let at = at.index(bytes.len());
+            bytes[at] = value;
+        }
+        if let Ok(package) = Package::parse(&bytes) {
+            for section in package.sections() {
+                for relocation in &section.relocations {
+                    prop_assert!(relocation.offset + relocation.kind.width() <= section.bytes.len());
+                    prop_assert!(relocation.symbol < package.symbols().len());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn truncation_never_panics(len in any::<prop::sample::Index>()) {
+        let bytes = sample().finish();
+        let _ = Package::parse(&bytes[..len.index(bytes.len())]);
+    }
+}
