@@ -4,6 +4,7 @@
 //! running kernel and gives every byte its place in the arena ([`space`]).
 
 pub mod build;
+pub mod link;
 pub mod object;
 pub mod reloc;
 pub mod section;

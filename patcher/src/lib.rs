@@ -6,8 +6,11 @@
 #![forbid(unsafe_code)]
 
 pub mod addr;
+pub mod apply;
+pub mod commit;
 pub mod edition;
 pub mod guest;
 pub mod journal;
 pub mod kernel;
+pub mod plan;
 pub mod x86;
