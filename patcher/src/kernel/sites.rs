@@ -112,6 +112,8 @@ struct Table {
     entry: usize,
     at: At,
     len: Len,
+    /// Offset of the field that says where the kernel may go on from a site, relative to the field itself.
+    to: Option<usize>,
 }
 
 /// All patch sites of one image. Asking costs one pass over the tables and no memory beyond the answer.
@@ -182,6 +184,30 @@ impl Sites {
             range: code.clone(),
         }));
         found.sort_by_key(|site| site.range.start);
+        found
+    }
+
+    /// The sites from which the kernel may go on at a byte of `range` without a branch in its text that says so: static
+    /// branches that lead there when switched on, and instructions whose faults are fixed up there.
+    #[must_use]
+    pub fn leading_into(&self, range: &Range<LinkAddr>) -> Vec<(SiteKind, LinkAddr)> {
+        let data = (*self.bytes).as_ref();
+        let mut found = Vec::new();
+        for table in &self.tables {
+            let Some(to) = table.to else { continue };
+            let entries = data
+                .get(table.file.clone())
+                .unwrap_or_default()
+                .chunks_exact(table.entry);
+            for (index, entry) in entries.enumerate() {
+                let target = relative(table, index, entry, to);
+                if target.is_some_and(|target| range.contains(&LinkAddr(target)))
+                    && let Some(from) = site_address(table, index, entry)
+                {
+                    found.push((table.kind, LinkAddr(from)));
+                }
+            }
+        }
         found
     }
 
@@ -267,13 +293,16 @@ impl fmt::Debug for Sites {
 fn site_address(table: &Table, index: usize, entry: &[u8]) -> Option<u64> {
     match table.at {
         At::Absolute(at) => le_u64(entry, at),
-        At::Relative(at) => {
-            let field = table
-                .address
-                .checked_add(u64::try_from(index * table.entry + at).ok()?)?;
-            field.checked_add_signed(le_i32(entry, at)?.into())
-        }
+        At::Relative(at) => relative(table, index, entry, at),
     }
+}
+
+/// What the field at offset `at` of an entry refers to, relative to itself.
+fn relative(table: &Table, index: usize, entry: &[u8], at: usize) -> Option<u64> {
+    let field = table
+        .address
+        .checked_add(u64::try_from(index * table.entry + at).ok()?)?;
+    field.checked_add_signed(le_i32(entry, at)?.into())
 }
 
 /// The shape of one table's entries.
@@ -282,6 +311,7 @@ struct Shape {
     entry: usize,
     at: At,
     len: Len,
+    to: Option<usize>,
 }
 
 impl Shape {
@@ -291,6 +321,7 @@ impl Shape {
             entry,
             at: At::Relative(0),
             len,
+            to: None,
         }
     }
 
@@ -313,6 +344,7 @@ impl Shape {
             entry: self.entry,
             at: self.at,
             len: self.len,
+            to: self.to,
         })
     }
 }
@@ -333,12 +365,14 @@ fn section_shape(name: &str, types: &Types) -> Result<Option<Shape>, SitesError>
             entry: ask(types.size_of("alt_instr"))?.max(1),
             at: At::Relative(member("alt_instr", "instr_offset")?),
             len: Len::Byte(member("alt_instr", "instrlen")?),
+            to: None,
         },
         ".parainstructions" => Shape {
             kind: SiteKind::Paravirt,
             entry: ask(types.size_of("paravirt_patch_site"))?.max(1),
             at: At::Absolute(member("paravirt_patch_site", "instr")?),
             len: Len::Byte(member("paravirt_patch_site", "len")?),
+            to: None,
         },
         ".retpoline_sites" => Shape::relative(SiteKind::Retpoline, 4, Len::Branch),
         ".return_sites" => Shape::relative(SiteKind::ReturnThunk, 4, Len::Branch),
@@ -350,12 +384,14 @@ fn section_shape(name: &str, types: &Types) -> Result<Option<Shape>, SitesError>
             entry: ask(types.size_of("exception_table_entry"))?.max(1),
             at: At::Relative(member("exception_table_entry", "insn")?),
             len: Len::Fixed(1),
+            to: Some(member("exception_table_entry", "fixup")?),
         },
         "__bug_table" => Shape {
             kind: SiteKind::Bug,
             entry: ask(types.size_of("bug_entry"))?.max(1),
             at: At::Relative(member("bug_entry", "bug_addr_disp")?),
             len: Len::Fixed(2),
+            to: None,
         },
         _ if name.starts_with("runtime_shift_") => {
             Shape::relative(SiteKind::RuntimeConst, 4, Len::Fixed(1))
@@ -381,13 +417,21 @@ fn symbol_shapes(types: &Types) -> Result<[(&'static str, &'static str, Shape); 
         entry: 8,
         at: At::Absolute(0),
         len: Len::Fixed(5),
+        to: None,
+    };
+    let jump_target =
+        types
+            .offset_of("jump_entry", "target")
+            .map_err(|cause| SitesError::Entry {
+                table: "jump_entry".to_owned(),
+                cause,
+            })?;
+    let jumps = Shape {
+        to: Some(usize::try_from(jump_target).unwrap_or(usize::MAX)),
+        ..Shape::relative(SiteKind::JumpLabel, size("jump_entry")?, Len::JumpLabel)
     };
     Ok([
-        (
-            "__start___jump_table",
-            "__stop___jump_table",
-            Shape::relative(SiteKind::JumpLabel, size("jump_entry")?, Len::JumpLabel),
-        ),
+        ("__start___jump_table", "__stop___jump_table", jumps),
         (
             "__start_static_call_sites",
             "__stop_static_call_sites",
