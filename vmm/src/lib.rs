@@ -1,1 +1,20 @@
 //! A KVM virtual machine monitor that boots stock Linux kernels and updates them while they run.
+//!
+//! Dependencies run one way: the API and the command line stand on [`vm`], which stands on `boot`, `devices` and
+//! `kvm`; every ioctl and all `unsafe` are in `kvm`, `memory` and `terminal`.
+
+pub mod boot;
+pub mod cli;
+pub mod config;
+pub mod devices;
+pub mod doctor;
+pub mod end;
+pub mod events;
+pub mod guest;
+pub mod kvm;
+pub mod layout;
+pub mod memory;
+pub mod output;
+pub mod signals;
+pub mod terminal;
+pub mod vm;

@@ -1,3 +1,7 @@
 //! The `exopatch` command.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    vmm::cli::main()
+}

@@ -1,0 +1,128 @@
+//! The running machine as the patcher's guest: the one place where the two meet.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use patcher::addr::Gpa;
+use patcher::guest::{Guest, GuestError, PausedGuest, ReadPhys, Registers, Vcpu};
+
+use crate::vm::{Inner, PauseError, PauseStats, Vm};
+
+/// Another patcher is at work on the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("another update of this guest is at work; try again when it is done")]
+pub struct GuestBusy;
+
+/// The guest of a machine, for one patcher at a time.
+#[derive(Debug)]
+pub struct KvmGuest {
+    machine: Arc<Inner>,
+    last_pause: PauseStats,
+}
+
+impl KvmGuest {
+    pub(crate) fn new(vm: &Vm) -> Result<Self, GuestBusy> {
+        if vm.0.patcher_at_work.swap(true, Ordering::Acquire) {
+            return Err(GuestBusy);
+        }
+        Ok(Self {
+            machine: Arc::clone(&vm.0),
+            last_pause: PauseStats::default(),
+        })
+    }
+
+    /// What the last pause cost. All zero when the guest was standing still already.
+    #[must_use]
+    pub fn last_pause(&self) -> &PauseStats {
+        &self.last_pause
+    }
+}
+
+impl Drop for KvmGuest {
+    fn drop(&mut self) {
+        self.machine.patcher_at_work.store(false, Ordering::Release);
+    }
+}
+
+impl ReadPhys for KvmGuest {
+    fn read_phys(&self, at: Gpa, buf: &mut [u8]) -> Result<(), GuestError> {
+        self.machine.memory.read_phys(at, buf)
+    }
+}
+
+impl Guest for KvmGuest {
+    type Paused<'g> = KvmPaused<'g>;
+
+    fn arena(&self) -> Range<Gpa> {
+        self.machine.memory.arena()
+    }
+
+    fn pause(&mut self, deadline: Instant) -> Result<KvmPaused<'_>, GuestError> {
+        let (stopped, stats) =
+            self.machine
+                .hold_for_patcher(deadline)
+                .map_err(|error| match error {
+                    PauseError::Vcpu { vcpu } => GuestError::Deadline { vcpu },
+                    PauseError::Ended => GuestError::Ended,
+                    PauseError::Device => GuestError::Machine {
+                        cause: error.to_string(),
+                    },
+                })?;
+        self.last_pause = stats;
+        Ok(KvmPaused {
+            machine: &self.machine,
+            vcpus: stopped.iter().map(|it| it.vcpu).collect(),
+            held: true,
+        })
+    }
+}
+
+/// The guest while it stands still for a patcher.
+#[derive(Debug)]
+pub struct KvmPaused<'g> {
+    machine: &'g Inner,
+    vcpus: Vec<Vcpu>,
+    held: bool,
+}
+
+impl ReadPhys for KvmPaused<'_> {
+    fn read_phys(&self, at: Gpa, buf: &mut [u8]) -> Result<(), GuestError> {
+        self.machine.memory.read_phys(at, buf)
+    }
+}
+
+impl Registers for KvmPaused<'_> {
+    fn vcpus(&self) -> &[Vcpu] {
+        &self.vcpus
+    }
+}
+
+impl PausedGuest for KvmPaused<'_> {
+    fn write_phys(&mut self, at: Gpa, bytes: &[u8]) -> Result<(), GuestError> {
+        self.machine.memory.write(at, bytes)
+    }
+
+    fn resume(mut self) -> Result<(), GuestError> {
+        self.held = false;
+        if self.machine.release_from_patcher() {
+            Ok(())
+        } else {
+            Err(GuestError::Ended)
+        }
+    }
+
+    fn leave_paused(mut self) {
+        self.held = false;
+        self.machine.give_up();
+    }
+}
+
+impl Drop for KvmPaused<'_> {
+    fn drop(&mut self) {
+        if self.held {
+            self.machine.release_from_patcher();
+        }
+    }
+}

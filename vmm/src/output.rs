@@ -1,0 +1,51 @@
+//! The only way to the process's standard output and standard error besides logs and the guest's console.
+
+use std::fmt::Display;
+use std::io::{self, Write};
+
+/// Writes `text` and a newline to standard output. A reader that has gone away (`exopatch ... | head`) is not an error.
+///
+/// # Errors
+/// Whatever else kept the text from being written.
+pub fn line(text: impl Display) -> io::Result<()> {
+    ignore_closed(writeln!(io::stdout().lock(), "{text}"))
+}
+
+/// Writes `text` to standard output as it is.
+///
+/// # Errors
+/// As [`line`].
+pub fn text(text: impl Display) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    ignore_closed(write!(out, "{text}").and_then(|()| out.flush()))
+}
+
+/// Tells the person at the terminal something that is neither result nor log.
+///
+/// Nobody is left to tell when standard error itself is gone, so failures end here.
+pub fn note(text: impl Display) {
+    drop(writeln!(io::stderr().lock(), "exopatch: {text}"));
+}
+
+/// Writes an error with its chain of causes to standard error.
+pub fn error(error: &dyn std::error::Error) {
+    let mut text = format!("error: {error}");
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        let line = inner.to_string();
+        // Errors that already quote their source in their own message are not repeated.
+        if !text.contains(&line) {
+            text.push_str("\n  because: ");
+            text.push_str(&line);
+        }
+        cause = inner.source();
+    }
+    drop(writeln!(io::stderr().lock(), "{text}"));
+}
+
+fn ignore_closed(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        other => other,
+    }
+}

@@ -1,0 +1,237 @@
+//! Putting a machine together and letting it go.
+
+use std::io;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Condvar, Mutex, OnceLock, Weak};
+use std::thread;
+
+use super::event_loop::{self, Signals, Subscriber};
+use super::gate::Gate;
+use super::pause::Holds;
+use super::rendezvous::Rendezvous;
+use super::{Ending, Inner, Vm, vcpu};
+use crate::boot::acpi::{self, AcpiError};
+use crate::boot::cpuid::{self, TooManyLeaves};
+use crate::boot::entry::{self, Entry};
+use crate::boot::load::{self, LoadError};
+use crate::boot::msr::{self, TooManyMsrs};
+use crate::config::Config;
+use crate::devices::acpi_pm::{self, AcpiPm};
+use crate::devices::bus::{Bus, Overlap};
+use crate::devices::console::{ConsoleLoop, Host, Parts};
+use crate::devices::i8042::{self, I8042};
+use crate::devices::pvpanic::{self, PvPanic};
+use crate::devices::serial;
+use crate::end::EndReason;
+use crate::events::{EventKind, Events};
+use crate::kvm::kick::{self, Kicker};
+use crate::kvm::machine::Machine;
+use crate::kvm::vcpu::VcpuHandle;
+use crate::kvm::{Hypervisor, KvmError};
+use crate::layout::Layout;
+use crate::memory::{Memory, MemoryError};
+use crate::signals::EndingSignals;
+
+/// A vCPU thread serves exits and writes logs; it never recurses.
+const VCPU_STACK: usize = 256 * 1024;
+
+/// Why a machine could not be started. Nothing is left of it.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Kernel, initrd or boot parameters.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// ACPI tables.
+    #[error(transparent)]
+    Acpi(#[from] AcpiError),
+    /// CPUID.
+    #[error(transparent)]
+    Cpuid(#[from] TooManyLeaves),
+    /// Model-specific registers.
+    #[error(transparent)]
+    Msr(#[from] TooManyMsrs),
+    /// Low memory for the entry state.
+    #[error(transparent)]
+    Entry(#[from] patcher::guest::GuestError),
+    /// Device addresses.
+    #[error(transparent)]
+    Bus(#[from] Overlap),
+    /// The configuration is not for this machine.
+    #[error("{memory} bytes of memory do not fit the guest's {phys_bits} bits of physical address")]
+    AddressWidth {
+        /// RAM asked for.
+        memory: u64,
+        /// What guests have here.
+        phys_bits: u8,
+    },
+    /// The console.
+    #[error("the console cannot be connected: {0}")]
+    Console(#[source] io::Error),
+    /// Threads, events.
+    #[error("the host gave no thread or event: {0}")]
+    Host(#[from] io::Error),
+}
+
+impl Vm {
+    /// Starts a machine. With `signals`, those end it.
+    ///
+    /// # Errors
+    /// When any part of it cannot be had; nothing is left of the others then.
+    pub fn start(
+        hypervisor: &Hypervisor,
+        config: Config,
+        signals: Option<EndingSignals>,
+    ) -> Result<Self, StartError> {
+        let events = Events::new();
+        kick::install_handler()?;
+        let phys_bits = hypervisor.limits()?.phys_bits;
+        let layout = Layout::new(config.memory, phys_bits).ok_or(StartError::AddressWidth {
+            memory: config.memory,
+            phys_bits,
+        })?;
+        let memory = Arc::new(Memory::new(layout)?);
+        let machine = Arc::new(Machine::new(hypervisor, config.cpus, Arc::clone(&memory))?);
+        let entry = load::load(&config, &memory)?;
+        acpi::write(&memory, config.cpus)?;
+        let mut vcpus = make_vcpus(hypervisor, &machine, entry, config.cpus)?;
+        let host = Host::open(&config.console).map_err(StartError::Console)?;
+        let pty = host.pty.clone();
+        let gate = Arc::new(Gate::new()?);
+        // The door opens when the guest first runs.
+        gate.shut(std::time::Instant::now());
+        let line = machine.edge_line(serial::LINE)?;
+        let stop_loop = vmm_sys_util::eventfd::EventFd::new(libc::EFD_NONBLOCK)?;
+        let weak: Arc<OnceLock<Weak<Inner>>> = Arc::new(OnceLock::new());
+        let to_end = Arc::clone(&weak);
+        let quit = Box::new(move |by: &str| {
+            if let Some(machine) = to_end.get().and_then(Weak::upgrade) {
+                machine.end(EndReason::Killed(by.to_owned()));
+            }
+        });
+        let Parts {
+            port,
+            host: console,
+        } = ConsoleLoop::connect(host, line, Arc::clone(&gate), quit)?;
+        let pm = Arc::new(Mutex::new(power_management(&machine)));
+        let mut ports = Bus::default();
+        ports.add(
+            u64::from(serial::PORT)..u64::from(serial::PORT) + u64::from(serial::PORTS),
+            port.clone(),
+        )?;
+        ports.add(
+            i8042::PORT..i8042::PORT + i8042::PORTS,
+            Arc::new(Mutex::new(I8042)),
+        )?;
+        ports.add(
+            pvpanic::PORT.into()..u64::from(pvpanic::PORT) + 1,
+            Arc::new(Mutex::new(PvPanic)),
+        )?;
+        ports.add(
+            acpi_pm::PORT.into()..u64::from(acpi_pm::PORT) + acpi_pm::PORTS,
+            pm.clone(),
+        )?;
+        let kickers = vcpus.iter_mut().filter_map(with_sync).collect();
+        let inner = Arc::new(Inner {
+            rendezvous: Rendezvous::new(vcpus.len()),
+            config,
+            events,
+            memory,
+            kickers,
+            threads: OnceLock::new(),
+            gate,
+            holds: Mutex::new(Holds::default()),
+            ports,
+            memory_bus: Bus::default(),
+            pm,
+            serial: port,
+            pty,
+            end: Mutex::new(Ending::default()),
+            ended: Condvar::new(),
+            stop_loop: stop_loop.try_clone()?,
+            patcher_at_work: AtomicBool::new(false),
+        });
+        drop(weak.set(Arc::downgrade(&inner)));
+        let mut subscribers: Vec<Subscriber> = vec![Box::new(console)];
+        if let Some(signals) = signals {
+            subscribers.push(Box::new(Signals {
+                signals,
+                machine: Arc::downgrade(&inner),
+            }));
+        }
+        event_loop::spawn(subscribers, stop_loop)?;
+        Self::go(inner, vcpus)
+    }
+
+    /// Makes the vCPU threads, and lets them run when all are there.
+    fn go(inner: Arc<Inner>, vcpus: Vec<VcpuHandle>) -> Result<Self, StartError> {
+        let mut threads = Vec::new();
+        for (index, vcpu) in vcpus.into_iter().enumerate() {
+            let shared = Arc::clone(&inner);
+            let spawned = thread::Builder::new()
+                .name(format!("vcpu{index}"))
+                .stack_size(VCPU_STACK)
+                .spawn(move || vcpu::thread(&shared, vcpu, index));
+            match spawned {
+                Ok(thread) => threads.push(thread),
+                Err(error) => {
+                    inner.rendezvous.exit(|_| {});
+                    drop(inner.stop_loop.write(1));
+                    return Err(error.into());
+                }
+            }
+        }
+        drop(inner.threads.set(threads));
+        inner.events.publish(EventKind::Started);
+        inner.rendezvous.resume(false);
+        inner.gate.open();
+        Ok(Self(inner))
+    }
+}
+
+fn with_sync(vcpu: &mut VcpuHandle) -> Option<(Kicker, u64)> {
+    let sync = vcpu.sync();
+    vcpu.take_kicker().map(|kicker| (kicker, sync))
+}
+
+fn power_management(machine: &Arc<Machine>) -> AcpiPm {
+    let machine = Arc::clone(machine);
+    AcpiPm::new(Box::new(move |up| {
+        if let Err(error) = machine.set_line(acpi_pm::SCI, up) {
+            tracing::error!(%error, "the power management interrupt could not be raised");
+        }
+    }))
+}
+
+/// Makes the vCPUs; the first stands at the kernel's entry, the others wait for their startup message.
+fn make_vcpus(
+    hypervisor: &Hypervisor,
+    machine: &Machine,
+    entry: Entry,
+    count: u32,
+) -> Result<Vec<VcpuHandle>, StartError> {
+    let supported = hypervisor.supported_cpuid()?;
+    let tsc_deadline = hypervisor.has_tsc_deadline();
+    let msrs = msr::initial()?;
+    let mut vcpus = Vec::new();
+    for index in 0..count {
+        let vcpu = machine.add_vcpu(index)?;
+        vcpu.set_cpuid(&cpuid::of_vcpu(&supported, index, count, tsc_deadline)?)?;
+        vcpu.set_msrs(&msrs)?;
+        let mut lapic = vcpu.lapic()?;
+        msr::connect_pins(&mut lapic);
+        vcpu.set_lapic(&lapic)?;
+        if index == 0 {
+            let (_, mut sregs) = vcpu.registers()?;
+            let regs = entry::prepare(entry, machine.memory(), &mut sregs)?;
+            vcpu.set_registers(&regs, &sregs)?;
+        }
+        vcpus.push(vcpu);
+    }
+    Ok(vcpus)
+}

@@ -1,0 +1,90 @@
+//! What a vCPU's thread does all its life.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use super::Inner;
+use super::rendezvous::Wanted;
+use crate::devices::bus::Request;
+use crate::end::EndReason;
+use crate::kvm::KvmError;
+use crate::kvm::vcpu::{Exit, VcpuHandle};
+
+/// Runs vCPU `index` until the machine ends.
+pub(super) fn thread(inner: &Arc<Inner>, mut vcpu: VcpuHandle, index: usize) {
+    let life = catch_unwind(AssertUnwindSafe(|| live(inner, &mut vcpu, index)));
+    match life {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => inner.end(EndReason::Error(format!("vCPU {index}: {error}"))),
+        Err(_) => inner.end(EndReason::Error(format!(
+            "the thread of vCPU {index} panicked; see the log"
+        ))),
+    }
+    // The vCPU goes before the machine is said to be over.
+    drop(vcpu);
+    if inner.rendezvous.leave() {
+        inner.complete();
+    }
+}
+
+fn live(inner: &Inner, vcpu: &mut VcpuHandle, index: usize) -> Result<(), KvmError> {
+    loop {
+        match inner.rendezvous.wanted() {
+            Wanted::Run => {
+                let exit = vcpu.run()?;
+                serve(inner, exit, index);
+                // A kick that came too late for the stop it was meant for would make every run return at once.
+                if inner.rendezvous.wanted() == Wanted::Run && vcpu.is_kicked() {
+                    vcpu.clear_kick();
+                }
+            }
+            Wanted::Stop => stand_still(inner, vcpu, index)?,
+            Wanted::Exit => return Ok(()),
+        }
+    }
+}
+
+/// Finishes what the last exit began, tells where the vCPU is, and waits.
+fn stand_still(inner: &Inner, vcpu: &mut VcpuHandle, index: usize) -> Result<(), KvmError> {
+    while let Some(exit) = vcpu.settle()? {
+        serve(inner, exit, index);
+    }
+    let left = inner.rendezvous.park(index, vcpu.stopped()?);
+    if left.tell_clock && inner.rendezvous.wanted() == Wanted::Run {
+        vcpu.clock_stood_still()?;
+    }
+    vcpu.clear_kick();
+    Ok(())
+}
+
+/// Serves an exit from the guest.
+fn serve(inner: &Inner, exit: Exit<'_>, index: usize) {
+    let request = match exit {
+        Exit::Interrupted => None,
+        Exit::PortWrite(port, data) => inner.ports.write(port.into(), data),
+        Exit::PortRead(port, data) => {
+            inner.ports.read(port.into(), data);
+            None
+        }
+        Exit::MemoryWrite(at, data) => inner.memory_bus.write(at, data),
+        Exit::MemoryRead(at, data) => {
+            inner.memory_bus.read(at, data);
+            None
+        }
+        Exit::Shutdown => {
+            inner.end(EndReason::TripleFault);
+            None
+        }
+        Exit::Broken(what) => {
+            inner.end(EndReason::Error(format!("vCPU {index}: {what}")));
+            None
+        }
+    };
+    match request {
+        None => {}
+        Some(Request::PowerOff) => inner.end(EndReason::PowerOff),
+        Some(Request::Reset) => inner.end(EndReason::Reset),
+        Some(Request::Panicked(line)) => inner.panicked(line),
+        Some(Request::Dead) => inner.end(EndReason::Panic("no reason was seen".to_owned())),
+    }
+}
