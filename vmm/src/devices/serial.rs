@@ -268,6 +268,7 @@ mod tests {
     fn a_host_that_does_not_read_shows_as_a_busy_transmitter() {
         let mut bench = bench();
         bench.open();
+        bench.put(INTERRUPT_ENABLE, 0b0111);
         let mut sent = 0;
         while bench.get(LINE_STATUS) & 0x60 == 0x60 {
             bench.put(DATA, if sent % 64 == 63 { b'\n' } else { b'x' });

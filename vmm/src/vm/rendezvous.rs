@@ -10,6 +10,7 @@
 //!
 //! It knows no KVM: a thread brings a value of type `S` (its registers) when it stands still, and the caller brings the kick.
 
+use std::mem;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -35,8 +36,9 @@ pub(crate) struct Left {
 #[derive(Debug)]
 struct Slots<S> {
     parked: Vec<Option<S>>,
+    /// For each thread: a long stop has ended while it stood still. Kept until it leaves, which may be stops later.
+    tell_clock: Vec<bool>,
     running_threads: usize,
-    tell_clock: bool,
 }
 
 /// The meeting place of one machine's vCPU threads.
@@ -55,8 +57,8 @@ impl<S: Copy> Rendezvous<S> {
             wanted: AtomicU8::new(Wanted::Stop as u8),
             slots: Mutex::new(Slots {
                 parked: vec![None; threads],
+                tell_clock: vec![false; threads],
                 running_threads: threads,
-                tell_clock: false,
             }),
             arrived: Condvar::new(),
             released: Condvar::new(),
@@ -92,9 +94,8 @@ impl<S: Copy> Rendezvous<S> {
         if let Some(slot) = slots.parked.get_mut(index) {
             *slot = None;
         }
-        Left {
-            tell_clock: slots.tell_clock,
-        }
+        let tell_clock = slots.tell_clock.get_mut(index).is_some_and(mem::take);
+        Left { tell_clock }
     }
 
     /// For a thread that ends: returns whether it was the last.
@@ -106,6 +107,8 @@ impl<S: Copy> Rendezvous<S> {
     }
 
     /// Stops all threads: kicks every one, then awaits every one. On a miss they run on.
+    ///
+    /// A thread that has not yet left the stop before has not run since, so what it brought then still holds.
     ///
     /// # Errors
     /// The index of the first thread that did not stand still before `deadline`, or `None` when they have ended or end.
@@ -133,7 +136,6 @@ impl<S: Copy> Rendezvous<S> {
             };
             let now = Instant::now();
             if now >= deadline {
-                slots.tell_clock = false;
                 self.change(Wanted::Stop, Wanted::Run);
                 self.released.notify_all();
                 return Err(Some(missing));
@@ -149,7 +151,9 @@ impl<S: Copy> Rendezvous<S> {
     /// Lets all threads run. Returns false when they have been told to end instead.
     pub(crate) fn resume(&self, tell_clock: bool) -> bool {
         let mut slots = self.slots();
-        slots.tell_clock = tell_clock;
+        if tell_clock {
+            slots.tell_clock.fill(true);
+        }
         self.change(Wanted::Stop, Wanted::Run);
         self.released.notify_all();
         self.wanted() == Wanted::Run
@@ -187,14 +191,14 @@ mod tests {
 
     struct Crew {
         place: Arc<Rendezvous<usize>>,
-        turns: Arc<AtomicU64>,
+        turns: Arc<Vec<AtomicU64>>,
         threads: Vec<JoinHandle<()>>,
     }
 
     /// Threads that look at what is wanted between turns, except `deaf` ones, which look only when told to end.
     fn crew(count: usize, deaf: Option<usize>) -> Crew {
         let place = Arc::new(Rendezvous::new(count));
-        let turns = Arc::new(AtomicU64::new(0));
+        let turns = Arc::new((0..count).map(|_| AtomicU64::new(0)).collect::<Vec<_>>());
         let threads = (0..count)
             .map(|index| {
                 let place = Arc::clone(&place);
@@ -209,7 +213,7 @@ mod tests {
                                 place.park(index, index);
                             }
                             _ => {
-                                turns.fetch_add(1, Ordering::Relaxed);
+                                turns[index].fetch_add(1, Ordering::Relaxed);
                                 thread::yield_now();
                             }
                         }
@@ -226,6 +230,24 @@ mod tests {
     }
 
     impl Crew {
+        fn turns(&self) -> Vec<u64> {
+            let turns = self.turns.iter();
+            turns.map(|it| it.load(Ordering::SeqCst)).collect()
+        }
+
+        /// Waits until every thread has had a turn more.
+        fn run(&self) {
+            let before = self.turns();
+            while self
+                .turns()
+                .iter()
+                .zip(&before)
+                .any(|(now, then)| now == then)
+            {
+                thread::yield_now();
+            }
+        }
+
         fn end(self) {
             self.place.exit(|_| {});
             for thread in self.threads {
@@ -240,9 +262,9 @@ mod tests {
         for _ in 0..200 {
             let states = crew.place.stop(Instant::now() + SOON, |_| {});
             assert_eq!(states, Ok(vec![0, 1, 2, 3]));
-            let before = crew.turns.load(Ordering::SeqCst);
+            let before = crew.turns();
             thread::yield_now();
-            assert_eq!(crew.turns.load(Ordering::SeqCst), before);
+            assert_eq!(crew.turns(), before);
             assert!(crew.place.resume(false));
         }
         crew.end();
@@ -272,12 +294,30 @@ mod tests {
             .stop(Instant::now() + SOON, |_| {})
             .expect("first stop");
         crew.place.resume(false);
+        crew.run();
         let missed = crew
             .place
             .stop(Instant::now() + Duration::from_millis(20), |_| {});
         assert_eq!(missed, Err(Some(1)));
         assert_eq!(crew.place.wanted(), Wanted::Run);
         crew.end();
+    }
+
+    #[test]
+    fn a_thread_that_stands_through_two_stops_hears_of_the_long_one() {
+        let place = Arc::new(Rendezvous::new(1));
+        let thread = {
+            let place = Arc::clone(&place);
+            thread::spawn(move || place.park(0, 0).tell_clock)
+        };
+        place.stop(Instant::now() + SOON, |_| {}).expect("stopped");
+        {
+            // The thread cannot leave between these: it needs the same lock to look.
+            let mut slots = place.slots();
+            slots.tell_clock.fill(true);
+        }
+        place.resume(false);
+        assert!(thread.join().expect("left"));
     }
 
     #[test]
