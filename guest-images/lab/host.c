@@ -38,7 +38,7 @@ static struct {
 	const char *dir, *api;
 	const char *save; /* save the machine's state there instead of using it */
 	const char *load; /* start from that state */
-	bool once;
+	bool once; /* end, and leave nothing behind, after the first command */
 	unsigned long ready_seconds;
 	char **qemu;
 } options = { .api = "/run/exopatch.sock", .ready_seconds = 30 };
@@ -351,6 +351,17 @@ static bool bring_up(int port, int signals, int monitor, pid_t *qemu, uint64_t d
 	return say_go(port) && wait_for(READY, port, signals, deadline);
 }
 
+/* Removes the sockets, and of a lab that nobody will ask about also the logs and the directory. */
+static void clean_up(bool all)
+{
+	static const char *const names[] = { "fs.sock", "mux.sock", "ctl.sock", "api.sock",
+					     "lock",	"qemu.log", "host.log", "console.log" };
+	for (size_t i = 0; i < (all ? 8 : 4); i++)
+		unlink(path_in_dir(names[i]));
+	if (all)
+		rmdir(options.dir);
+}
+
 static int daemon_main(int told)
 {
 	sigset_t set;
@@ -379,16 +390,14 @@ static int daemon_main(int told)
 		ready = bring_up(port, signals, monitor, &qemu, deadline);
 	}
 	int ctl = unix_listen(path_in_dir("ctl.sock")), api = unix_listen(path_in_dir("api.sock"));
-	if (ready)
-		dprintf(told, "%lu\n", now_ms() - started);
+	if (ready && dprintf(told, "%lu\n", now_ms() - started) < 0)
+		ready = false; /* whoever wanted it is gone */
 	close(told);
 	if (ready && !options.save)
 		serve(port, ctl, api, signals);
 	if (qemu > 0 && !kill(qemu, SIGKILL))
 		waitpid(qemu, NULL, 0);
-	static const char *const names[] = { "fs.sock", "mux.sock", "ctl.sock", "api.sock" };
-	for (size_t i = 0; i < sizeof names / sizeof *names; i++)
-		unlink(path_in_dir(names[i]));
+	clean_up(ready && options.once);
 	return ready ? 0 : NOT_READY_STATUS;
 }
 
