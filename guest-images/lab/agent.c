@@ -25,10 +25,13 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mount.h>
+#include <sys/reboot.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/sysmacros.h>
+#include <sys/uio.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -45,12 +48,12 @@ struct stream {
 static struct stream streams[MAX_STREAMS];
 static struct buffer from_host, to_host;
 
-/* Before the machine is up there is nowhere to report to but its console, which the host keeps. */
+/* There is nowhere to report to but the console, which the host keeps; QEMU ends instead of rebooting, and with it the lab. */
 static _Noreturn void give_up(const char *what)
 {
 	fprintf(stderr, "lab: %s: %s\n", what, strerror(errno));
 	for (;;)
-		pause();
+		reboot(RB_AUTOBOOT);
 }
 
 static void mount_or_give_up(const char *type, const char *where, unsigned long flags, const char *data)
@@ -87,49 +90,86 @@ static void load_modules(void)
 	}
 }
 
-/* Ports appear a moment after their driver; sysfs tells their names. */
+/* The name that QEMU gave a port, from its entry in sysfs. */
+static bool port_is(const char *port, const char *wanted)
+{
+	char path[300], name[32] = "";
+	snprintf(path, sizeof path, "/sys/class/virtio-ports/%s/name", port);
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	ssize_t length = fd < 0 ? -1 : read(fd, name, sizeof name - 1);
+	if (fd >= 0)
+		close(fd);
+	return length > 0 && !strncmp(name, wanted, strlen(wanted));
+}
+
+/* Ports appear a moment after their driver. */
 static int open_port(const char *wanted)
 {
 	for (int tries = 0; tries < 10000; tries++) {
-		for (int i = 1; i < 8; i++) {
-			char path[64], name[32] = "";
-			snprintf(path, sizeof path, "/sys/class/virtio-ports/vport0p%d/name", i);
-			int fd = open(path, O_RDONLY | O_CLOEXEC);
+		DIR *ports = opendir("/sys/class/virtio-ports");
+		for (struct dirent *port; ports && (port = readdir(ports));) {
+			char path[300];
+			snprintf(path, sizeof path, "/dev/%s", port->d_name);
+			int fd = port_is(port->d_name, wanted) ? open(path, O_RDWR | O_CLOEXEC) : -1;
 			if (fd < 0)
 				continue;
-			ssize_t length = read(fd, name, sizeof name - 1);
-			close(fd);
-			if (length <= 0 || strncmp(name, wanted, strlen(wanted)))
-				continue;
-			snprintf(path, sizeof path, "/dev/vport0p%d", i);
-			fd = open(path, O_RDWR | O_CLOEXEC);
-			if (fd >= 0)
-				return fd;
+			closedir(ports);
+			return fd;
 		}
+		if (ports)
+			closedir(ports);
 		usleep(1000);
 	}
 	give_up("no virtio port");
 }
 
-static int fuse_fd, fuse_port;
+static int fuse_fd, fuse_port, window_fd;
+static pthread_mutex_t fuse_port_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static void send_request(const char *request, size_t length)
+{
+	pthread_mutex_lock(&fuse_port_lock);
+	for (size_t done = 0; done < length;) {
+		ssize_t put = write(fuse_port, request + done, length - done);
+		if (put < 0 && errno != EINTR)
+			give_up("file port");
+		done += put > 0 ? (size_t)put : 0;
+	}
+	pthread_mutex_unlock(&fuse_port_lock);
+}
 
 static void *fuse_requests(void *unused)
 {
-	static char request[MAX_FRAME + 65536];
+	static char request[SLOT_SIZE + 65536];
 	for (;;) {
 		ssize_t length = read(fuse_fd, request, sizeof request);
 		if (length < 0 && (errno == EINTR || errno == ENOENT || errno == EAGAIN))
 			continue; /* ENOENT: the request was interrupted before it was read */
 		if (length <= 0)
 			give_up("/dev/fuse");
-		for (ssize_t done = 0; done < length;) {
-			ssize_t put = write(fuse_port, request + done, (size_t)(length - done));
-			if (put < 0 && errno != EINTR)
-				give_up("file port");
-			done += put > 0 ? put : 0;
-		}
+		send_request(request, (size_t)length);
 	}
 	return unused;
+}
+
+/* ENOENT: nobody waits for this reply any more. */
+static void give_reply(const struct iovec *parts, int count)
+{
+	if (writev(fuse_fd, parts, count) < 0 && errno != ENOENT)
+		give_up("/dev/fuse reply");
+}
+
+/* Reads a reply's body from the window, past the page cache: what a slot holds changes from outside. */
+static void reply_from_slot(struct fuse_out_header header, uint32_t slot)
+{
+	static _Alignas(4096) char body[SLOT_SIZE];
+	header.len &= ~(uint32_t)IN_SLOT;
+	size_t length = header.len - sizeof header, whole = (length + 511) & ~(size_t)511;
+	if (whole > sizeof body || pread(window_fd, body, whole, (off_t)slot * SLOT_SIZE) != (ssize_t)whole)
+		give_up("/dev/vda");
+	struct fuse_in_header back = { .len = sizeof back, .opcode = SLOT_BACK, .unique = slot };
+	send_request((const char *)&back, sizeof back);
+	give_reply((struct iovec[]){ { &header, sizeof header }, { body, length } }, 2);
 }
 
 static void *fuse_replies(void *unused)
@@ -140,13 +180,19 @@ static void *fuse_replies(void *unused)
 			give_up("file port");
 		struct fuse_out_header header;
 		while (buffer.length >= sizeof header) {
-			memcpy(&header, buffer.bytes + buffer.start, sizeof header);
-			if (buffer.length < header.len)
+			char *start = buffer.bytes + buffer.start;
+			uint32_t slot;
+			memcpy(&header, start, sizeof header);
+			size_t length = header.len & IN_SLOT ? sizeof header + sizeof slot : header.len;
+			if (buffer.length < length)
 				break;
-			/* ENOENT: nobody waits for this reply any more. */
-			if (write(fuse_fd, buffer.bytes + buffer.start, header.len) < 0 && errno != ENOENT)
-				give_up("/dev/fuse reply");
-			buffer_consume(&buffer, header.len);
+			if (header.len & IN_SLOT) {
+				memcpy(&slot, start + sizeof header, sizeof slot);
+				reply_from_slot(header, slot);
+			} else {
+				give_reply(&(struct iovec){ start, length }, 1);
+			}
+			buffer_consume(&buffer, length);
 		}
 	}
 	return unused;
@@ -159,12 +205,22 @@ static void mount_files(void)
 	fuse_fd = open("/dev/fuse", O_RDWR | O_CLOEXEC);
 	if (fuse_fd < 0)
 		give_up("/dev/fuse");
+	window_fd = open("/dev/vda", O_RDONLY | O_DIRECT | O_CLOEXEC);
+	if (window_fd < 0)
+		give_up("/dev/vda");
 	mkdir("/files", 0755);
 	snprintf(options, sizeof options, "fd=%d,rootmode=40000,user_id=0,group_id=0,allow_other", fuse_fd);
 	if (mount("files", "/files", "fuse", MS_NODEV, options))
 		give_up("/files");
 	if (pthread_create(&thread, NULL, fuse_requests, NULL) || pthread_create(&thread, NULL, fuse_replies, NULL))
 		give_up("pthread_create");
+	/* A request takes long whatever its size: read far ahead. */
+	struct stat st;
+	char path[64];
+	if (stat("/files", &st))
+		give_up("/files");
+	snprintf(path, sizeof path, "/sys/class/bdi/%u:%u/read_ahead_kb", major(st.st_dev), minor(st.st_dev));
+	write_setting(path, "512");
 }
 
 /* Makes /files the root, with file systems of this kernel where they must be its own. */

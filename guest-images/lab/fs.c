@@ -22,7 +22,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum { VALID_MS = 300, MAX_TRANSFER = 1024 * 1024, BUCKETS = 65536 };
+enum { VALID_MS = 300, MAX_TRANSFER = SLOT_SIZE, WORTH_A_SLOT = 8192, BUCKETS = 65536 };
 
 struct node {
 	int fd;
@@ -33,7 +33,8 @@ struct node {
 };
 
 static struct node *buckets[BUCKETS], *root;
-static int out_fd;
+static int out_fd, window_fd;
+static bool slot_taken[SLOTS];
 static char reply_space[MAX_TRANSFER + 4096];
 
 static struct node **bucket(dev_t dev, ino_t ino)
@@ -88,12 +89,8 @@ static const char *path_of(const struct node *node)
 	return path;
 }
 
-static void reply(uint64_t unique, int error, const void *body, size_t length)
+static void send_parts(struct iovec *part, int count)
 {
-	struct fuse_out_header header = { (uint32_t)(sizeof header + length), -error, unique };
-	struct iovec parts[2] = { { &header, sizeof header }, { (void *)body, length } };
-	struct iovec *part = parts;
-	int count = length ? 2 : 1;
 	while (count) {
 		ssize_t put = writev(out_fd, part, count);
 		if (put < 0) {
@@ -111,6 +108,40 @@ static void reply(uint64_t unique, int error, const void *body, size_t length)
 			part->iov_len -= (size_t)put;
 		}
 	}
+}
+
+static void reply(uint64_t unique, int error, const void *body, size_t length)
+{
+	struct fuse_out_header header = { (uint32_t)(sizeof header + length), -error, unique };
+	struct iovec parts[2] = { { &header, sizeof header }, { (void *)body, length } };
+	send_parts(parts, length ? 2 : 1);
+}
+
+/* Puts a reply's body into a free slot; its number, or -1. */
+static int fill_slot(const void *body, size_t length)
+{
+	for (int slot = 0; slot < SLOTS; slot++)
+		if (!slot_taken[slot]) {
+			if (pwrite(window_fd, body, length, (off_t)slot * SLOT_SIZE) != (ssize_t)length)
+				return -1;
+			slot_taken[slot] = true;
+			return slot;
+		}
+	return -1;
+}
+
+static void reply_data(uint64_t unique, const void *body, size_t length)
+{
+	int32_t slot = length < WORTH_A_SLOT ? -1 : fill_slot(body, length);
+	if (slot < 0) {
+		reply(unique, 0, body, length);
+		return;
+	}
+	struct {
+		struct fuse_out_header header;
+		int32_t slot;
+	} __attribute__((packed)) message = { { (uint32_t)(sizeof message.header + length) | IN_SLOT, 0, unique }, slot };
+	send_parts(&(struct iovec){ &message, sizeof message }, 1);
 }
 
 static void set_attr(struct fuse_attr *attr, const struct stat *st)
@@ -159,6 +190,10 @@ static void reply_entry(const struct fuse_in_header *in, int failed, const char 
 {
 	struct fuse_entry_out entry;
 	int error = failed ? errno : entry_for(node_of(in->nodeid), name, &entry);
+	if (error == ENOENT && in->opcode == FUSE_LOOKUP) {
+		entry = (struct fuse_entry_out){ .entry_valid_nsec = VALID_MS * 1000000 }; /* "no such name" is believed as long */
+		error = 0;
+	}
 	reply(in->unique, error, &entry, error ? 0 : sizeof entry);
 }
 
@@ -274,7 +309,7 @@ static void do_read(const struct fuse_in_header *in, const struct fuse_read_in *
 	if (got < 0)
 		reply_result(in, 1);
 	else
-		reply(in->unique, 0, reply_space, (size_t)got);
+		reply_data(in->unique, reply_space, (size_t)got);
 }
 
 static void do_write(const struct fuse_in_header *in, const struct fuse_write_in *args)
@@ -318,7 +353,7 @@ static void do_readdir(const struct fuse_in_header *in, const struct fuse_read_i
 		memcpy(reply_space + used + FUSE_NAME_OFFSET, found->d_name, length);
 		used += size;
 	}
-	reply(in->unique, 0, reply_space, used);
+	reply_data(in->unique, reply_space, used);
 }
 
 static void do_opendir(const struct fuse_in_header *in)
@@ -398,7 +433,7 @@ static void do_batch_forget(const struct fuse_batch_forget_in *args)
 
 static void serve(const struct fuse_in_header *in, const void *body)
 {
-	struct node *node = node_of(in->nodeid);
+	struct node *node = in->opcode == SLOT_BACK ? NULL : node_of(in->nodeid);
 	const char *name = body;
 	switch (in->opcode) {
 	case FUSE_INIT: return do_init(in, body);
@@ -439,12 +474,13 @@ static void serve(const struct fuse_in_header *in, const void *body)
 		return reply_result(in, fallocate((int)args->fh, (int)args->mode, (off_t)args->offset, (off_t)args->length));
 	}
 	case FUSE_INTERRUPT: return; /* nothing here waits */
+	case SLOT_BACK: slot_taken[in->unique % SLOTS] = false; return;
 	case FUSE_DESTROY: return reply(in->unique, 0, NULL, 0);
 	default: return reply(in->unique, ENOSYS, NULL, 0); /* the kernel does without, and does not ask again */
 	}
 }
 
-int fs_main(int fd)
+int fs_main(int fd, const char *window)
 {
 	/* A descriptor for each inode that the kernel inside remembers: as many as root, or else this user, may have. */
 	struct rlimit files = { 1 << 20, 1 << 20 };
@@ -454,6 +490,9 @@ int fs_main(int fd)
 	}
 	umask(0);
 	out_fd = fd;
+	window_fd = open(window, O_WRONLY | O_CLOEXEC);
+	if (window_fd < 0)
+		fail("%s: %s", window, strerror(errno));
 	int root_fd = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);
 	struct stat st;
 	if (root_fd < 0 || fstat(root_fd, &st))

@@ -355,11 +355,19 @@ static bool bring_up(int port, int signals, int monitor, pid_t *qemu, uint64_t d
 static void clean_up(bool all)
 {
 	static const char *const names[] = { "fs.sock", "mux.sock", "ctl.sock", "api.sock",
-					     "lock",	"qemu.log", "host.log", "console.log" };
-	for (size_t i = 0; i < (all ? 8 : 4); i++)
+					     "window",  "lock",	"qemu.log", "host.log", "console.log" };
+	for (size_t i = 0; i < (all ? 9 : 5); i++)
 		unlink(path_in_dir(names[i]));
 	if (all)
 		rmdir(options.dir);
+}
+
+static void make_window(void)
+{
+	int fd = open(path_in_dir("window"), O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+	if (fd < 0 || ftruncate(fd, (off_t)SLOTS * SLOT_SIZE))
+		fail("%s: %s", path_in_dir("window"), strerror(errno));
+	close(fd);
 }
 
 static int daemon_main(int told)
@@ -376,6 +384,7 @@ static int daemon_main(int told)
 
 	take_lock();
 	int fs_listener = unix_listen(path_in_dir("fs.sock")), mux_listener = unix_listen(path_in_dir("mux.sock"));
+	make_window();
 	uint64_t started = now_ms(), deadline = started + options.ready_seconds * 1000;
 	int monitor;
 	pid_t qemu = start_qemu(&monitor);
@@ -384,7 +393,7 @@ static int daemon_main(int told)
 	if (fs >= 0 && port >= 0) {
 		if (fork_with_us() == 0) {
 			close(told);
-			_exit(fs_main(fs));
+			_exit(fs_main(fs, path_in_dir("window")));
 		}
 		close(fs);
 		ready = bring_up(port, signals, monitor, &qemu, deadline);

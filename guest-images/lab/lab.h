@@ -5,6 +5,9 @@
  *   client --ctl.sock-- host --virtio port "mux"-- agent -- the command's pipes
  *                       fs   --virtio port "fs"--- agent -- /dev/fuse
  *
+ * A port moves 4 KiB at a time. So what files hold goes another way: the file server writes it into a slot of the file DIR/window,
+ * which is a disk of the emulated machine, and only says on the port which slot it is; the agent gives the slot back.
+ *
  * A stream is one command, or one connection to a unix socket inside. Who sends data holds credit for it: WINDOW bytes at first, more
  * as the other side passes them on. So a slow reader holds up its own stream alone, and no buffer grows without bound.
  */
@@ -16,6 +19,13 @@
 #include <stdint.h>
 
 enum { WINDOW = 256 * 1024, MAX_FRAME = WINDOW + 1024 * 1024, MAX_STREAMS = 256 };
+
+enum {
+	SLOT_SIZE = 1024 * 1024,
+	SLOTS = 48,
+	IN_SLOT = 1 << 30, /* set in the length of a FUSE reply whose body is in the slot whose number follows the header */
+	SLOT_BACK = 0x4c414200, /* the opcode of a request of the agent's own: slot "unique" is free */
+};
 
 enum frame_type {
 	BOOTED = 1, /* agent to host: it waits for GO */
@@ -75,7 +85,7 @@ int unix_listen(const char *path);
 int unix_connect(const char *path);
 
 int agent_main(void);
-int fs_main(int fd);
+int fs_main(int fd, const char *window);
 int host_main(int argc, char **argv);
 int run_main(int argc, char **argv);
 
