@@ -1,0 +1,158 @@
+//! The parts that are timed here, and those that ask the part inside the lab. A boot gets a fresh lab for each sample: an emulated host that has
+//! run guests boots the next one more slowly.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::Instant;
+
+use patcher::kernel::image::Image;
+use patcher::kernel::payload::Payload;
+use serde_json::Value;
+use tests::stock::{ALL, LTS_6_1, NEWEST_6_12, Stock};
+
+use crate::figures::{Figures, Target, median};
+
+/// Seconds until the lab is ready that are too many.
+const LAB_START_S: f64 = 6.0;
+/// Milliseconds that symbols and types may take beyond decompression.
+const INDEX_MS: f64 = 30.0;
+/// Work under the pause of an apply, natively.
+const PAUSE_WORK_US: f64 = 300.0;
+/// Anonymous memory beside guest memory, in MiB: without and with the kernel's index.
+const MEMORY_MIB: f64 = 8.0;
+const MEMORY_INDEXED_MIB: f64 = 32.0;
+
+fn lab() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("scripts").join("lab")
+}
+
+/// Runs a part inside a fresh lab and gives the numbers that it printed.
+fn inside(args: &[&str]) -> Result<Value, String> {
+    eprintln!("measuring {}", args.join(" "));
+    let own = std::env::current_exe().map_err(|error| error.to_string())?;
+    let mut last = String::new();
+    // An emulated host wedges now and then: once more then.
+    for _ in 0..2 {
+        let output = Command::new(lab())
+            .args(["--fresh", "--with-qemu", "--timeout", "300"])
+            .arg(&own)
+            .arg("inside")
+            .args(args)
+            .stdin(Stdio::null())
+            .output()
+            .map_err(|error| format!("{}: {error}", lab().display()))?;
+        if output.status.success() {
+            return serde_json::from_slice(&output.stdout).map_err(|error| format!("{args:?}: {error}"));
+        }
+        last = format!("{args:?}: {}: {}", output.status, String::from_utf8_lossy(&output.stderr));
+        if output.status.code() != Some(124) {
+            break;
+        }
+    }
+    Err(last)
+}
+
+fn number(values: &Value, name: &str) -> Result<f64, String> {
+    values[name].as_f64().ok_or_else(|| format!("no {name} in {values}"))
+}
+
+/// From asking for the lab to a command having run in it.
+pub(crate) fn lab_start(figures: &mut Figures, samples: usize) -> Result<(), String> {
+    let mut times = Vec::new();
+    for _ in 0..samples {
+        let run = |action: &str| {
+            let status = Command::new(lab()).args(["--name", "bench", action]).stdout(Stdio::null()).status();
+            status.map_err(|error| error.to_string()).and_then(|status| {
+                if status.success() { Ok(()) } else { Err(format!("scripts/lab {action}: {status}")) }
+            })
+        };
+        let start = Instant::now();
+        run("up")?;
+        times.push(start.elapsed().as_secs_f64());
+        run("down")?;
+    }
+    figures.add("lab: start to ready", median(times)?, "s", None, Some(Target::AtMost(LAB_START_S)));
+    Ok(())
+}
+
+/// Process start to init, beside QEMU's microvm with the same kernel and initramfs.
+pub(crate) fn boot(figures: &mut Figures, samples: usize) -> Result<(), String> {
+    for stock in [LTS_6_1, NEWEST_6_12] {
+        let (mut ours, mut peers) = (Vec::new(), Vec::new());
+        for _ in 0..samples {
+            ours.push(number(&inside(&["boot", "exopatch", stock.0])?, "boot_s")?);
+            peers.push(number(&inside(&["boot", "qemu", stock.0])?, "boot_s")?);
+        }
+        let name = format!("boot {}: process start to init", stock.0);
+        let peer = Some(("QEMU microvm", median(peers)?));
+        figures.add(name, median(ours)?, "s", peer, Some(Target::RatioAtMost(1.0)));
+    }
+    Ok(())
+}
+
+/// Symbols and types from the bzImage, natively.
+pub(crate) fn index(figures: &mut Figures, samples: usize) -> Result<(), String> {
+    for stock in ALL {
+        eprintln!("measuring index {}", stock.0);
+        let path = stock.file("vmlinuz");
+        let file = fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+        let (mut unpack, mut parse) = (Vec::new(), Vec::new());
+        for _ in 0..samples {
+            let failed = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
+            let payload = Payload::find(&file).map_err(|error| failed(&error))?;
+            let mut vmlinux = vec![0; payload.size()];
+            let start = Instant::now();
+            payload.decompress_into(&mut vmlinux).map_err(|error| failed(&error))?;
+            unpack.push(start.elapsed().as_secs_f64() * 1e3);
+            let start = Instant::now();
+            let image = Image::parse(Arc::new(vmlinux)).map_err(|error| failed(&error))?;
+            image.symbols().lookup("schedule").map_err(|error| failed(&error))?;
+            image.types().member("task_struct", "thread.sp").map_err(|error| failed(&error))?;
+            parse.push(start.elapsed().as_secs_f64() * 1e3);
+        }
+        figures.add(format!("index {}: decompression", stock.0), median(unpack)?, "ms", None, None);
+        let name = format!("index {}: symbols and types beyond it", stock.0);
+        figures.add(name, median(parse)?, "ms", None, Some(Target::AtMost(INDEX_MS)));
+    }
+    Ok(())
+}
+
+/// A bare pause of two busy processors, beside QEMU's stop.
+pub(crate) fn pause(figures: &mut Figures, samples: usize) -> Result<(), String> {
+    let (mut ours, mut peers) = (Vec::new(), Vec::new());
+    for _ in 0..samples {
+        ours.push(inside(&["pause", "exopatch"])?);
+        peers.push(inside(&["pause", "qemu"])?);
+    }
+    let middle = |values: &[Value], name: &str| median(values.iter().filter_map(|value| value[name].as_f64()).collect());
+    let parts = [
+        ("pause: request to reply", "stop", "pause_us", Some(Target::RatioAtMost(1.0))),
+        ("resume: request to reply", "cont", "resume_us", None),
+        ("cheapest request on the same socket", "query-status", "status_us", None),
+    ];
+    for (name, peer, field, target) in parts {
+        let peer_value = middle(&peers, field)?;
+        figures.add(name, middle(&ours, field)?, "us (lab)", Some((&format!("QEMU {peer}"), peer_value)), target);
+    }
+    Ok(())
+}
+
+/// Work under the pause of an apply: counted in the lab, and timed natively on the recorded guest.
+pub(crate) fn apply(figures: &mut Figures) -> Result<(), String> {
+    let dir = tempfile::tempdir().map_err(|error| error.to_string())?;
+    for stock in [LTS_6_1, NEWEST_6_12] {
+        let dump = dir.path().join(format!("{}.core", stock.0));
+        let counted = inside(&["apply", stock.0, dump.to_str().ok_or("a temporary path is not UTF-8")?])?;
+        let of = |name: &str| format!("apply {}: {name}", stock.0);
+        let per_vcpu = number(&counted, "ioctls")? / number(&counted, "vcpus")?;
+        for (name, unit) in [("bytes_read", "bytes"), ("bytes_written", "bytes"), ("stack_words", "words"), ("tasks", "tasks")] {
+            figures.add(of(&name.replace('_', " ")), number(&counted, name)?, unit, None, None);
+        }
+        figures.add(of("ioctls per vCPU"), per_vcpu, "ioctls", None, None);
+        figures.add(of("pause"), number(&counted, "pause_us")?, "us (lab)", None, None);
+        recorded(figures, stock, &dump)?;
+    }
+    Ok(())
+}
