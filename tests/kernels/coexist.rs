@@ -17,7 +17,7 @@ fn the_guest_traces_a_redirected_function() {
     for stock in stock::ALL {
         let mut guest = boot_asking(&Options::new(stock), 2);
         let old = wait_answer(&guest, 0, 0, |_| true);
-        let id = apply(&guest, &stock.edition("answer_exdev"));
+        let id = apply(&guest, &stock.edition("unix_ioctl_notty"));
         let tracing = "cd /sys/kernel/tracing";
         one_line(
             &mut guest,
@@ -38,8 +38,8 @@ fn the_guest_traces_a_redirected_function() {
         revert(&guest, id);
         let _ = wait_answer(&guest, mark, 0, |answer| answer == old);
         let mark = guest.console.mark();
-        let _ = apply(&guest, &stock.edition("answer_exdev"));
-        let _ = wait_answer(&guest, mark, 0, |answer| answer == "EXDEV");
+        let _ = apply(&guest, &stock.edition("unix_ioctl_notty"));
+        let _ = wait_answer(&guest, mark, 0, |answer| answer == "ENOTTY");
         one_line(
             &mut guest,
             &format!("{tracing} && echo nop >current_tracer"),
@@ -73,7 +73,7 @@ fn a_kprobe_inside_the_displaced_bytes_is_refused_and_nothing_has_changed() {
             &mut guest,
             "echo 1 >/sys/kernel/tracing/events/kprobes/enable",
         );
-        let package = stock.edition("answer_exdev");
+        let package = stock.edition("unix_ioctl_notty");
         let reply = guest
             .client
             .call(&["update", "apply", package.to_str().expect("UTF-8")]);
@@ -93,9 +93,9 @@ fn a_kprobe_inside_the_displaced_bytes_is_refused_and_nothing_has_changed() {
             &format!("echo 0 >/sys/kernel/tracing/events/kprobes/enable; echo >{events}"),
         );
         let mark = guest.console.mark();
-        let _ = apply(&guest, &stock.edition("answer_exdev"));
+        let _ = apply(&guest, &stock.edition("unix_ioctl_notty"));
         let new = wait_answer(&guest, mark, 0, |answer| answer != old);
-        assert_eq!(new, "EXDEV", "{stock:?}: once the kprobe is gone");
+        assert_eq!(new, "ENOTTY", "{stock:?}: once the kprobe is gone");
         assert_clean(&guest.kernel_log());
     }
 }
@@ -109,7 +109,7 @@ fn the_arena_cannot_be_had_through_dev_mem() {
             .as_str()
             .expect("where the arena is")
             .to_owned();
-        let _ = apply(&guest, &stock.edition("answer_exdev"));
+        let _ = apply(&guest, &stock.edition("unix_ioctl_notty"));
         let told = one_line(&mut guest, "cat /proc/iomem");
         let listed = told
             .lines()

@@ -121,7 +121,7 @@ fn a_dead_socket_is_replaced_and_the_new_one_is_private() {
 fn packages_that_do_not_fit() {
     let guest = boot_asking(&Options::new(LTS_6_1), 1);
     let before = wait_answer(&guest, 0, 0, |_| true);
-    let good = fs::read(LTS_6_1.edition("answer_exdev")).expect("a package");
+    let good = fs::read(LTS_6_1.edition("unix_ioctl_notty")).expect("a package");
     let bad = guest.dir().join("bad.xpu");
     let cases: &[(&str, Vec<u8>)] = &[
         ("empty", Vec::new()),
@@ -130,7 +130,7 @@ fn packages_that_do_not_fit() {
         ("cut in its header", good[..60].to_vec()),
         (
             "for another kernel",
-            fs::read(NEWEST_6_12.edition("answer_exdev")).expect("a package"),
+            fs::read(NEWEST_6_12.edition("unix_ioctl_notty")).expect("a package"),
         ),
         (
             "names a missing symbol",
@@ -178,8 +178,8 @@ fn packages_that_do_not_fit() {
         changed.is_empty(),
         "the guest answered {before}, then {changed:?}"
     );
-    let _ = apply(&guest, &LTS_6_1.edition("answer_exdev"));
-    let _ = wait_answer(&guest, mark, 0, |answer| answer == "EXDEV");
+    let _ = apply(&guest, &LTS_6_1.edition("unix_ioctl_notty"));
+    let _ = wait_answer(&guest, mark, 0, |answer| answer == "ENOTTY");
 }
 
 #[test]

@@ -9,8 +9,8 @@ use tests::stock::{self, LTS_6_1, NEWEST_6_12, Stock};
 
 use crate::witness::{assert_clean, boot_asking, wait_answer};
 
-/// What the edition `answer_exdev` makes of SIOCATMARK on a datagram socket.
-const NEW: &str = "EXDEV";
+/// What the edition `unix_ioctl_notty` makes of SIOCATMARK on a datagram socket.
+const NEW: &str = "ENOTTY";
 const THREADS: u32 = 4;
 const ROUNDS: usize = 500;
 
@@ -47,7 +47,7 @@ fn rounds(stock: Stock, rounds: usize) {
     let old = wait_answer(&guest, 0, 0, |_| true);
     assert_ne!(old, NEW);
     let before = identity(&mut guest);
-    let package = stock.edition("answer_exdev");
+    let package = stock.edition("unix_ioctl_notty");
     for _ in 0..rounds {
         let mark = guest.console.mark();
         let id = apply(&guest, &package);
@@ -85,7 +85,7 @@ fn an_edition_can_call_the_original() {
         let guest = boot_asking(&Options::new(stock), 1);
         let old = wait_answer(&guest, 0, 0, |_| true);
         let mark = guest.console.mark();
-        let id = apply(&guest, &stock.edition("pass_through"));
+        let id = apply(&guest, &stock.edition("unix_ioctl_same"));
         std::thread::sleep(Duration::from_millis(500));
         let changed: Vec<_> = guest
             .console
@@ -109,7 +109,7 @@ fn an_edition_can_call_the_original() {
 fn a_check_writes_nothing() {
     let guest = boot_asking(&Options::new(LTS_6_1), 1);
     let mark = guest.console.mark();
-    let package = LTS_6_1.edition("answer_exdev");
+    let package = LTS_6_1.edition("unix_ioctl_notty");
     let path = package.to_str().expect("paths of tests are UTF-8");
     let update = guest
         .client
@@ -140,7 +140,7 @@ fn an_apply_during_boot_waits_or_is_refused() {
                 std::thread::sleep(Duration::from_millis(5));
             }
             std::thread::sleep(Duration::from_millis(round * 600));
-            let package = stock.edition("answer_exdev");
+            let package = stock.edition("unix_ioctl_notty");
             let deadline = if round % 2 == 0 { "60s" } else { "10ms" };
             let path = package.to_str().expect("paths of tests are UTF-8");
             let reply = guest
@@ -181,7 +181,7 @@ fn an_apply_after_a_kexec_knows_that_this_is_another_kernel() {
     ] {
         let files = vec![other.file("vmlinuz"), other.file("initramfs.cpio.gz")];
         let mut guest = Guest::boot(&Options::new(stock).memory_mib(512).files(files));
-        let id = apply(&guest, &stock.edition("answer_exdev"));
+        let id = apply(&guest, &stock.edition("unix_ioctl_notty"));
         let mark = guest.console.mark();
         guest
             .type_line("probe kexec /files/vmlinuz /files/initramfs.cpio.gz 'console=ttyS0 quiet'");
@@ -195,12 +195,29 @@ fn an_apply_after_a_kexec_knows_that_this_is_another_kernel() {
             .call(&["update", "show", &id.to_string()])
             .expect("the update");
         assert_eq!(listed["state"], "lost", "{listed:#}");
-        let path = stock.edition("answer_exdev");
+        let path = stock.edition("unix_ioctl_notty");
         let reply = guest
             .client
             .call(&["update", "apply", path.to_str().expect("UTF-8")]);
         println!("{stock:?} to {other:?}: {}", summary(&reply.json));
         assert_eq!(reply.status == 0, stock == other, "{reply:?}");
+        assert_clean(&guest.kernel_log());
+    }
+}
+
+/// An edition with a constant, a variable of its own, calls of the kernel and of the original works on every kernel.
+#[test]
+fn an_edition_keeps_data_of_its_own() {
+    for stock in stock::ALL {
+        let mut guest = Guest::boot(&Options::new(stock));
+        let before = guest.sh("cat /proc/version").text();
+        let id = apply(&guest, &stock.edition("version_proc_show"));
+        for reads in 1..=3 {
+            let now = guest.sh("cat /proc/version").text();
+            assert_eq!(now, format!("{before}\nedition {reads}"), "{stock:?}");
+        }
+        revert(&guest, id);
+        assert_eq!(guest.sh("cat /proc/version").text(), before, "{stock:?}");
         assert_clean(&guest.kernel_log());
     }
 }

@@ -119,8 +119,8 @@ impl Show {
         }
         if old == FIXED {
             self.host("this kernel has the fix for CVE-2026-52928 already; instead an edition");
-            self.host("is shown that makes the same request answer EXDEV");
-            return Ok(LTS_6_1.edition("answer_exdev"));
+            self.host("is shown that makes the same request answer ENOTTY");
+            return Ok(LTS_6_1.edition("unix_ioctl_notty"));
         }
         if old != "OK" {
             return Err(format!(

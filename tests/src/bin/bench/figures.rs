@@ -35,7 +35,13 @@ impl Figures {
         target: Option<Target>,
     ) {
         let peer = peer.map(|(name, value)| (name.to_owned(), value));
-        self.0.push(Figure { name: name.into(), value, unit, peer, target });
+        self.0.push(Figure {
+            name: name.into(),
+            value,
+            unit,
+            peer,
+            target,
+        });
     }
 
     pub(crate) fn json(&self) -> Value {
@@ -43,13 +49,31 @@ impl Figures {
     }
 
     pub(crate) fn table(&self) -> String {
-        let head = ["figure", "value", "unit", "peer", "its value", "ratio", "target", "met"].map(str::to_owned);
+        let head = [
+            "figure",
+            "value",
+            "unit",
+            "peer",
+            "its value",
+            "ratio",
+            "target",
+            "met",
+        ]
+        .map(str::to_owned);
         let mut rows = vec![head];
         rows.extend(self.0.iter().map(Figure::row));
-        let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+        let width = |column: usize| {
+            rows.iter()
+                .map(|row| row[column].chars().count())
+                .max()
+                .unwrap_or(0)
+        };
         let widths: Vec<_> = (0..rows[0].len()).map(width).collect();
         let line = |row: &[String; 8]| {
-            let cells = row.iter().zip(&widths).map(|(cell, &width)| format!("{cell:width$}"));
+            let cells = row
+                .iter()
+                .zip(&widths)
+                .map(|(cell, &width)| format!("{cell:width$}"));
             cells.collect::<Vec<_>>().join("  ").trim_end().to_owned()
         };
         rows.iter().map(line).collect::<Vec<_>>().join("\n")
@@ -89,7 +113,12 @@ impl Figure {
     }
 
     fn row(&self) -> [String; 8] {
-        let number = |value: f64| format!("{value:.3}").trim_end_matches('0').trim_end_matches('.').to_owned();
+        let number = |value: f64| {
+            format!("{value:.3}")
+                .trim_end_matches('0')
+                .trim_end_matches('.')
+                .to_owned()
+        };
         let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
         [
             self.name.clone(),
@@ -99,7 +128,10 @@ impl Figure {
             or_dash(self.peer.as_ref().map(|(_, value)| number(*value))),
             or_dash(self.ratio().map(|ratio| format!("{ratio:.2}"))),
             or_dash(self.target()),
-            or_dash(self.met().map(|met| if met { "yes" } else { "NO" }.to_owned())),
+            or_dash(
+                self.met()
+                    .map(|met| if met { "yes" } else { "NO" }.to_owned()),
+            ),
         ]
     }
 }

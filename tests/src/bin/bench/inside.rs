@@ -21,7 +21,11 @@ const GUEST_MAPPING_KIB: u64 = 128 << 10;
 
 /// Measures one part, in the lab or on hardware.
 pub(crate) fn measure(part: &str, args: &[&str]) -> Result<Value, String> {
-    let kernel = |name: &str| ALL.into_iter().find(|stock| stock.0 == name).ok_or(format!("no kernel is called {name}"));
+    let kernel = |name: &str| {
+        ALL.into_iter()
+            .find(|stock| stock.0 == name)
+            .ok_or(format!("no kernel is called {name}"))
+    };
     match (part, args) {
         ("boot", ["exopatch", name]) => boot(Kind::Exopatch, kernel(name)?),
         ("boot", ["qemu", name]) => boot(Kind::QemuMicrovm, kernel(name)?),
@@ -43,17 +47,20 @@ fn pause(kind: Kind) -> Result<Value, String> {
     let mut control = machine.connect()?;
     let (mut status, mut pauses, mut resumes) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..REQUESTS {
-        let mut ask = |control: &mut Control, request, times: &mut Vec<f64>| -> Result<(), String> {
-            times.push(control.request(request)?);
-            Ok(())
-        };
+        let mut ask =
+            |control: &mut Control, request, times: &mut Vec<f64>| -> Result<(), String> {
+                times.push(control.request(request)?);
+                Ok(())
+            };
         ask(&mut control, Request::Status, &mut status)?;
         ask(&mut control, Request::Pause, &mut pauses)?;
         ask(&mut control, Request::Resume, &mut resumes)?;
         // The guest gets to run between pauses, as in use.
         thread::sleep(Duration::from_millis(5));
     }
-    Ok(json!({ "status_us": median(status)?, "pause_us": median(pauses)?, "resume_us": median(resumes)? }))
+    Ok(
+        json!({ "status_us": median(status)?, "pause_us": median(pauses)?, "resume_us": median(resumes)? }),
+    )
 }
 
 /// Applies and reverts, and leaves a recording of the guest for the native part.
@@ -61,22 +68,47 @@ fn apply(stock: Stock, dump: &str) -> Result<Value, String> {
     // Sleepers bring the guest to the hundred tasks of the target.
     let machine = Machine::boot(Kind::Exopatch, stock, 2, "exopatch.run=probe,answers,2")?;
     let client = Client::new(machine.control().to_owned());
-    let package = stock.edition("answer_exdev");
+    let package = stock.edition("unix_ioctl_notty");
     let package = package.to_str().ok_or("the edition's path is not UTF-8")?;
     let call = |args: &[&str]| {
         let reply = client.call(args);
-        if reply.status == 0 { Ok(reply.json) } else { Err(format!("{args:?}: {} {}", reply.json, reply.stderr)) }
+        if reply.status == 0 {
+            Ok(reply.json)
+        } else {
+            Err(format!("{args:?}: {} {}", reply.json, reply.stderr))
+        }
     };
     let mut reports = Vec::new();
     call(&["vm", "dump", dump])?;
     for _ in 0..APPLIES {
         let update = call(&["update", "apply", package, "--deadline", "20s"])?;
         reports.push(update["applied"].clone());
-        call(&["update", "revert", &update["id"].to_string(), "--deadline", "20s"])?;
+        call(&[
+            "update",
+            "revert",
+            &update["id"].to_string(),
+            "--deadline",
+            "20s",
+        ])?;
     }
-    let middle = |name: &str| median(reports.iter().filter_map(|report| report[name].as_f64()).collect());
+    let middle = |name: &str| {
+        median(
+            reports
+                .iter()
+                .filter_map(|report| report[name].as_f64())
+                .collect(),
+        )
+    };
     let mut counts = serde_json::Map::new();
-    for name in ["pauses", "pause_us", "bytes_read", "bytes_written", "stack_words", "tasks", "ioctls"] {
+    for name in [
+        "pauses",
+        "pause_us",
+        "bytes_read",
+        "bytes_written",
+        "stack_words",
+        "tasks",
+        "ioctls",
+    ] {
         counts.insert(name.to_owned(), json!(middle(name)?));
     }
     counts.insert("vcpus".to_owned(), json!(2));
@@ -88,8 +120,10 @@ fn memory() -> Result<Value, String> {
     let machine = Machine::boot(Kind::Exopatch, LTS_6_1, 2, "")?;
     let booted = anonymous_kib(machine.pid())?;
     let client = Client::new(machine.control().to_owned());
-    let package = LTS_6_1.edition("answer_exdev");
-    let applying = thread::spawn(move || client.call(&["update", "apply", package.to_str().unwrap_or_default()]));
+    let package = LTS_6_1.edition("unix_ioctl_notty");
+    let applying = thread::spawn(move || {
+        client.call(&["update", "apply", package.to_str().unwrap_or_default()])
+    });
     let mut peak = booted;
     let end = Instant::now() + Duration::from_secs(60);
     while !applying.is_finished() && Instant::now() < end {
@@ -108,7 +142,12 @@ fn anonymous_kib(pid: u32) -> Result<u64, String> {
     let path = format!("/proc/{pid}/smaps");
     let text = fs::read_to_string(Path::new(&path)).map_err(|error| format!("{path}: {error}"))?;
     let field = |line: &str, name: &str| -> Option<u64> {
-        line.strip_prefix(name)?.trim().split(' ').next()?.parse().ok()
+        line.strip_prefix(name)?
+            .trim()
+            .split(' ')
+            .next()?
+            .parse()
+            .ok()
     };
     let (mut size, mut sum) = (0, 0);
     for line in text.lines() {

@@ -35,21 +35,40 @@ pub(crate) struct Machine {
 
 impl Machine {
     /// Starts the process and waits for the guest's init.
-    pub(crate) fn boot(kind: Kind, stock: Stock, cpus: u32, workload: &str) -> Result<Self, String> {
+    pub(crate) fn boot(
+        kind: Kind,
+        stock: Stock,
+        cpus: u32,
+        workload: &str,
+    ) -> Result<Self, String> {
         let dir = tempfile::tempdir().map_err(|error| error.to_string())?;
         let control = dir.path().join("control.sock");
         let cmdline = format!("console=ttyS0 quiet {workload}");
         let mut command = command(kind, stock, cpus, &cmdline, &control);
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         let start = Instant::now();
-        let mut process = command.spawn().map_err(|error| format!("{kind:?} does not start: {error}"))?;
+        let mut process = command
+            .spawn()
+            .map_err(|error| format!("{kind:?} does not start: {error}"))?;
         let console = Console::follow(process.stdout.take().ok_or("no stdout")?);
         let log = Console::follow(process.stderr.take().ok_or("no stderr")?);
         let came_up = console.wait(0, BOOT_LIMIT, |line| line.contains(READY));
-        let machine = Self { kind, process, control, boot: start.elapsed(), _dir: dir };
+        let machine = Self {
+            kind,
+            process,
+            control,
+            boot: start.elapsed(),
+            _dir: dir,
+        };
         match came_up {
             Ok(_) => Ok(machine),
-            Err(why) => Err(format!("{kind:?} did not boot: {why}\n{}", log.since(0).join("\n"))),
+            Err(why) => Err(format!(
+                "{kind:?} did not boot: {why}\n{}",
+                log.since(0).join("\n")
+            )),
         }
     }
 
@@ -65,8 +84,13 @@ impl Machine {
     pub(crate) fn connect(&self) -> Result<Control, String> {
         let failed = |error: std::io::Error| format!("{}: {error}", self.control.display());
         let stream = UnixStream::connect(&self.control).map_err(failed)?;
-        stream.set_read_timeout(Some(Duration::from_secs(30))).map_err(failed)?;
-        let mut control = Control { kind: self.kind, stream: BufReader::new(stream) };
+        stream
+            .set_read_timeout(Some(Duration::from_secs(30)))
+            .map_err(failed)?;
+        let mut control = Control {
+            kind: self.kind,
+            stream: BufReader::new(stream),
+        };
         if self.kind == Kind::QemuMicrovm {
             control.line()?;
             control.request(Request::Capabilities)?;
@@ -90,17 +114,57 @@ fn command(kind: Kind, stock: Stock, cpus: u32, cmdline: &str, control: &Path) -
     match kind {
         Kind::Exopatch => {
             let mut command = Command::new(stock::exopatch());
-            command.args(["run", "--memory", "256M", "--cpus", &cpus, "--cmdline", cmdline]);
-            command.arg("--kernel").arg(kernel).arg("--initrd").arg(initrd).arg("--api-sock").arg(control);
+            command.args([
+                "run",
+                "--memory",
+                "256M",
+                "--cpus",
+                &cpus,
+                "--cmdline",
+                cmdline,
+            ]);
+            command
+                .arg("--kernel")
+                .arg(kernel)
+                .arg("--initrd")
+                .arg(initrd)
+                .arg("--api-sock")
+                .arg(control);
             command
         }
         Kind::QemuMicrovm => {
             let mut command = Command::new("qemu-system-x86_64");
             // Without a clock at port 0x71 the stock kernel waits six seconds for one.
-            command.args(["-M", "microvm,rtc=on", "-accel", "kvm", "-cpu", "host", "-m", "256", "-smp", &cpus]);
-            command.args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-append", cmdline]);
-            command.arg("-kernel").arg(kernel).arg("-initrd").arg(initrd);
-            command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", control.display()));
+            command.args([
+                "-M",
+                "microvm,rtc=on",
+                "-accel",
+                "kvm",
+                "-cpu",
+                "host",
+                "-m",
+                "256",
+                "-smp",
+                &cpus,
+            ]);
+            command.args([
+                "-nodefaults",
+                "-no-user-config",
+                "-display",
+                "none",
+                "-serial",
+                "stdio",
+                "-append",
+                cmdline,
+            ]);
+            command
+                .arg("-kernel")
+                .arg(kernel)
+                .arg("-initrd")
+                .arg(initrd);
+            command
+                .arg("-qmp")
+                .arg(format!("unix:{},server=on,wait=off", control.display()));
             command
         }
     }
@@ -141,7 +205,9 @@ impl Control {
             Request::Pause => "POST /v1/vm/pause",
             Request::Resume => "POST /v1/vm/resume",
         };
-        self.send(&format!("{line} HTTP/1.1\r\nHost: exopatch\r\nContent-Length: 0\r\n\r\n"))?;
+        self.send(&format!(
+            "{line} HTTP/1.1\r\nHost: exopatch\r\nContent-Length: 0\r\n\r\n"
+        ))?;
         let status = self.line()?;
         let mut length = 0;
         loop {
@@ -150,13 +216,28 @@ impl Control {
                 break;
             }
             if let Some(value) = header.strip_prefix("content-length:") {
-                length = value.trim().parse().map_err(|_| format!("{line}: {header}"))?;
+                length = value
+                    .trim()
+                    .parse()
+                    .map_err(|_| format!("{line}: {header}"))?;
             }
         }
         let mut body = vec![0; length];
-        self.stream.read_exact(&mut body).map_err(|error| error.to_string())?;
-        let ok = status.split(' ').nth(1).is_some_and(|code| code.starts_with('2'));
-        if ok { Ok(()) } else { Err(format!("{line}: {status} {}", String::from_utf8_lossy(&body))) }
+        self.stream
+            .read_exact(&mut body)
+            .map_err(|error| error.to_string())?;
+        let ok = status
+            .split(' ')
+            .nth(1)
+            .is_some_and(|code| code.starts_with('2'));
+        if ok {
+            Ok(())
+        } else {
+            Err(format!(
+                "{line}: {status} {}",
+                String::from_utf8_lossy(&body)
+            ))
+        }
     }
 
     fn qmp(&mut self, request: Request) -> Result<(), String> {
@@ -168,7 +249,8 @@ impl Control {
         };
         self.send(&format!("{{\"execute\": \"{name}\"}}\n"))?;
         loop {
-            let reply: Value = serde_json::from_str(&self.line()?).map_err(|error| format!("{name}: {error}"))?;
+            let reply: Value =
+                serde_json::from_str(&self.line()?).map_err(|error| format!("{name}: {error}"))?;
             if reply.get("return").is_some() {
                 return Ok(());
             }
@@ -180,12 +262,22 @@ impl Control {
     }
 
     fn send(&mut self, text: &str) -> Result<(), String> {
-        self.stream.get_mut().write_all(text.as_bytes()).map_err(|error| error.to_string())
+        self.stream
+            .get_mut()
+            .write_all(text.as_bytes())
+            .map_err(|error| error.to_string())
     }
 
     fn line(&mut self) -> Result<String, String> {
         let mut line = String::new();
-        let read = self.stream.read_line(&mut line).map_err(|error| error.to_string())?;
-        if read == 0 { Err("the machine hung up".to_owned()) } else { Ok(line.trim_end().to_owned()) }
+        let read = self
+            .stream
+            .read_line(&mut line)
+            .map_err(|error| error.to_string())?;
+        if read == 0 {
+            Err("the machine hung up".to_owned())
+        } else {
+            Ok(line.trim_end().to_owned())
+        }
     }
 }

@@ -1,6 +1,10 @@
 //! The benchmarks that `scripts/bench` runs. What needs a guest runs this program again inside the lab (`inside PART`); what can be timed natively
 //! is timed here. Every peer is measured in the same run.
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "figures go to stdout, progress to stderr")]
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "figures go to stdout, progress to stderr"
+)]
 
 mod figures;
 mod inside;
@@ -17,7 +21,9 @@ fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let outcome = match args[..] {
-        ["inside", part, ref rest @ ..] => inside::measure(part, rest).map(|values| println!("{values}")),
+        ["inside", part, ref rest @ ..] => {
+            inside::measure(part, rest).map(|values| println!("{values}"))
+        }
         ["first", ref options @ ..] => first(options),
         _ => Err(USAGE.to_owned()),
     };
@@ -39,7 +45,9 @@ fn first(options: &[&str]) -> Result<(), String> {
             "--json" => json = true,
             "--samples" => {
                 let number = options.next().ok_or(USAGE)?;
-                samples = number.parse().map_err(|_| format!("--samples: '{number}' is not a number"))?;
+                samples = number
+                    .parse()
+                    .map_err(|_| format!("--samples: '{number}' is not a number"))?;
             }
             _ => return Err(USAGE.to_owned()),
         }
@@ -51,6 +59,13 @@ fn first(options: &[&str]) -> Result<(), String> {
     outside::pause(&mut figures, samples)?;
     outside::apply(&mut figures)?;
     outside::memory(&mut figures)?;
-    println!("{}", if json { figures.json() } else { figures.table() });
+    println!(
+        "{}",
+        if json {
+            figures.json()
+        } else {
+            figures.table()
+        }
+    );
     Ok(())
 }

@@ -25,7 +25,9 @@ const MEMORY_MIB: f64 = 8.0;
 const MEMORY_INDEXED_MIB: f64 = 32.0;
 
 fn lab() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("scripts").join("lab")
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .with_file_name("scripts")
+        .join("lab")
 }
 
 /// Runs a part inside a fresh lab and gives the numbers that it printed.
@@ -44,9 +46,14 @@ fn inside(args: &[&str]) -> Result<Value, String> {
             .output()
             .map_err(|error| format!("{}: {error}", lab().display()))?;
         if output.status.success() {
-            return serde_json::from_slice(&output.stdout).map_err(|error| format!("{args:?}: {error}"));
+            return serde_json::from_slice(&output.stdout)
+                .map_err(|error| format!("{args:?}: {error}"));
         }
-        last = format!("{args:?}: {}: {}", output.status, String::from_utf8_lossy(&output.stderr));
+        last = format!(
+            "{args:?}: {}: {}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr)
+        );
         if output.status.code() != Some(124) {
             break;
         }
@@ -55,7 +62,9 @@ fn inside(args: &[&str]) -> Result<Value, String> {
 }
 
 fn number(values: &Value, name: &str) -> Result<f64, String> {
-    values[name].as_f64().ok_or_else(|| format!("no {name} in {values}"))
+    values[name]
+        .as_f64()
+        .ok_or_else(|| format!("no {name} in {values}"))
 }
 
 /// From asking for the lab to a command having run in it.
@@ -63,17 +72,32 @@ pub(crate) fn lab_start(figures: &mut Figures, samples: usize) -> Result<(), Str
     let mut times = Vec::new();
     for _ in 0..samples {
         let run = |action: &str| {
-            let status = Command::new(lab()).args(["--name", "bench", action]).stdout(Stdio::null()).status();
-            status.map_err(|error| error.to_string()).and_then(|status| {
-                if status.success() { Ok(()) } else { Err(format!("scripts/lab {action}: {status}")) }
-            })
+            let status = Command::new(lab())
+                .args(["--name", "bench", action])
+                .stdout(Stdio::null())
+                .status();
+            status
+                .map_err(|error| error.to_string())
+                .and_then(|status| {
+                    if status.success() {
+                        Ok(())
+                    } else {
+                        Err(format!("scripts/lab {action}: {status}"))
+                    }
+                })
         };
         let start = Instant::now();
         run("up")?;
         times.push(start.elapsed().as_secs_f64());
         run("down")?;
     }
-    figures.add("lab: start to ready", median(times)?, "s", None, Some(Target::AtMost(LAB_START_S)));
+    figures.add(
+        "lab: start to ready",
+        median(times)?,
+        "s",
+        None,
+        Some(Target::AtMost(LAB_START_S)),
+    );
     Ok(())
 }
 
@@ -87,7 +111,13 @@ pub(crate) fn boot(figures: &mut Figures, samples: usize) -> Result<(), String> 
         }
         let name = format!("boot {}: process start to init", stock.0);
         let peer = Some(("QEMU microvm", median(peers)?));
-        figures.add(name, median(ours)?, "s", peer, Some(Target::RatioAtMost(1.0)));
+        figures.add(
+            name,
+            median(ours)?,
+            "s",
+            peer,
+            Some(Target::RatioAtMost(1.0)),
+        );
     }
     Ok(())
 }
@@ -104,17 +134,37 @@ pub(crate) fn index(figures: &mut Figures, samples: usize) -> Result<(), String>
             let payload = Payload::find(&file).map_err(|error| failed(&error))?;
             let mut vmlinux = vec![0; payload.size()];
             let start = Instant::now();
-            payload.decompress_into(&mut vmlinux).map_err(|error| failed(&error))?;
+            payload
+                .decompress_into(&mut vmlinux)
+                .map_err(|error| failed(&error))?;
             unpack.push(start.elapsed().as_secs_f64() * 1e3);
             let start = Instant::now();
             let image = Image::parse(Arc::new(vmlinux)).map_err(|error| failed(&error))?;
-            image.symbols().lookup("schedule").map_err(|error| failed(&error))?;
-            image.types().member("task_struct", "thread.sp").map_err(|error| failed(&error))?;
+            image
+                .symbols()
+                .lookup("schedule")
+                .map_err(|error| failed(&error))?;
+            image
+                .types()
+                .member("task_struct", "thread.sp")
+                .map_err(|error| failed(&error))?;
             parse.push(start.elapsed().as_secs_f64() * 1e3);
         }
-        figures.add(format!("index {}: decompression", stock.0), median(unpack)?, "ms", None, None);
+        figures.add(
+            format!("index {}: decompression", stock.0),
+            median(unpack)?,
+            "ms",
+            None,
+            None,
+        );
         let name = format!("index {}: symbols and types beyond it", stock.0);
-        figures.add(name, median(parse)?, "ms", None, Some(Target::AtMost(INDEX_MS)));
+        figures.add(
+            name,
+            median(parse)?,
+            "ms",
+            None,
+            Some(Target::AtMost(INDEX_MS)),
+        );
     }
     Ok(())
 }
@@ -126,15 +176,38 @@ pub(crate) fn pause(figures: &mut Figures, samples: usize) -> Result<(), String>
         ours.push(inside(&["pause", "exopatch"])?);
         peers.push(inside(&["pause", "qemu"])?);
     }
-    let middle = |values: &[Value], name: &str| median(values.iter().filter_map(|value| value[name].as_f64()).collect());
+    let middle = |values: &[Value], name: &str| {
+        median(
+            values
+                .iter()
+                .filter_map(|value| value[name].as_f64())
+                .collect(),
+        )
+    };
     let parts = [
-        ("pause: request to reply", "stop", "pause_us", Some(Target::RatioAtMost(1.0))),
+        (
+            "pause: request to reply",
+            "stop",
+            "pause_us",
+            Some(Target::RatioAtMost(1.0)),
+        ),
         ("resume: request to reply", "cont", "resume_us", None),
-        ("cheapest request on the same socket", "query-status", "status_us", None),
+        (
+            "cheapest request on the same socket",
+            "query-status",
+            "status_us",
+            None,
+        ),
     ];
     for (name, peer, field, target) in parts {
         let peer_value = middle(&peers, field)?;
-        figures.add(name, middle(&ours, field)?, "us (lab)", Some((&format!("QEMU {peer}"), peer_value)), target);
+        figures.add(
+            name,
+            middle(&ours, field)?,
+            "us (lab)",
+            Some((&format!("QEMU {peer}"), peer_value)),
+            target,
+        );
     }
     Ok(())
 }
@@ -144,14 +217,35 @@ pub(crate) fn apply(figures: &mut Figures) -> Result<(), String> {
     let dir = tempfile::tempdir().map_err(|error| error.to_string())?;
     for stock in [LTS_6_1, NEWEST_6_12] {
         let dump = dir.path().join(format!("{}.core", stock.0));
-        let counted = inside(&["apply", stock.0, dump.to_str().ok_or("a temporary path is not UTF-8")?])?;
+        let counted = inside(&[
+            "apply",
+            stock.0,
+            dump.to_str().ok_or("a temporary path is not UTF-8")?,
+        ])?;
         let of = |name: &str| format!("apply {}: {name}", stock.0);
         let per_vcpu = number(&counted, "ioctls")? / number(&counted, "vcpus")?;
-        for (name, unit) in [("bytes_read", "bytes"), ("bytes_written", "bytes"), ("stack_words", "words"), ("tasks", "tasks")] {
-            figures.add(of(&name.replace('_', " ")), number(&counted, name)?, unit, None, None);
+        for (name, unit) in [
+            ("bytes_read", "bytes"),
+            ("bytes_written", "bytes"),
+            ("stack_words", "words"),
+            ("tasks", "tasks"),
+        ] {
+            figures.add(
+                of(&name.replace('_', " ")),
+                number(&counted, name)?,
+                unit,
+                None,
+                None,
+            );
         }
         figures.add(of("ioctls per vCPU"), per_vcpu, "ioctls", None, None);
-        figures.add(of("pause"), number(&counted, "pause_us")?, "us (lab)", None, None);
+        figures.add(
+            of("pause"),
+            number(&counted, "pause_us")?,
+            "us (lab)",
+            None,
+            None,
+        );
         recorded(figures, stock, &dump)?;
     }
     Ok(())
