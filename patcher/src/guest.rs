@@ -5,6 +5,7 @@
 //! Three implementations exist: the KVM virtual machine, a recorded guest, and the fake guest of the tests.
 
 pub mod counted;
+pub mod dump;
 pub mod fake;
 
 use std::ops::Range;

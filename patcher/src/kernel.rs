@@ -3,12 +3,24 @@
 //! [`image::Image`] is what the file says; [`locate::Kernel`] is an image together with where and how a guest runs it.
 //! Nothing is chosen by the kernel's version: presence of a symbol, a type or a member decides.
 
+pub mod arena;
+pub mod boot;
 pub(crate) mod btf;
 pub(crate) mod bytes;
+pub mod flux;
+pub(crate) mod gather;
 pub mod image;
 pub(crate) mod kallsyms;
+pub(crate) mod layout;
+pub mod locate;
+pub(crate) mod memory;
 pub mod payload;
 pub mod relocs;
+pub(crate) mod running;
 pub mod sites;
+pub mod stack;
 pub mod symbols;
+pub mod tasks;
+pub mod text;
 pub mod types;
+pub(crate) mod vmap;

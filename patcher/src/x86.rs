@@ -1,3 +1,4 @@
 //! The x86-64 architecture, as far as a patcher needs it.
 
 pub mod insn;
+pub mod paging;

@@ -27,17 +27,9 @@ enum Kind {
     Add32,
 }
 
-/// The bytes at a range cannot be known because a relocation straddles its edge or the image has none.
+/// Why relocated bytes cannot be told.
 #[derive(Debug, thiserror::Error)]
 pub enum RelocError {
-    /// A site is only partly within the bytes asked for.
-    #[error("a relocation at {site} straddles the edge of {range:?}")]
-    Straddles {
-        /// The relocated field.
-        site: LinkAddr,
-        /// The bytes asked for.
-        range: Range<LinkAddr>,
-    },
     /// The kernel runs elsewhere than it was linked, and the image does not say what that changes.
     #[error(
         "the kernel runs {slide:#x} from where it was linked, but its image carries no relocations"
@@ -90,9 +82,10 @@ impl Relocs {
     }
 
     /// Applies to `bytes`, the image's at `at`, what a kernel does that runs `slide` (modulo 2^64) above its link address.
+    /// A field that is only partly in `bytes` is left as it is: such bytes are not to be relied on.
     ///
     /// # Errors
-    /// When a site is only partly in `bytes`, or the image has no relocations though `slide` is not zero.
+    /// When the image has no relocations though `slide` is not zero.
     pub fn apply(&self, at: LinkAddr, bytes: &mut [u8], slide: u64) -> Result<(), RelocError> {
         if slide == 0 {
             return Ok(());
@@ -100,50 +93,42 @@ impl Relocs {
         if self.counts() == [0, 0, 0] {
             return Err(RelocError::None { slide });
         }
+        let end = LinkAddr(at.0.saturating_add(bytes.len() as u64));
         for (kind, list) in &self.lists {
-            self.apply_list(*kind, list.clone(), at, bytes, slide)?;
+            let entries: &[[u8; 4]] = (*self.bytes)
+                .as_ref()
+                .get(list.clone())
+                .unwrap_or_default()
+                .as_chunks()
+                .0;
+            let site =
+                |entry: &[u8; 4]| LinkAddr(i64::from(i32::from_le_bytes(*entry)).cast_unsigned());
+            let first = entries.partition_point(|entry| site(entry) < at);
+            for site in entries[first..]
+                .iter()
+                .map(site)
+                .take_while(|site| *site < end)
+            {
+                let start = site
+                    .offset_from(at)
+                    .and_then(|start| usize::try_from(start).ok());
+                let field =
+                    start.and_then(|start| bytes.get_mut(start..start.checked_add(kind.width())?));
+                if let Some(field) = field {
+                    relocate(*kind, field, slide);
+                }
+            }
         }
         Ok(())
     }
+}
 
-    fn apply_list(
-        &self,
-        kind: Kind,
-        list: Range<usize>,
-        at: LinkAddr,
-        bytes: &mut [u8],
-        slide: u64,
-    ) -> Result<(), RelocError> {
-        let entries: &[[u8; 4]] = (*self.bytes)
-            .as_ref()
-            .get(list)
-            .unwrap_or_default()
-            .as_chunks()
-            .0;
-        let site =
-            |entry: &[u8; 4]| LinkAddr(i64::from(i32::from_le_bytes(*entry)).cast_unsigned());
-        let width = if kind == Kind::Add64 { 8 } else { 4 };
-        let range = at..LinkAddr(at.0.saturating_add(bytes.len() as u64));
-        let first =
-            entries.partition_point(|entry| site(entry).0.saturating_add(width) <= range.start.0);
-        for entry in &entries[first..] {
-            let site = site(entry);
-            if site >= range.end {
-                break;
-            }
-            let field = site
-                .offset_from(range.start)
-                .and_then(|start| usize::try_from(start).ok())
-                .and_then(|start| {
-                    bytes.get_mut(start..start.checked_add(if width == 8 { 8 } else { 4 })?)
-                })
-                .ok_or_else(|| RelocError::Straddles {
-                    site,
-                    range: range.clone(),
-                })?;
-            relocate(kind, field, slide);
+impl Kind {
+    fn width(self) -> usize {
+        match self {
+            Self::Add64 => 8,
+            Self::Sub32 | Self::Add32 => 4,
         }
-        Ok(())
     }
 }
 

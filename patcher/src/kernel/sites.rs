@@ -211,13 +211,12 @@ impl Sites {
         found
     }
 
-    /// The first `count` sites of `kind`, in the order of their table.
+    /// The first `count` sites of `kind` in `range`, in the order of their table.
     #[must_use]
-    pub fn first(&self, kind: SiteKind, count: usize) -> Vec<Site> {
-        let everywhere = LinkAddr(0)..LinkAddr(u64::MAX);
+    pub fn first(&self, kind: SiteKind, range: &Range<LinkAddr>, count: usize) -> Vec<Site> {
         let tables = self.tables.iter().filter(|table| table.kind == kind);
         tables
-            .flat_map(|table| self.of_table(table, &everywhere))
+            .flat_map(|table| self.of_table(table, range))
             .take(count)
             .collect()
     }

@@ -140,6 +140,14 @@ impl Symbols {
         }
     }
 
+    /// The one symbol called `name`, or `None` where the kernel has none: for what only some kernels have.
+    ///
+    /// # Errors
+    /// [`SymbolError::Ambiguous`].
+    pub fn optional(&self, name: &str) -> Result<Option<Symbol>, SymbolError> {
+        self.has(name).then(|| self.lookup(name)).transpose()
+    }
+
     /// The `position`th symbol (from 1, in the order of addresses) of those called `name`.
     ///
     /// # Errors
@@ -261,12 +269,17 @@ impl Symbols {
     }
 
     fn expand(&self, compressed: Range<usize>) -> Vec<u8> {
+        let mut expanded = Vec::new();
+        self.expand_into(compressed, &mut expanded);
+        expanded
+    }
+
+    fn expand_into(&self, compressed: Range<usize>, expanded: &mut Vec<u8>) {
         let tokens = self.names().get(compressed).unwrap_or_default();
-        tokens
-            .iter()
-            .flat_map(|token| &self.data()[self.tables.tokens[usize::from(*token)].clone()])
-            .copied()
-            .collect()
+        for token in tokens {
+            expanded
+                .extend_from_slice(&self.data()[self.tables.tokens[usize::from(*token)].clone()]);
+        }
     }
 
     fn indices(&self, name: &str) -> Vec<usize> {
@@ -282,27 +295,44 @@ impl Symbols {
     }
 
     fn missing(&self, name: &str) -> SymbolError {
+        SymbolError::Missing {
+            name: name.to_owned(),
+            near: self.near(name),
+        }
+    }
+
+    /// Names that a user who wrote `name` may have meant, the nearest first.
+    fn near(&self, name: &str) -> Vec<String> {
         let stem = name
             .split('.')
             .next()
             .unwrap_or(name)
             .trim_start_matches('_');
-        let mut near: Vec<(usize, String)> = Vec::new();
-        if stem.len() > 2 {
-            let similar = self
-                .iter()
-                .filter(|symbol| symbol.name.contains(stem) || nearly(&symbol.name, name));
-            near = similar
-                .map(|symbol| (symbol.name.len().abs_diff(name.len()), symbol.name))
-                .collect();
-            near.sort();
-            near.dedup();
-            near.truncate(NEAR_NAMES);
+        let mut near = Vec::new();
+        let (mut at, mut expanded) = (0, Vec::new());
+        while let Some((len, from)) = name_len(self.names(), at) {
+            at = from + len;
+            expanded.clear();
+            self.expand_into(from..at, &mut expanded);
+            let candidate = expanded
+                .get(1..)
+                .and_then(|name| std::str::from_utf8(name).ok())
+                .unwrap_or_default();
+            let mistyped = nearly(candidate, name);
+            if mistyped || stem.len() > 2 && candidate.contains(stem) {
+                near.push((
+                    !mistyped,
+                    candidate.len().abs_diff(name.len()),
+                    candidate.to_owned(),
+                ));
+            }
         }
-        SymbolError::Missing {
-            name: name.to_owned(),
-            near: near.into_iter().map(|(_, name)| name).collect(),
-        }
+        near.sort();
+        near.dedup();
+        near.into_iter()
+            .take(NEAR_NAMES)
+            .map(|(.., name)| name)
+            .collect()
     }
 }
 

@@ -141,6 +141,33 @@ impl Types {
         })
     }
 
+    /// The named members of structure or union `name`, in order, without those of anonymous members.
+    ///
+    /// # Errors
+    /// [`TypeError::NoType`] or [`TypeError::Ambiguous`].
+    pub fn members(&self, name: &str) -> Result<Vec<(String, Member)>, TypeError> {
+        self.agreed(name, |id| {
+            let none = || TypeError::NoType {
+                name: name.to_owned(),
+            };
+            let of = self
+                .resolve(id)
+                .filter(|raw| matches!(raw.kind, Kind::Struct | Kind::Union))
+                .ok_or_else(none)?;
+            let raw = (0..of.vlen).filter_map(|index| self.layout.member(self.data(), &of, index));
+            let named = raw.filter(|member| member.name != 0).filter_map(|member| {
+                let place = Place {
+                    id: member.kind,
+                    bit: member.bit_offset.into(),
+                    bits: member.bits,
+                };
+                let text = String::from_utf8_lossy(self.layout.string(self.data(), member.name));
+                Some((text.into_owned(), self.finish(place)?))
+            });
+            Ok(named.collect())
+        })
+    }
+
     /// Offset of member `path` in bytes, where it is no bit field.
     ///
     /// # Errors

@@ -1,0 +1,257 @@
+//! Looks into a recorded guest: its kernel, tasks, stacks and text, and how long looking took.
+//!
+//! `cargo run --release --example inspect -- --kernel BZIMAGE --dump CORE [--tasks] [--symbols FILE] [--text N] [FUNCTION...]`
+//!
+//! `--symbols` compares every symbol with a copy of the guest's `/proc/kallsyms`, `--text` compares the first 16 bytes
+//! after the fentry site of every Nth function with the guest's memory. For each FUNCTION it says who is in it.
+#![expect(clippy::print_stdout, reason = "its output is what it is for")]
+
+use std::collections::BTreeMap;
+use std::error::Error;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use patcher::addr::{Gpa, Gva, LinkAddr};
+use patcher::guest::Registers;
+use patcher::guest::dump::Dump;
+use patcher::kernel::arena::ArenaLayout;
+use patcher::kernel::image::Image;
+use patcher::kernel::locate::Kernel;
+use patcher::kernel::payload::Payload;
+use patcher::kernel::sites::SiteKind;
+use patcher::kernel::stack::stack_words;
+use patcher::kernel::tasks::Tasks;
+use patcher::kernel::text::TextError;
+
+const ROUNDS: usize = 101;
+
+#[derive(Default)]
+struct Options {
+    kernel: String,
+    dump: String,
+    tasks: bool,
+    symbols: Option<String>,
+    text: Option<usize>,
+    functions: Vec<String>,
+}
+
+fn options() -> Result<Options, Box<dyn Error>> {
+    let mut options = Options::default();
+    let mut args = std::env::args().skip(1);
+    while let Some(arg) = args.next() {
+        let mut value = || args.next().ok_or(format!("{arg} needs a value"));
+        match arg.as_str() {
+            "--kernel" => options.kernel = value()?,
+            "--dump" => options.dump = value()?,
+            "--symbols" => options.symbols = Some(value()?),
+            "--text" => options.text = Some(value()?.parse()?),
+            "--tasks" => options.tasks = true,
+            _ => options.functions.push(arg),
+        }
+    }
+    Ok(options)
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let options = options()?;
+    let file = std::fs::read(&options.kernel)?;
+    let payload = Payload::find(&file)?;
+    let mut vmlinux = vec![0; payload.size()];
+    payload.decompress_into(&mut vmlinux)?;
+    let image = Arc::new(Image::parse(Arc::new(vmlinux))?);
+    let dump = Dump::parse(Arc::new(std::fs::read(&options.dump)?))?;
+    let kernel = Kernel::locate(image.clone(), &dump, dump.vcpus())?;
+    println!(
+        "slide {:#x}, page tables {:?}",
+        kernel.slide(),
+        kernel.tables()
+    );
+    println!(
+        "{:?}, text in flux: {:?}",
+        kernel.boot_state(&dump)?,
+        kernel.text_in_flux(&dump)?
+    );
+    println!("returns: {:x?}", kernel.return_form(&dump)?);
+    let everything = Gva(0)..Gva(u64::MAX);
+    println!("kprobes: {:?}", kernel.kprobes_in(&dump, &everything)?);
+    println!(
+        "arena: {:?}",
+        ArenaLayout::plan(&kernel, &dump, &(Gpa(0x1_0000_0000)..Gpa(0x1_0060_0000)))?.code
+    );
+    timings(&kernel, &dump)?;
+    let tasks = Tasks::read(&kernel, &dump)?;
+    println!(
+        "{} tasks, {} CPUs, {} stacks without a task",
+        tasks.tasks.len(),
+        tasks.cpus.len(),
+        tasks.unowned.len()
+    );
+    if options.tasks {
+        for task in &tasks.tasks {
+            println!(
+                "TASK {} ({}) cpu {:?} sp {} in {:?}",
+                task.pid,
+                task.name(),
+                task.cpu,
+                task.saved_sp,
+                task.stack
+            );
+        }
+        println!("{:?}", tasks.cpus);
+    }
+    if let Some(path) = &options.symbols {
+        compare_symbols(&kernel, path)?;
+    }
+    if let Some(step) = options.text {
+        compare_text(&kernel, &dump, step)?;
+    }
+    for name in &options.functions {
+        let symbol = image.symbols().lookup(name)?;
+        let start = kernel.runtime(symbol.address);
+        let forbidden = start
+            .range(symbol.size)
+            .ok_or("a function at the end of memory")?;
+        println!(
+            "{name}: {:?}",
+            stack_words(&kernel, &dump, dump.vcpus(), &[forbidden])
+        );
+    }
+    Ok(())
+}
+
+/// The median time of several rounds.
+fn median<T>(
+    mut work: impl FnMut() -> Result<T, Box<dyn Error>>,
+) -> Result<Duration, Box<dyn Error>> {
+    let mut times = Vec::new();
+    for _ in 0..ROUNDS {
+        let start = Instant::now();
+        work()?;
+        times.push(start.elapsed());
+    }
+    times.sort();
+    Ok(times[ROUNDS / 2])
+}
+
+fn timings(kernel: &Kernel, dump: &Dump) -> Result<(), Box<dyn Error>> {
+    let image = kernel.image();
+    println!(
+        "locate {:?}",
+        median(|| Ok(Kernel::locate(image.clone(), dump, dump.vcpus())?))?
+    );
+    println!(
+        "prove_same {:?}",
+        median(|| Ok(kernel.prove_same(dump, dump.vcpus())?))?
+    );
+    println!(
+        "text_in_flux {:?}",
+        median(|| Ok(kernel.text_in_flux(dump)?))?
+    );
+    println!("tasks {:?}", median(|| Ok(Tasks::read(kernel, dump)?))?);
+    let forbidden = [Gva(0xffff_ffff_ffff_f000)..Gva(0xffff_ffff_ffff_f008)];
+    let scan = stack_words(kernel, dump, dump.vcpus(), &forbidden);
+    println!(
+        "scan {:?}: {scan:?}",
+        median(|| Ok(stack_words(kernel, dump, dump.vcpus(), &forbidden)?))?
+    );
+    Ok(())
+}
+
+fn compare_symbols(kernel: &Kernel, path: &str) -> Result<(), Box<dyn Error>> {
+    let text = std::fs::read_to_string(path)?;
+    let mut guest = Vec::new();
+    for line in text.lines().filter(|line| !line.contains('[')) {
+        let mut words = line.split_whitespace();
+        let address = u64::from_str_radix(words.next().ok_or("an empty line")?, 16)?;
+        guest.push((
+            address,
+            words.next().ok_or("no kind")?.to_owned(),
+            words.next().ok_or("no name")?.to_owned(),
+        ));
+    }
+    let mut ours: Vec<(u64, String, String)> = Vec::new();
+    for symbol in kernel.image().symbols().iter() {
+        let address = if symbol.percpu {
+            symbol.address.0
+        } else {
+            kernel.runtime(symbol.address).0
+        };
+        ours.push((address, char::from(symbol.kind).to_string(), symbol.name));
+    }
+    let same = guest == ours;
+    println!(
+        "{} symbols in the guest, {} here: {}",
+        guest.len(),
+        ours.len(),
+        if same { "the same" } else { "DIFFERENT" }
+    );
+    for (guest, ours) in guest
+        .iter()
+        .zip(&ours)
+        .filter(|(guest, ours)| guest != ours)
+        .take(5)
+    {
+        println!("  {guest:x?} there, {ours:x?} here");
+    }
+    // Every name is found by itself, at its address.
+    let symbols = kernel.image().symbols();
+    let mut positions: BTreeMap<&str, usize> = BTreeMap::new();
+    for (address, _, name) in &ours {
+        let position = positions.entry(name).or_default();
+        *position += 1;
+        let found = symbols.lookup_nth(name, *position)?;
+        let at = if found.percpu {
+            found.address.0
+        } else {
+            kernel.runtime(found.address).0
+        };
+        if at != *address {
+            println!("  {name} number {position}: {at:#x} instead of {address:#x}");
+        }
+    }
+    Ok(())
+}
+
+fn compare_text(kernel: &Kernel, dump: &Dump, step: usize) -> Result<(), Box<dyn Error>> {
+    let (mut same, mut different, mut undecidable) = (0, 0, BTreeMap::new());
+    let text = kernel
+        .image()
+        .sections()
+        .iter()
+        .find(|section| section.name == ".text")
+        .ok_or("no .text")?;
+    let everything = LinkAddr(0)..LinkAddr(u64::MAX);
+    for site in kernel
+        .image()
+        .sites()
+        .first(SiteKind::Fentry, &everything, usize::MAX)
+        .into_iter()
+        .step_by(step)
+    {
+        if !text.range.contains(&site.range.start) {
+            continue;
+        }
+        let at = kernel.runtime(site.range.end);
+        match kernel.expected_text(at..Gva(at.0 + 16)) {
+            Ok(expected) => match kernel.differs(dump, at, &expected)? {
+                None => same += 1,
+                Some(byte) => {
+                    different += 1;
+                    let mut live = [0; 16];
+                    kernel.read(dump, at, &mut live)?;
+                    println!(
+                        "  {at} differs at {byte}: {expected:02x?} expected, {live:02x?} there"
+                    );
+                }
+            },
+            Err(TextError::Undecidable { site, .. }) => {
+                *undecidable.entry(format!("{:?}", site.kind)).or_insert(0) += 1
+            }
+            Err(other) => return Err(other.into()),
+        }
+    }
+    println!(
+        "text after fentry: {same} as expected, {different} different, undecidable: {undecidable:?}"
+    );
+    Ok(())
+}

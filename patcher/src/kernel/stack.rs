@@ -1,0 +1,283 @@
+//! Whether anything in the guest is inside given code, or will return into it.
+//!
+//! Every word of the live part of every kernel stack is looked at, from the stack pointer up. That finds each return address and each
+//! interrupted instruction pointer, and more than those: it can refuse too often, never too seldom. Also looked at
+//! are the registers of vCPUs in the kernel, and the return addresses that the guest's tracers keep elsewhere.
+//!
+//! A running task's stack pointer is its vCPU's, or is found at the top of the interrupt and exception stacks that
+//! lie over it (kernel `arch/x86/include/asm/irq_stack.h`; Intel SDM vol. 3A, 6.14.2). A stack pointer in none of the
+//! known places is [`ScanError::Unreliable`]. The user's registers at the top of a task's stack are left out: a user
+//! could put any value there.
+
+use std::ops::Range;
+
+use super::locate::{Kernel, KernelError};
+use super::memory::Memory;
+use super::running::{Running, running};
+use super::tasks::{Hidden, Task, Tasks};
+use crate::addr::Gva;
+use crate::guest::{ReadPhys, Vcpu};
+
+/// More return addresses than any tracer keeps of one task, in bytes.
+const MAX_HIDDEN: u64 = 1 << 16;
+/// More probes than return through one task at a time.
+const MAX_PROBES: usize = 4096;
+
+/// What was looked at, and found to be outside the forbidden code.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Scan {
+    /// Tasks.
+    pub tasks: usize,
+    /// Stacks that belong to no task.
+    pub unowned_stacks: usize,
+    /// Words of stacks.
+    pub words: u64,
+    /// Bytes of the guest's memory that were read for it, page tables not counted.
+    pub bytes_read: u64,
+}
+
+/// Whose stack it is, or whose register.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Who {
+    /// A vCPU's own registers.
+    Vcpu(usize),
+    /// A task's stack.
+    Task {
+        /// Its thread id.
+        pid: u32,
+        /// Its name.
+        name: String,
+    },
+    /// An interrupt, exception or entry stack, on which this vCPU is.
+    CpuStack(usize),
+    /// A stack of no known task.
+    Unowned,
+}
+
+/// Something is inside the forbidden code, or may return into it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hit {
+    /// Whose it is.
+    pub who: Who,
+    /// Where the word is; `None` for a register.
+    pub at: Option<Gva>,
+    /// The word: an address in the forbidden code.
+    pub value: Gva,
+}
+
+/// Why the code cannot be called free.
+#[derive(Debug, thiserror::Error)]
+pub enum ScanError {
+    /// Something is in it. It may be out of it a moment later.
+    #[error("{} is in code that is to be changed, at {}", describe(&.0.who), .0.value)]
+    Hit(Hit),
+    /// A vCPU is where its stack cannot be told. That passes.
+    #[error(
+        "where vCPU {vcpu} is cannot be told: {why} (instruction pointer {rip}, stack pointer {sp})"
+    )]
+    Unreliable {
+        /// The vCPU.
+        vcpu: usize,
+        /// Its instruction pointer, or that of the code that it interrupted.
+        rip: Gva,
+        /// The stack pointer that is in no known stack.
+        sp: Gva,
+        /// What is wrong.
+        why: &'static str,
+    },
+    /// The guest's tasks or stacks could not be read. They may have been in motion.
+    #[error("the guest's stacks cannot be read: {0}")]
+    Kernel(#[from] KernelError),
+}
+
+fn describe(who: &Who) -> String {
+    match who {
+        Who::Vcpu(index) => format!("vCPU {index}"),
+        Who::Task { pid, name } => format!("task {pid} ({name})"),
+        Who::CpuStack(index) => format!("an interrupt or exception on vCPU {index}"),
+        Who::Unowned => "a stack of no known task".to_owned(),
+    }
+}
+
+/// Looks for anything that is inside `forbidden` in the paused guest. Unaligned words are not looked at: the kernel pushes none.
+///
+/// # Errors
+/// [`ScanError::Hit`] when something is, and when that cannot be told.
+pub fn stack_words<R: ReadPhys + ?Sized>(
+    kernel: &Kernel,
+    guest: &R,
+    vcpus: &[Vcpu],
+    forbidden: &[Range<Gva>],
+) -> Result<Scan, ScanError> {
+    let memory = Memory::new(kernel, guest).map_err(KernelError::from)?;
+    let tasks = Tasks::read_from(kernel, &memory)?;
+    let mut scanner = Scanner::new(kernel, &memory, forbidden);
+    let running = running(kernel, &memory, vcpus, &tasks)?;
+    scanner.registers(vcpus)?;
+    for (vcpu, stack) in &running.stacks {
+        scanner.words(stack.clone(), || Who::CpuStack(*vcpu))?;
+    }
+    for (index, task) in tasks.tasks.iter().enumerate() {
+        scanner.task(index, task, &running)?;
+    }
+    for stack in &tasks.unowned {
+        scanner.words(stack.clone(), || Who::Unowned)?;
+    }
+    Ok(Scan {
+        tasks: tasks.tasks.len(),
+        unowned_stacks: tasks.unowned.len(),
+        words: scanner.count,
+        bytes_read: memory.bytes_read(),
+    })
+}
+
+struct Scanner<'a, R: ?Sized> {
+    kernel: &'a Kernel,
+    memory: &'a Memory<'a, R>,
+    forbidden: &'a [Range<Gva>],
+    /// From the lowest to the highest forbidden address: most words are outside.
+    around: Range<u64>,
+    count: u64,
+    buf: Vec<u8>,
+}
+
+impl<'a, R: ReadPhys + ?Sized> Scanner<'a, R> {
+    fn new(kernel: &'a Kernel, memory: &'a Memory<'a, R>, forbidden: &'a [Range<Gva>]) -> Self {
+        let first = forbidden
+            .iter()
+            .map(|range| range.start.0)
+            .min()
+            .unwrap_or(0);
+        let last = forbidden.iter().map(|range| range.end.0).max().unwrap_or(0);
+        Self {
+            kernel,
+            memory,
+            forbidden,
+            around: first..last,
+            count: 0,
+            buf: Vec::new(),
+        }
+    }
+
+    fn check(
+        &self,
+        value: u64,
+        at: Option<Gva>,
+        who: impl FnOnce() -> Who,
+    ) -> Result<(), ScanError> {
+        let value = Gva(value);
+        let inside = self.around.contains(&value.0)
+            && self.forbidden.iter().any(|range| range.contains(&value));
+        if inside {
+            Err(ScanError::Hit(Hit {
+                who: who(),
+                at,
+                value,
+            }))
+        } else {
+            Ok(())
+        }
+    }
+
+    /// The registers of vCPUs in the kernel: returning code may hold its destination in one.
+    fn registers(&self, vcpus: &[Vcpu]) -> Result<(), ScanError> {
+        let started = vcpus
+            .iter()
+            .enumerate()
+            .filter(|(_, vcpu)| super::running::in_kernel(vcpu));
+        for (index, vcpu) in started {
+            for value in vcpu.gpr.iter().chain([&vcpu.rip]) {
+                self.check(*value, None, || Who::Vcpu(index))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn task(&mut self, index: usize, task: &Task, running: &Running) -> Result<(), ScanError> {
+        let who = || Who::Task {
+            pid: task.pid,
+            name: task.name(),
+        };
+        if let Some(sp) = running.live_from(index, task) {
+            let end = Gva(task
+                .stack
+                .end
+                .0
+                .saturating_sub(self.kernel.layout().user_registers));
+            if !task.stack.is_empty() {
+                let outside = sp < task.stack.start || sp > task.stack.end;
+                if outside {
+                    let what = "saved stack pointer";
+                    return Err(KernelError::Unsound {
+                        what,
+                        at: task.at,
+                        value: sp.0,
+                    }
+                    .into());
+                }
+                self.words(sp..end, who)?;
+            }
+        }
+        self.hidden(&task.hidden, who)
+    }
+
+    /// Every word in `stack`.
+    fn words(&mut self, stack: Range<Gva>, who: impl Fn() -> Who) -> Result<(), ScanError> {
+        let start = Gva(stack.start.0 & !7);
+        let len = stack
+            .end
+            .offset_from(start)
+            .and_then(|len| usize::try_from(len).ok())
+            .unwrap_or(0);
+        let mut buf = std::mem::take(&mut self.buf);
+        buf.resize(len, 0);
+        self.memory
+            .read(start, &mut buf)
+            .map_err(KernelError::from)?;
+        for (index, word) in buf.as_chunks::<8>().0.iter().enumerate() {
+            let value = u64::from_le_bytes(*word);
+            if self.around.contains(&value) {
+                self.check(value, start.checked_add(index as u64 * 8), &who)?;
+            }
+        }
+        self.count += (len / 8) as u64;
+        self.buf = buf;
+        Ok(())
+    }
+
+    /// Return addresses that tracers took from the task's stack.
+    fn hidden(&mut self, hidden: &Hidden, who: impl Fn() -> Who) -> Result<(), ScanError> {
+        let (entries, len) = hidden.graph;
+        if entries != 0 && len != 0 {
+            let entries = Gva(entries);
+            let unsound = || KernelError::Unsound {
+                what: "stack of traced returns",
+                at: entries,
+                value: len,
+            };
+            let range = (len <= MAX_HIDDEN)
+                .then(|| entries.range(len))
+                .flatten()
+                .ok_or_else(unsound)?;
+            self.words(range, &who)?;
+        }
+        let Some(layout) = self.kernel.layout().task.rethook.as_ref() else {
+            return Ok(());
+        };
+        let mut node = hidden.rethook;
+        let mut left = MAX_PROBES;
+        while node != 0 {
+            let unsound = KernelError::Unsound {
+                what: "list of return probes",
+                at: Gva(node),
+                value: node,
+            };
+            left = left.checked_sub(1).ok_or(unsound)?;
+            let at = Gva(node.wrapping_sub(layout.link).wrapping_add(layout.address));
+            let value = self.memory.u64(at).map_err(KernelError::from)?;
+            self.check(value, Some(at), &who)?;
+            node = self.memory.u64(Gva(node)).map_err(KernelError::from)?;
+        }
+        Ok(())
+    }
+}
