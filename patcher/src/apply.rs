@@ -1,12 +1,28 @@
 //! Applies and reverts updates: one pause for each try, tries until a deadline, a report of what the pause cost.
+//!
+//! Everything that can be is done before the pause: finding the functions, linking, planning. What may have changed since is
+//! looked at again under it.
 
+mod live;
+
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
+use crate::addr::Gva;
+
+use self::live::Live;
 use crate::commit::{Blocked, CommitError, Quiescent, Running, Times};
-use crate::edition::link::Linked;
+use crate::edition::link::{self, LinkError, Linked, Returns};
+use crate::edition::object::Package;
+use crate::edition::space::ArenaSpace;
 use crate::guest::counted::Counted;
 use crate::guest::{Guest, GuestError, PausedGuest};
-use crate::plan::Plan;
+use crate::kernel::arena::{ArenaError, ArenaLayout, ArenaPart, SLOT_SIZE};
+use crate::kernel::boot::BootState;
+use crate::kernel::locate::{Kernel, KernelError};
+use crate::kernel::text::{ReturnError, ReturnForm};
+use crate::plan::target::{Target, TargetError};
+use crate::plan::{ArenaMap, Entry, Plan, PlanError};
 
 /// First wait between two tries; it doubles with each.
 const FIRST_WAIT: Duration = Duration::from_micros(500);
@@ -93,6 +109,209 @@ pub enum CommitFailed {
     /// Everything was written, but the guest could not be let go.
     #[error("everything was written, but the guest could not be resumed: {0}")]
     Resume(GuestError),
+}
+
+/// Why an update was not applied.
+#[derive(Debug, thiserror::Error)]
+pub enum ApplyError {
+    /// The guest had not finished booting by the deadline.
+    #[error(
+        "the guest has not finished booting (its kernel is {state}); updates are applied once it has"
+    )]
+    Booting {
+        /// The kernel's name for its state.
+        state: String,
+    },
+    /// The guest is on its way down.
+    #[error("the guest is going down (its kernel is {state})")]
+    Ending {
+        /// The kernel's name for its state.
+        state: String,
+    },
+    /// The running kernel cannot be read.
+    #[error("the running kernel cannot be read: {0}")]
+    Kernel(#[from] KernelError),
+    /// How its functions return cannot be told.
+    #[error(transparent)]
+    Returns(#[from] ReturnError),
+    /// A function cannot be redirected.
+    #[error(transparent)]
+    Target(#[from] TargetError),
+    /// The package cannot be linked.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// The arena cannot be mapped.
+    #[error(transparent)]
+    Arena(#[from] ArenaError),
+    /// No plan can be made.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// The plan was not done.
+    #[error(transparent)]
+    Commit(#[from] CommitFailed),
+}
+
+/// An update that was not reverted.
+#[derive(Debug, thiserror::Error)]
+#[error("{cause}")]
+pub struct NotReverted {
+    /// The update, if it is still applied.
+    pub applied: Option<Box<Applied>>,
+    /// Why.
+    pub cause: CommitFailed,
+}
+
+impl CommitFailed {
+    /// Whether the guest is not as it was before: it stays paused, and must be ended.
+    #[must_use]
+    pub fn is_broken(&self) -> bool {
+        matches!(
+            self,
+            Self::Commit(CommitError::Torn { .. }) | Self::Resume(_)
+        )
+    }
+}
+
+/// Our part of a guest's memory, as one running kernel sees it. Another kernel needs another one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Arena {
+    /// Where it is mapped.
+    pub layout: ArenaLayout,
+    /// What of it is handed out.
+    pub space: ArenaSpace,
+}
+
+impl Arena {
+    /// An empty arena for a kernel that was just located.
+    ///
+    /// # Errors
+    /// When the kernel's address space has no place for it.
+    pub fn new<G: Guest>(guest: &G, kernel: &Kernel) -> Result<Self, ArenaError> {
+        let layout = ArenaLayout::plan(kernel, guest, &guest.arena())?;
+        let space = ArenaSpace::new(range(&layout.code), range(&layout.data));
+        Ok(Self { layout, space })
+    }
+
+    /// The arena in both address spaces, with the page-table entries that are still to be written.
+    fn map<G: Guest>(&self, guest: &G, kernel: &Kernel) -> Result<ArenaMap, ArenaError> {
+        let mut map = ArenaMap {
+            parts: Vec::new(),
+            entries: Vec::new(),
+        };
+        for part in self.layout.parts() {
+            map.parts.push((range(part), part.memory.start));
+            if !part.mapped(kernel, guest)? {
+                map.entries.push(Entry {
+                    at: part.entry_at,
+                    expect: 0,
+                    value: part.entry,
+                    maps: part.at,
+                });
+            }
+        }
+        Ok(map)
+    }
+}
+
+/// Where the kernel sees a part of the arena. It is one of the top entries of the page tables, below the last page.
+fn range(part: &ArenaPart) -> Range<Gva> {
+    part.at..Gva(part.at.0.saturating_add(SLOT_SIZE))
+}
+
+/// Applies `package` to the kernel that `guest` runs, or with [`ApplyOptions::check_only`] does everything but the commit.
+///
+/// Returns the update (none if it was only checked) and what it cost. Room in `arena` is taken only by an update that is applied.
+///
+/// # Errors
+/// [`ApplyError`]; the guest is as it was, unless [`CommitFailed::is_broken`].
+pub fn apply<G: Guest>(
+    guest: &mut G,
+    kernel: &Kernel,
+    arena: &mut Arena,
+    package: &Package,
+    options: &ApplyOptions<'_>,
+) -> Result<(Option<Applied>, Report), ApplyError> {
+    booted(guest, kernel, options)?;
+    let mut draft = arena.space.clone();
+    let applied = prepare(guest, kernel, arena, &mut draft, package)?;
+    let report = commit(guest, kernel, &applied.plan, options)?;
+    if options.check_only {
+        return Ok((None, report));
+    }
+    arena.space = draft;
+    Ok((Some(applied), report))
+}
+
+/// Takes the jumps of an update back. Its code stays where it is: a thread may still be in it.
+///
+/// # Errors
+/// [`NotReverted`], with the update if it is still applied.
+pub fn revert<G: Guest>(
+    guest: &mut G,
+    kernel: &Kernel,
+    applied: Applied,
+    options: &ApplyOptions<'_>,
+) -> Result<Report, NotReverted> {
+    let plan = applied.plan.revert();
+    commit(guest, kernel, &plan, options).map_err(|cause| {
+        let gone = matches!(cause, CommitFailed::Resume(_));
+        NotReverted {
+            applied: (!gone).then(|| Box::new(applied)),
+            cause,
+        }
+    })
+}
+
+/// Waits until the guest has finished booting.
+fn booted<G: Guest>(
+    guest: &G,
+    kernel: &Kernel,
+    options: &ApplyOptions<'_>,
+) -> Result<(), ApplyError> {
+    loop {
+        let state = match kernel.boot_state(guest)? {
+            BootState::Running => return Ok(()),
+            BootState::Ending { state } => return Err(ApplyError::Ending { state }),
+            BootState::NotFinished { state } => state,
+        };
+        if options.deadline.saturating_duration_since(Instant::now()) <= LONGEST_WAIT {
+            return Err(ApplyError::Booting { state });
+        }
+        (options.doing)(format!(
+            "waiting for the guest to finish booting (its kernel is {state})"
+        ));
+        std::thread::sleep(LONGEST_WAIT);
+    }
+}
+
+/// Finds the functions, links and plans, while the guest runs.
+fn prepare<G: Guest>(
+    guest: &G,
+    kernel: &Kernel,
+    arena: &Arena,
+    space: &mut ArenaSpace,
+    package: &Package,
+) -> Result<Applied, ApplyError> {
+    let returns = match kernel.return_form(guest)? {
+        ReturnForm::Ret => Returns::Plain,
+        ReturnForm::Jump(thunk) => Returns::Thunk(thunk),
+    };
+    let live = Live { kernel, returns };
+    link::same_kernel(package, &live)?;
+    let ours = range(&arena.layout.code);
+    let targets = package
+        .editions()
+        .iter()
+        .map(|edition| Target::find(kernel, guest, edition, &ours));
+    let targets = targets.collect::<Result<Vec<_>, _>>()?;
+    let linked = link::link(package, &live, targets, space)?;
+    let map = arena.map(guest, kernel)?;
+    let plan = Plan::apply(&linked, &map, |at| {
+        kernel
+            .translate(guest, at)
+            .map_err(|error| error.to_string())
+    })?;
+    Ok(Applied { linked, plan })
 }
 
 /// Does `plan` under one pause, as soon as nothing is in the way.

@@ -12,5 +12,6 @@ pub mod edition;
 pub mod guest;
 pub mod journal;
 pub mod kernel;
+pub mod observe;
 pub mod plan;
 pub mod x86;

@@ -146,12 +146,7 @@ pub fn link(
     targets: Vec<Target>,
     space: &mut ArenaSpace,
 ) -> Result<Linked, LinkError> {
-    if package.build_id() != kernel.build_id() {
-        return Err(LinkError::OtherKernel {
-            package: package.build_id().into(),
-            kernel: kernel.build_id().into(),
-        });
-    }
+    same_kernel(package, kernel)?;
     let mut draft = space.clone();
     let mut layout = Layout::new(package);
     let heads = layout.heads(&targets, &draft)?;
@@ -218,6 +213,21 @@ pub fn link(
         data,
         redirections,
         orc,
+    })
+}
+
+/// The package is for this kernel.
+///
+/// # Errors
+/// [`LinkError::OtherKernel`].
+pub fn same_kernel(package: &Package, kernel: &impl Resolve) -> Result<(), LinkError> {
+    let (package, kernel) = (package.build_id(), kernel.build_id());
+    if package == kernel {
+        return Ok(());
+    }
+    Err(LinkError::OtherKernel {
+        package: package.into(),
+        kernel: kernel.into(),
     })
 }
 
@@ -445,3 +455,6 @@ fn fentry(
     copy(half, at.wrapping_sub(1), &NOP5);
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

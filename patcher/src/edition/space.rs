@@ -6,6 +6,10 @@ use std::ops::Range;
 
 use crate::addr::Gva;
 
+/// Nothing is placed so close to the beginning of the code half: the kernel prints so many bytes before the instruction
+/// pointer when it reports a crash.
+const CODE_GUARD: u64 = 64;
+
 /// The arena half has no room left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
@@ -84,6 +88,26 @@ pub struct ArenaSpace {
     pub code: Space,
     /// Read-write, not executable: their constants and variables.
     pub data: Space,
+}
+
+impl ArenaSpace {
+    /// An empty arena whose halves the kernel sees at `code` and `data`.
+    #[must_use]
+    pub fn new(code: Range<Gva>, data: Range<Gva>) -> Self {
+        Self {
+            code: Space::new("code", code, CODE_GUARD),
+            data: Space::new("data", data, 0),
+        }
+    }
+
+    /// Bytes that were handed out, of both halves.
+    #[must_use]
+    pub fn used(&self) -> u64 {
+        [&self.code, &self.data]
+            .iter()
+            .map(|half| half.next.0 - half.range.start.0)
+            .sum()
+    }
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ use std::fmt;
 use std::ops::Range;
 use std::time::Instant;
 
+use super::dump::Dump;
 use super::{Guest, GuestError, PausedGuest, ReadPhys, Registers, Vcpu};
 use crate::addr::Gpa;
 
@@ -84,6 +85,38 @@ impl FakeGuest {
             paused: false,
             bytes_read: Cell::new(0),
         }
+    }
+
+    /// The recorded guest `dump`, made to run: its memory is copied, and an empty `arena` added if it has none.
+    ///
+    /// # Errors
+    /// When its memory cannot be read.
+    pub fn from_dump(dump: &Dump, arena: Range<Gpa>) -> Result<Self, GuestError> {
+        let mut memory = Vec::new();
+        for range in dump.memory() {
+            let len =
+                usize::try_from(range.end.0.saturating_sub(range.start.0)).unwrap_or(usize::MAX);
+            let mut bytes = vec![0; len];
+            dump.read_phys(range.start, &mut bytes)?;
+            memory.push(Region {
+                at: range.start,
+                bytes,
+            });
+        }
+        let recorded = dump.arena();
+        if recorded.is_none() {
+            let len =
+                usize::try_from(arena.end.0.saturating_sub(arena.start.0)).unwrap_or_default();
+            memory.push(Region {
+                at: arena.start,
+                bytes: vec![0; len],
+            });
+        }
+        Ok(Self::new(
+            memory,
+            dump.vcpus().to_vec(),
+            recorded.unwrap_or(arena),
+        ))
     }
 
     /// All memory, to be compared.

@@ -2,7 +2,19 @@
 
 use std::ops::Range;
 
-use crate::addr::Gva;
+use super::checks;
+use super::refusal::Refusal;
+use crate::addr::{Gva, LinkAddr};
+use crate::edition::object::Edition;
+use crate::guest::ReadPhys;
+use crate::kernel::locate::{Kernel, KernelError};
+use crate::kernel::sites::SiteKind;
+use crate::kernel::symbols::{Symbol, SymbolError};
+use crate::x86::insn::{self, JUMP_LEN, MAX_INSTRUCTION_LEN};
+use crate::x86::paging::PagingError;
+
+/// The most bytes of one function that are looked through for branches.
+const MAX_FUNCTION: u64 = 1 << 20;
 
 /// A function that can be redirected, as far as can be known while the guest runs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,11 +31,239 @@ pub struct Target {
     pub displaced: Vec<u8>,
 }
 
+/// Why a function cannot be redirected, or why that cannot be told.
+#[derive(Debug, thiserror::Error)]
+pub enum TargetError {
+    /// The kernel has no such function, or several.
+    #[error("the package replaces a function that cannot be found: {0}")]
+    Symbol(#[from] SymbolError),
+    /// It has the function, but it cannot be redirected.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// The function's bytes cannot be read.
+    #[error("{function} cannot be read in the running kernel: {cause}")]
+    Unreadable {
+        /// The function.
+        function: String,
+        /// Why not.
+        cause: PagingError,
+    },
+    /// What the guest's own probes are cannot be told.
+    #[error("the guest's own probes cannot be read: {0}")]
+    Probes(#[from] KernelError),
+}
+
 impl Target {
+    /// Finds the function that `edition` replaces, and checks every rule that can be checked while the guest runs.
+    ///
+    /// `arena` is where the kernel sees the arena: a jump there is ours.
+    ///
+    /// # Errors
+    /// [`TargetError`]. Nothing was written.
+    pub fn find<R: ReadPhys>(
+        kernel: &Kernel,
+        guest: &R,
+        edition: &Edition,
+        arena: &Range<Gva>,
+    ) -> Result<Self, TargetError> {
+        let symbols = kernel.image().symbols();
+        let symbol = match edition.position {
+            0 => symbols.lookup(&edition.function)?,
+            nth => symbols.lookup_nth(
+                &edition.function,
+                usize::try_from(nth).unwrap_or(usize::MAX),
+            )?,
+        };
+        let function = Function::new(kernel, &symbol)?;
+        let jump = function.jump()?;
+        let displaced = function.displaced_range(jump)?;
+        let sites = kernel.image().sites();
+        checks::no_site(&symbol.name, &sites.within(displaced.clone()), |at| {
+            kernel.runtime(at)
+        })?;
+        let runtime = kernel.runtime(displaced.start)..kernel.runtime(displaced.end);
+        checks::no_kprobe(&symbol.name, &kernel.kprobes_in(guest, &runtime)?)?;
+        function.no_way_into(guest, &displaced)?;
+
+        let unreadable = |cause| TargetError::Unreadable {
+            function: symbol.name.clone(),
+            cause,
+        };
+        let mut live =
+            vec![0; usize::try_from(runtime.end.0 - runtime.start.0).unwrap_or_default()];
+        kernel
+            .read(guest, runtime.start, &mut live)
+            .map_err(unreadable)?;
+        checks::not_ours(&symbol.name, runtime.start, &live, arena)?;
+        let expected =
+            kernel
+                .expected_text(runtime.clone())
+                .map_err(|error| Refusal::Unpredictable {
+                    function: symbol.name.clone(),
+                    cause: error.to_string(),
+                })?;
+        checks::unchanged(&symbol.name, runtime.start, &expected, &live)?;
+        Ok(Self {
+            function: kernel.runtime(symbol.address),
+            size: symbol.size,
+            jump: runtime.start,
+            displaced: expected,
+            name: symbol.name,
+        })
+    }
+
     /// Where no thread may be or return to while the jump is written: the displaced bytes but the first.
     #[must_use]
     pub fn forbidden(&self) -> Range<Gva> {
         let end = Gva(self.jump.0.wrapping_add(self.displaced.len() as u64));
         Gva(self.jump.0.wrapping_add(1))..end
+    }
+}
+
+/// A function of the image, with its code.
+struct Function<'a> {
+    kernel: &'a Kernel,
+    symbol: &'a Symbol,
+    code: &'a [u8],
+}
+
+impl<'a> Function<'a> {
+    /// The function behind `symbol`, if it lies where functions may be redirected.
+    fn new(kernel: &'a Kernel, symbol: &'a Symbol) -> Result<Self, Refusal> {
+        let at = kernel.runtime(symbol.address);
+        for region in &checks::REGIONS {
+            if let (Ok(start), Ok(end)) = (
+                kernel.symbol(region.bounds.0),
+                kernel.symbol(region.bounds.1),
+            ) {
+                checks::outside(&symbol.name, at, region, &(start..end))?;
+            }
+        }
+        let range = symbol.address.range(symbol.size.min(MAX_FUNCTION));
+        let code = range.and_then(|range| kernel.image().text(range));
+        let code = code.ok_or_else(|| Refusal::NoFentry {
+            function: symbol.name.clone(),
+            at,
+        })?;
+        Ok(Self {
+            kernel,
+            symbol,
+            code,
+        })
+    }
+
+    /// Where in the image the jump goes.
+    fn jump(&self) -> Result<LinkAddr, Refusal> {
+        let (name, first) = (&self.symbol.name, self.symbol.address);
+        let at = self.kernel.runtime(first);
+        let refused = || Refusal::NoFentry {
+            function: name.clone(),
+            at,
+        };
+        let beginning = first
+            .range(MAX_INSTRUCTION_LEN as u64)
+            .ok_or_else(refused)?;
+        let sites = self.kernel.image().sites().within(beginning);
+        let offset = checks::after_fentry(name, at, self.code, first, &sites)?;
+        checks::room(name, self.symbol.size, offset)?;
+        first.checked_add(offset).ok_or_else(refused)
+    }
+
+    /// The whole instructions of the image that a jump at `jump` displaces.
+    fn displaced_range(&self, jump: LinkAddr) -> Result<Range<LinkAddr>, Refusal> {
+        let part = || self.symbol.name.clone();
+        let offset = jump
+            .offset_from(self.symbol.address)
+            .and_then(|offset| usize::try_from(offset).ok());
+        let code = offset
+            .and_then(|offset| self.code.get(offset..))
+            .unwrap_or_default();
+        let instructions = insn::whole_instructions(code, self.kernel.runtime(jump), JUMP_LEN)
+            .map_err(|cause| Refusal::Undecodable {
+                part: part(),
+                cause,
+            })?;
+        let len = instructions
+            .iter()
+            .map(|instruction| instruction.len() as u64)
+            .sum();
+        jump.range(len).ok_or_else(|| Refusal::TooShort {
+            function: part(),
+            room: 0,
+            needed: JUMP_LEN as u64,
+        })
+    }
+
+    /// Nothing of the function leads to the middle of the displaced bytes: no branch of it or its cold part, as the image
+    /// or the running kernel has them, no static branch that is switched off now, no exception fixup.
+    fn no_way_into<R: ReadPhys>(
+        &self,
+        guest: &R,
+        displaced: &Range<LinkAddr>,
+    ) -> Result<(), TargetError> {
+        let kernel = self.kernel;
+        let runtime = kernel.runtime(displaced.start)..kernel.runtime(displaced.end);
+        for (kind, from) in kernel.image().sites().leading_into(displaced) {
+            let part = if kind == SiteKind::JumpLabel {
+                "a static branch"
+            } else {
+                "an exception fixup"
+            };
+            let part = format!("{part} of {}", self.symbol.name);
+            return Err(Refusal::BranchInto {
+                part,
+                from: kernel.runtime(from),
+                to: runtime.start,
+            }
+            .into());
+        }
+        checks::no_branch_into(
+            &self.symbol.name,
+            self.code,
+            kernel.runtime(self.symbol.address),
+            &runtime,
+        )?;
+        self.no_live_branch_into(guest, self.symbol, &runtime)?;
+        for cold in self.cold_parts() {
+            let range = cold.address.range(cold.size.min(MAX_FUNCTION));
+            let code = range
+                .and_then(|range| kernel.image().text(range))
+                .unwrap_or_default();
+            checks::no_branch_into(&cold.name, code, kernel.runtime(cold.address), &runtime)?;
+            self.no_live_branch_into(guest, &cold, &runtime)?;
+        }
+        Ok(())
+    }
+
+    /// Where the kernel has patched itself, live branches may lead elsewhere than those of the image.
+    ///
+    /// Breakpoints of the guest's own make live code undecodable here and there; what the image says was checked already.
+    fn no_live_branch_into<R: ReadPhys>(
+        &self,
+        guest: &R,
+        part: &Symbol,
+        displaced: &Range<Gva>,
+    ) -> Result<(), TargetError> {
+        let at = self.kernel.runtime(part.address);
+        let mut live = vec![0; usize::try_from(part.size.min(MAX_FUNCTION)).unwrap_or_default()];
+        let unreadable = |cause| TargetError::Unreadable {
+            function: part.name.clone(),
+            cause,
+        };
+        self.kernel.read(guest, at, &mut live).map_err(unreadable)?;
+        match checks::no_branch_into(&part.name, &live, at, displaced) {
+            Err(Refusal::Undecodable { .. }) => Ok(()),
+            other => Ok(other?),
+        }
+    }
+
+    /// What the compiler split off the function. Several functions of one name have as many cold parts, and nothing says
+    /// which is whose: all of them are returned.
+    fn cold_parts(&self) -> Vec<Symbol> {
+        let symbols = self.kernel.image().symbols();
+        let name = format!("{}.cold", self.symbol.name);
+        (1..)
+            .map_while(|nth| symbols.lookup_nth(&name, nth).ok())
+            .collect()
     }
 }

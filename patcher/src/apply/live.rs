@@ -1,0 +1,89 @@
+//! What planning and committing ask of a kernel, answered by the located [`Kernel`].
+
+use std::ops::Range;
+
+use crate::addr::{Gpa, Gva};
+use crate::commit::{Blocked, Running, Scanned};
+use crate::edition::link::{Resolve, Returns};
+use crate::guest::{ReadPhys, Registers};
+use crate::kernel::locate::Kernel;
+use crate::kernel::stack::{ScanError, stack_words};
+use crate::kernel::symbols::SymbolError;
+use crate::plan::checks;
+
+/// A located kernel, and how its functions return.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Live<'k> {
+    pub(super) kernel: &'k Kernel,
+    pub(super) returns: Returns,
+}
+
+impl Resolve for Live<'_> {
+    fn build_id(&self) -> &[u8] {
+        self.kernel.image().build_id()
+    }
+
+    fn symbol(&self, name: &str) -> Result<u64, SymbolError> {
+        let symbol = self.kernel.image().symbols().lookup(name)?;
+        // A per-CPU variable is reached through the segment base, by its offset.
+        Ok(if symbol.percpu {
+            symbol.address.0
+        } else {
+            self.kernel.runtime(symbol.address).0
+        })
+    }
+
+    fn returns(&self) -> Returns {
+        self.returns
+    }
+}
+
+fn unreadable(cause: impl std::fmt::Display) -> Blocked {
+    Blocked::Unreadable {
+        cause: cause.to_string(),
+    }
+}
+
+impl Running for Kernel {
+    fn prove_same<G: ReadPhys + Registers>(&self, guest: &G) -> Result<(), Blocked> {
+        Self::prove_same(self, guest, guest.vcpus()).map_err(|error| Blocked::OtherKernel {
+            cause: error.to_string(),
+        })
+    }
+
+    fn settled<G: ReadPhys>(&self, guest: &G) -> Result<(), Blocked> {
+        match self.text_in_flux(guest) {
+            Ok(None) => Ok(()),
+            Ok(Some(cause)) => Err(Blocked::InFlux {
+                cause: cause.to_string(),
+            }),
+            Err(error) => Err(unreadable(error)),
+        }
+    }
+
+    fn scan<G: ReadPhys + Registers>(
+        &self,
+        guest: &G,
+        forbidden: &[Range<Gva>],
+    ) -> Result<Scanned, Blocked> {
+        // A probe that is not armed yet would be written over our jump when it is.
+        for range in forbidden {
+            let probes = self.kprobes_in(guest, range).map_err(unreadable)?;
+            checks::no_kprobe("the redirected function", &probes).map_err(Blocked::Changed)?;
+        }
+        match stack_words(self, guest, guest.vcpus(), forbidden) {
+            Ok(scan) => Ok(Scanned {
+                tasks: scan.tasks as u64,
+                words: scan.words,
+            }),
+            Err(error @ ScanError::Hit(_)) => Err(Blocked::Busy {
+                cause: error.to_string(),
+            }),
+            Err(error) => Err(unreadable(error)),
+        }
+    }
+
+    fn translate<G: ReadPhys>(&self, guest: &G, at: Gva) -> Result<Gpa, Blocked> {
+        Self::translate(self, guest, at).map_err(unreadable)
+    }
+}
