@@ -203,7 +203,8 @@ impl<'a> Function<'a> {
     ) -> Result<(), TargetError> {
         let kernel = self.kernel;
         let runtime = kernel.runtime(displaced.start)..kernel.runtime(displaced.end);
-        for (kind, from) in kernel.image().sites().leading_into(displaced) {
+        let leading = kernel.image().sites().leading_into(displaced);
+        if let Some(&(kind, from)) = leading.first() {
             let part = if kind == SiteKind::JumpLabel {
                 "a static branch"
             } else {
