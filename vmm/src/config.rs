@@ -366,19 +366,23 @@ fn cmdline_problem(cmdline: &str, kernel: Option<KernelFacts>) -> Option<String>
     (len as u64 > max).then(|| format!("is {len} bytes long; this kernel takes at most {max}"))
 }
 
+/// Whether a file could be made at `path`, as far as its directory goes.
 fn parent_problem(path: &Path) -> Option<String> {
     let parent = match path.parent() {
         Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
         Some(parent) => parent,
         None => return Some(format!("{} is a directory", path.display())),
     };
-    (!parent.is_dir()).then(|| {
-        format!(
-            "{} cannot be made: {} is not a directory",
-            path.display(),
-            parent.display()
-        )
-    })
+    let why = match parent.metadata() {
+        Ok(metadata) if metadata.is_dir() => return None,
+        Ok(_) => "not a directory".to_owned(),
+        Err(error) => error.to_string(),
+    };
+    Some(format!(
+        "{} cannot be made in {}: {why}",
+        path.display(),
+        parent.display()
+    ))
 }
 
 /// What the machine below can carry.
@@ -466,4 +470,131 @@ pub enum ConfigError {
     /// It was understood, and cannot work.
     #[error("{0}")]
     Problems(Problems),
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    use super::{Config, ConfigError, Console, Limits, MemorySize, Options, Wanted};
+    use crate::boot::image::KernelKind;
+    use crate::layout::MIB;
+
+    const LIMITS: Limits = Limits {
+        max_vcpus: 8,
+        phys_bits: 40,
+    };
+
+    /// An ELF kernel with one segment of 2 MiB at 16 MiB and nothing in it.
+    fn kernel_bytes() -> Vec<u8> {
+        let mut bytes = vec![0; 64 + 56];
+        bytes[..6].copy_from_slice(b"\x7fELF\x02\x01");
+        bytes[16] = 2;
+        bytes[18] = 62;
+        bytes[32] = 64;
+        bytes[56] = 1;
+        bytes[64] = 1;
+        bytes[64 + 24..64 + 32].copy_from_slice(&(16 * MIB).to_le_bytes());
+        bytes[64 + 40..64 + 48].copy_from_slice(&(2 * MIB).to_le_bytes());
+        bytes
+    }
+
+    fn check(toml: &str, flags: Options) -> Result<Config, ConfigError> {
+        let dir = tempfile::tempdir().expect("a directory");
+        fs::write(dir.path().join("kernel"), kernel_bytes()).expect("a kernel");
+        let file = dir.path().join("vm.toml");
+        fs::write(&file, toml).expect("a file");
+        Wanted::new(flags, Some(&file))?.validate(LIMITS)
+    }
+
+    fn refused(toml: &str, flags: Options) -> String {
+        check(toml, flags).expect_err("refused").to_string()
+    }
+
+    #[test]
+    fn a_file_alone_makes_a_machine_with_defaults_for_the_rest() {
+        let config = check("kernel = \"kernel\"\ncpus = 2", Options::default()).expect("good");
+        assert_eq!(config.kernel_facts.kind, KernelKind::Elf);
+        assert_eq!((config.cpus, config.memory), (2, 512 * MIB));
+        assert_eq!(config.cmdline, "console=ttyS0");
+        assert_eq!(config.console, Console::Stdio);
+    }
+
+    #[test]
+    fn flags_win_over_the_file() {
+        let flags = Options {
+            cpus: Some(3),
+            memory: Some(MemorySize(64 * MIB)),
+            ..Options::default()
+        };
+        let toml = "kernel = \"kernel\"\ncpus = 2\nmemory = \"1G\"\nconsole = \"off\"";
+        let config = check(toml, flags).expect("good");
+        assert_eq!((config.cpus, config.memory), (3, 64 * MIB));
+        assert_eq!(config.console, Console::Off);
+    }
+
+    #[test]
+    fn every_problem_is_told_with_its_place() {
+        let flags = Options {
+            cpus: Some(9),
+            ..Options::default()
+        };
+        let text = refused(
+            "kernel = \"missing\"\nmemory = 3\ncmdline = \"a\\u0000\"",
+            flags,
+        );
+        for word in [
+            "--cpus: 9 is more than the 8",
+            "kernel in /",
+            "missing cannot be opened: No such file",
+            "memory in /",
+            "multiple of 2 MiB",
+            "cmdline in /",
+        ] {
+            assert!(text.contains(word), "no \"{word}\" in: {text}");
+        }
+    }
+
+    #[test]
+    fn what_the_machine_cannot_carry_is_refused() {
+        let with =
+            |line: &str| refused(&format!("kernel = \"kernel\"\n{line}"), Options::default());
+        assert!(with("memory = 18").contains("at least 34 MiB"));
+        assert!(with("memory = \"2T\"").contains("40 bits"));
+        assert!(with("cpus = 0").contains("at least 1"));
+        let long = "x".repeat(3000);
+        assert!(with(&format!("cmdline = \"{long}\"")).contains("at most 2047"));
+        assert!(with("console = \"file:/no/such/dir/log\"").contains("No such file"));
+        assert!(with("api-sock = \"/no/such/dir/api\"").contains("No such file"));
+        assert!(with("initrd = \".\"").contains("not a regular file"));
+    }
+
+    #[test]
+    fn a_file_that_is_not_ours_is_refused_where_it_is_wrong() {
+        for (toml, word) in [
+            ("kernle = \"x\"", "kernle"),
+            ("kernel = 3", "kernel"),
+            ("memory = \"much\"", "much"),
+            ("console = \"tty\"", "tty"),
+            ("[[", "TOML"),
+        ] {
+            let text = refused(toml, Options::default());
+            assert!(text.contains("vm.toml"), "{text}");
+            assert!(text.contains(word), "no \"{word}\" in: {text}");
+        }
+        let missing = Wanted::new(Options::default(), Some(Path::new("/no/such/file")));
+        let text = missing.expect_err("refused").to_string();
+        assert!(text.contains("No such file"), "{text}");
+    }
+
+    #[test]
+    fn memory_is_read_as_people_write_it() {
+        for (text, mib) in [("512", 512), ("512M", 512), ("5G", 5120), ("1T", 1 << 20)] {
+            assert_eq!(text.parse(), Ok(MemorySize(mib * MIB)), "{text}");
+        }
+        for text in ["", "M", "5K", "-1", "1.5G", "99999999999999999999"] {
+            assert!(text.parse::<MemorySize>().is_err(), "{text}");
+        }
+    }
 }

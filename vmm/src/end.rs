@@ -26,10 +26,10 @@ impl EndReason {
         match self {
             Self::PowerOff => 0,
             Self::Error(_) => 1,
-            Self::Reset => 3,
-            Self::Panic(_) => 4,
-            Self::TripleFault => 5,
-            Self::Killed(_) => 6,
+            Self::Reset => 10,
+            Self::Panic(_) => 11,
+            Self::TripleFault => 12,
+            Self::Killed(_) => 13,
         }
     }
 
@@ -63,10 +63,10 @@ impl fmt::Display for EndReason {
 /// The table of exit codes, as `exopatch run --help` shows it.
 pub const EXIT_CODES: &str = "\
 Exit codes:
-  0  the guest powered off
-  1  the virtual machine could not be started, or failed
-  2  wrong usage, or a configuration that cannot work
-  3  the guest asked for a reset (reboot)
-  4  the guest's kernel panicked
-  5  the guest ended in a triple fault
-  6  the guest was killed: by the API, a signal, or Ctrl-A x on the console";
+   0  the guest powered off
+   1  the virtual machine could not be started, or failed
+   2  wrong usage, or a configuration that cannot work
+  10  the guest asked for a reset (reboot)
+  11  the guest's kernel panicked
+  12  the guest ended in a triple fault
+  13  the guest was killed: by the API, a signal, or Ctrl-A x on the console";
