@@ -92,10 +92,13 @@ fn main() -> Result<(), Box<dyn Error>> {
 
 fn unpack(bzimage: &[u8]) -> Result<Bytes, Box<dyn Error>> {
     let payload = Payload::find(bzimage)?;
-    let mut bytes = vec![0; usize::try_from(payload.size())?];
+    let mut bytes = vec![0; payload.size()];
     payload.decompress_into(&mut bytes)?;
     Ok(Arc::new(bytes))
 }
+
+/// A line of the table: its name and the value that it shows.
+type Row<'a> = (&'a str, &'a dyn Fn(&Report) -> u64);
 
 /// The median of each part, over applies and reverts.
 fn print_report(reports: &[Report]) {
@@ -107,7 +110,7 @@ fn print_report(reports: &[Report]) {
             values.last().copied().unwrap_or_default(),
         )
     };
-    let rows: [(&str, &dyn Fn(&Report) -> u64); 11] = [
+    let rows: [Row<'_>; 11] = [
         ("pauses", &|report| report.pauses),
         ("pause, us", &|report| report.pause_us),
         ("  stop", &|report| report.phases.stop),
