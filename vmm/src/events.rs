@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::broadcast;
 
 use crate::end::EndReason;
+use crate::updates::Update;
 
 /// How many events are kept for those who come late, and how far a slow subscriber may fall behind.
 pub const RING: usize = 256;
@@ -50,6 +51,8 @@ pub enum EventKind {
     LeftPaused,
     /// The guest has ended; this is the last event of the machine.
     Ended(EndReason),
+    /// An update changed state, or got on.
+    Update(Box<Update>),
     /// Something that a layer above the machine reports, such as an update.
     Other {
         /// A fixed name for programs to test.
@@ -99,6 +102,13 @@ impl Events {
         // An error here means only that nobody has subscribed.
         drop(self.sender.send(event.clone()));
         event
+    }
+
+    /// Number of the newest event; zero before the first.
+    #[must_use]
+    pub fn newest(&self) -> u64 {
+        let ring = self.ring.lock().unwrap_or_else(PoisonError::into_inner);
+        ring.back().map_or(0, |last| last.sequence)
     }
 
     /// The kept past events numbered above `after`, and the coming ones.

@@ -33,6 +33,13 @@ impl KvmGuest {
         })
     }
 
+    /// All guest-physical memory, ascending: RAM, then the arena.
+    #[must_use]
+    pub fn memory(&self) -> Vec<Range<Gpa>> {
+        let layout = self.machine.memory.layout();
+        layout.ram.iter().chain([&layout.arena]).cloned().collect()
+    }
+
     /// What the last pause cost. All zero when the guest was standing still already.
     #[must_use]
     pub fn last_pause(&self) -> &PauseStats {

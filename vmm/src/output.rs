@@ -27,6 +27,11 @@ pub fn note(text: impl Display) {
     drop(writeln!(io::stderr().lock(), "exopatch: {text}"));
 }
 
+/// Writes an error that is already in the form that was asked for to standard error.
+pub fn raw_error(text: impl Display) {
+    drop(writeln!(io::stderr().lock(), "{text}"));
+}
+
 /// Writes an error with its chain of causes to standard error.
 pub fn error(error: &dyn std::error::Error) {
     let mut text = format!("error: {error}");

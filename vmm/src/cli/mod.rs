@@ -3,6 +3,7 @@
 //! Every command answers people by default and programs with `--json`; every error names the thing, the place and the
 //! way out.
 
+mod build;
 mod doctor;
 mod run;
 
@@ -10,17 +11,22 @@ use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{ArgAction, Parser, Subcommand};
+use clap::{ArgAction, CommandFactory, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
-use crate::output;
+use crate::client::update::UpdateCommand;
+use crate::client::vm::{KernelCommand, VmCommand};
+use crate::client::{self, Client};
+use crate::{api, output};
 
+/// The command's name.
+const NAME: &str = "exopatch";
 /// The environment variable that chooses logs, in `tracing`'s filter syntax.
 const LOG_VARIABLE: &str = "EXOPATCH_LOG";
 
 /// Boot stock Linux kernels in KVM and update them while they run, from outside.
 #[derive(Debug, Parser)]
-#[command(name = "exopatch", version, arg_required_else_help = true)]
+#[command(name = NAME, version, arg_required_else_help = true)]
 pub struct Cli {
     /// What all commands share.
     #[command(flatten)]
@@ -34,7 +40,7 @@ pub struct Cli {
 #[derive(Clone, Debug, clap::Args)]
 pub struct Global {
     /// The API's unix socket: `run` serves it, the other commands talk to it
-    #[arg(long, global = true, value_name = "PATH")]
+    #[arg(long, global = true, value_name = "PATH", env = "EXOPATCH_API_SOCK")]
     pub api_sock: Option<PathBuf>,
     /// Answer in JSON
     #[arg(long, global = true)]
@@ -49,6 +55,24 @@ pub struct Global {
 pub enum Command {
     /// Boot a kernel and stay with it until it ends
     Run(run::RunArgs),
+    /// Show and control a running virtual machine
+    #[command(subcommand)]
+    Vm(VmCommand),
+    /// Apply, check, list, show, revert and verify updates of a running kernel
+    #[command(subcommand)]
+    Update(UpdateCommand),
+    /// Show the kernel of a running virtual machine
+    #[command(subcommand)]
+    Kernel(KernelCommand),
+    /// Compile an edition into an update package
+    Build(build::BuildArgs),
+    /// Print the description of the API (OpenAPI 3.1)
+    Openapi,
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
     /// Say whether this machine can run guests, and what to do if not
     Doctor(doctor::DoctorArgs),
 }
@@ -60,8 +84,27 @@ pub fn main() -> ExitCode {
     start_log(cli.global.verbose);
     match cli.command {
         Command::Run(args) => run::main(args, &cli.global),
+        Command::Vm(command) => call(&cli.global, |client| client.vm(command)),
+        Command::Update(command) => call(&cli.global, |client| client.update(command)),
+        Command::Kernel(command) => call(&cli.global, |client| client.kernel(command)),
+        Command::Build(args) => build::main(&args, &cli.global),
+        Command::Openapi => match api::openapi::json().map(output::text) {
+            Ok(Ok(())) => ExitCode::SUCCESS,
+            Ok(Err(error)) => fail(&error, FAILED),
+            Err(error) => fail(&error, FAILED),
+        },
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), NAME, &mut io::stdout().lock());
+            ExitCode::SUCCESS
+        }
         Command::Doctor(args) => doctor::main(&args, &cli.global),
     }
+}
+
+/// Calls a running exopatch.
+fn call(global: &Global, work: impl FnOnce(&Client) -> Result<(), client::Failure>) -> ExitCode {
+    let client = Client::new(global.api_sock.as_deref(), global.json);
+    client::finish(client.and_then(|client| work(&client)), global.json)
 }
 
 /// Exit code of a command that failed.

@@ -2,17 +2,22 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::Args;
 
 use super::{FAILED, Global, USAGE, fail};
+use crate::api::live::Live;
+use crate::api::server::{Listening, Server, ServerError};
 use crate::config::{Config, ConfigError, Console, Limits, Options, Wanted};
 use crate::end::{EXIT_CODES, EndReason};
 use crate::kvm::{Hypervisor, KvmError};
 use crate::output;
+use crate::patching::KernelPatcher;
 use crate::signals::EndingSignals;
 use crate::terminal::RawMode;
-use crate::vm::Vm;
+use crate::updates::Session;
+use crate::vm::{StartError, Vm};
 
 /// Options of `run`.
 #[derive(Args, Debug)]
@@ -73,21 +78,56 @@ fn run(hypervisor: &Hypervisor, config: Config) -> ExitCode {
     } else {
         None
     };
-    let started = Vm::start(hypervisor, config, Some(signals));
-    let vm = match started {
-        Ok(vm) => vm,
+    let started = start(hypervisor, config, signals);
+    let (vm, server) = match started {
+        Ok(started) => started,
         Err(error) => {
             drop(raw_mode);
-            return fail(&error, FAILED);
+            let code = match error {
+                StartFailure::Api(_) => USAGE,
+                StartFailure::Vm(_) | StartFailure::Session(_) => FAILED,
+            };
+            return fail(&error, code);
         }
     };
     if let Some(pty) = vm.status().pty {
         output::note(format_args!("the guest's console is {}", pty.display()));
     }
     let reason = vm.wait();
+    drop(server);
     drop(raw_mode);
     if reason != EndReason::PowerOff {
         output::note(&reason);
     }
     ExitCode::from(reason.exit_code())
+}
+
+/// Why the machine did not start.
+#[derive(Debug, thiserror::Error)]
+enum StartFailure {
+    #[error(transparent)]
+    Api(#[from] ServerError),
+    #[error(transparent)]
+    Vm(#[from] StartError),
+    #[error("cannot start the thread that carries out updates: {0}")]
+    Session(#[source] std::io::Error),
+}
+
+/// Starts the machine, and its API if one is wanted: a socket that cannot be had is told before anything runs.
+fn start(
+    hypervisor: &Hypervisor,
+    config: Config,
+    signals: EndingSignals,
+) -> Result<(Vm, Option<Server>), StartFailure> {
+    let listening = config.api_sock.as_deref().map(Listening::open);
+    let listening = listening.transpose()?;
+    let vm = Vm::start(hypervisor, config, Some(signals))?;
+    let Some(listening) = listening else {
+        return Ok((vm, None));
+    };
+    let patched = vm.clone();
+    let session = Session::start(Arc::clone(vm.events()), move || KernelPatcher::new(patched))
+        .map_err(StartFailure::Session)?;
+    let server = listening.serve(Arc::new(Live::new(vm.clone(), session)))?;
+    Ok((vm, Some(server)))
 }

@@ -52,7 +52,7 @@ pub struct Vm(pub(crate) Arc<Inner>);
 /// What the handle's clones share.
 pub(crate) struct Inner {
     pub(crate) config: Config,
-    pub(crate) events: Events,
+    pub(crate) events: Arc<Events>,
     pub(crate) memory: Arc<Memory>,
     pub(crate) rendezvous: Rendezvous<Stopped>,
     kickers: Vec<(Kicker, u64)>,
@@ -156,7 +156,7 @@ impl Vm {
 
     /// What happened and happens to it.
     #[must_use]
-    pub fn events(&self) -> &Events {
+    pub fn events(&self) -> &Arc<Events> {
         &self.0.events
     }
 

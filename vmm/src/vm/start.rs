@@ -88,7 +88,7 @@ impl Vm {
         config: Config,
         signals: Option<EndingSignals>,
     ) -> Result<Self, StartError> {
-        let events = Events::new();
+        let events = Arc::new(Events::new());
         kick::install_handler()?;
         let phys_bits = hypervisor.limits()?.phys_bits;
         let layout = Layout::new(config.memory, phys_bits).ok_or(StartError::AddressWidth {

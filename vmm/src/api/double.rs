@@ -1,0 +1,174 @@
+//! A machine for the tests of the API: it answers as it is told, and says what it was asked.
+
+use std::path::Path;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use axum::http::StatusCode;
+
+use super::error::ApiError;
+use super::machine::{Apply, Done, Machine};
+use super::wire::{
+    Arena, Dump, Kernel, Report, Stop, Update, UpdateState, Verification, Vm, VmState,
+};
+use crate::events::Events;
+
+/// The double. A package that starts with `refuse`, `late` or `panic` meets that end.
+#[derive(Debug, Default)]
+pub(super) struct Double {
+    events: Events,
+    paused: AtomicBool,
+    pub(super) ended: AtomicBool,
+    updates: Mutex<Vec<Update>>,
+}
+
+impl Double {
+    fn alive(&self) -> Result<(), ApiError> {
+        if self.ended.load(Ordering::Relaxed) {
+            let status = StatusCode::CONFLICT;
+            return Err(ApiError::new(status, "guest_ended", "m", "c", "h"));
+        }
+        Ok(())
+    }
+
+    fn find(&self, id: u64) -> Result<Update, ApiError> {
+        let updates = self.updates.lock().unwrap();
+        let found = updates.iter().find(|update| update.id == id);
+        found.cloned().ok_or_else(|| ApiError::no_update(id))
+    }
+
+    fn put(&self, update: &Update) {
+        let mut updates = self.updates.lock().unwrap();
+        updates.retain(|other| other.id != update.id);
+        updates.push(update.clone());
+    }
+}
+
+impl Machine for Double {
+    fn events(&self) -> &Events {
+        &self.events
+    }
+
+    fn vm(&self) -> Vm {
+        let state = if self.paused.load(Ordering::Relaxed) {
+            VmState::Paused
+        } else {
+            VmState::Running
+        };
+        Vm {
+            state,
+            end: None,
+            vcpus: 2,
+            memory_mib: 256,
+            uptime_ms: 7,
+            kernel: "bzImage".to_owned(),
+            cmdline: "quiet".to_owned(),
+            console: None,
+            panic: None,
+        }
+    }
+
+    fn pause(&self, _: Duration) -> Result<Option<Stop>, ApiError> {
+        self.alive()?;
+        let changed = !self.paused.swap(true, Ordering::Relaxed);
+        Ok(changed.then(Stop::default))
+    }
+
+    fn resume(&self) -> Result<bool, ApiError> {
+        self.alive()?;
+        Ok(self.paused.swap(false, Ordering::Relaxed))
+    }
+
+    fn power_button(&self) -> Result<bool, ApiError> {
+        self.alive().map(|()| true)
+    }
+
+    fn kill(&self) -> Result<(), ApiError> {
+        self.alive()
+    }
+
+    fn dump(&self, path: &Path, _: Duration) -> Result<Dump, ApiError> {
+        Ok(Dump {
+            path: path.display().to_string(),
+            bytes: 1,
+            pause_us: 1,
+        })
+    }
+
+    fn kernel(&self, _: Duration) -> Result<Kernel, ApiError> {
+        Ok(Kernel {
+            file: "bzImage".to_owned(),
+            build_id: "00ff".to_owned(),
+            symbols: 1,
+            running: None,
+            not_running: Some("not yet".to_owned()),
+            arena: Arena {
+                guest_physical: "0x110000000".to_owned(),
+                bytes: 3 << 21,
+                used_bytes: 0,
+            },
+        })
+    }
+
+    fn updates(&self) -> Vec<Update> {
+        self.updates.lock().unwrap().clone()
+    }
+
+    fn apply(&self, apply: Apply, done: Done) -> Result<Update, ApiError> {
+        assert!(!apply.package.starts_with(b"panic"), "told to panic");
+        assert!(apply.deadline > Instant::now());
+        let queued = Update {
+            id: u64::try_from(self.updates.lock().unwrap().len()).unwrap() + 1,
+            name: apply.name,
+            state: UpdateState::Queued,
+            doing: None,
+            check: apply.check,
+            package_bytes: u64::try_from(apply.package.len()).unwrap(),
+            functions: Vec::new(),
+            submitted_at_ms: 1,
+            changed_at_ms: 1,
+            applied: None,
+            reverted: None,
+            error: None,
+        };
+        let refusal = |status, code| Err(ApiError::new(status, code, "m", "c", "h"));
+        let end = if apply.package.starts_with(b"refuse") {
+            refusal(StatusCode::UNPROCESSABLE_ENTITY, "wrong_kernel")
+        } else if apply.package.starts_with(b"late") {
+            refusal(StatusCode::GATEWAY_TIMEOUT, "not_quiescent")
+        } else {
+            Ok(Update {
+                state: if apply.check {
+                    UpdateState::Checked
+                } else {
+                    UpdateState::Applied
+                },
+                applied: Some(Report::default()),
+                ..queued.clone()
+            })
+        };
+        self.put(end.as_ref().unwrap_or(&queued));
+        std::thread::spawn(move || done(end));
+        Ok(queued)
+    }
+
+    fn revert(&self, id: u64, _: Instant, done: Done) -> Result<Update, ApiError> {
+        let mut update = self.find(id)?;
+        update.state = UpdateState::Reverting;
+        let mut reverted = update.clone();
+        reverted.state = UpdateState::Reverted;
+        done(Ok(reverted));
+        Ok(update)
+    }
+
+    fn verify(&self, id: u64, _: Duration) -> Result<Verification, ApiError> {
+        self.find(id)?;
+        Ok(Verification {
+            id,
+            intact: true,
+            bytes: 5,
+            differences: Vec::new(),
+        })
+    }
+}

@@ -1,0 +1,240 @@
+//! The API's machine for real: the virtual machine and its update session, in the API's terms.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::sync::mpsc::sync_channel;
+use std::time::{Duration, Instant};
+
+use axum::http::StatusCode;
+use patcher::guest::{Guest, GuestError, PausedGuest, dump};
+
+use super::convert;
+use super::error::ApiError;
+use super::machine::{Apply, Done, Machine};
+use super::wire;
+use crate::events::Events;
+use crate::guest::KvmGuest;
+use crate::sparse::SparseFile;
+use crate::updates::{Problem, Session};
+use crate::vm::{PauseError, ResumeError, State, Vm};
+
+/// Who killed the guest, as its end tells it.
+const BY: &str = "the API";
+
+/// A virtual machine and its update session.
+#[derive(Clone, Debug)]
+pub struct Live {
+    vm: Vm,
+    session: Session,
+}
+
+impl Live {
+    /// The machine `vm` with the update session on it.
+    #[must_use]
+    pub fn new(vm: Vm, session: Session) -> Self {
+        Self { vm, session }
+    }
+
+    /// Asks the session's thread, and waits for its answer.
+    fn ask<T: Send + 'static>(
+        &self,
+        ask: impl FnOnce(&Session, crate::updates::Done<T>) -> Result<(), Problem>,
+    ) -> Result<T, ApiError> {
+        let (send, receive) = sync_channel(1);
+        ask(
+            &self.session,
+            Box::new(move |answer| drop(send.send(answer))),
+        )
+        .map_err(convert::error)?;
+        let answer = receive.recv().map_err(ApiError::internal)?;
+        answer.map_err(convert::error)
+    }
+
+    fn alive(&self) -> Result<(), ApiError> {
+        match self.vm.status().state {
+            State::Ended(_) => Err(ended()),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Machine for Live {
+    fn events(&self) -> &Events {
+        self.vm.events()
+    }
+
+    fn vm(&self) -> wire::Vm {
+        convert::vm(self.vm.status())
+    }
+
+    fn pause(&self, deadline: Duration) -> Result<Option<wire::Stop>, ApiError> {
+        let paused = matches!(self.vm.status().state, State::Paused { by_user: true, .. });
+        let stats = self
+            .vm
+            .pause(Instant::now() + deadline)
+            .map_err(|cause| not_paused(&cause))?;
+        Ok((!paused).then(|| convert::stop(stats)))
+    }
+
+    fn resume(&self) -> Result<bool, ApiError> {
+        match self.vm.resume() {
+            Ok(()) => Ok(true),
+            Err(ResumeError::NotPaused) => self.alive().map(|()| false),
+            Err(ResumeError::Ended) => Err(ended()),
+            Err(cause @ ResumeError::Unsound) => Err(ApiError::new(
+                StatusCode::CONFLICT,
+                crate::updates::BROKEN,
+                "the guest was not resumed",
+                cause.to_string(),
+                "exopatch vm dump writes what it was; exopatch vm kill ends it",
+            )),
+        }
+    }
+
+    fn power_button(&self) -> Result<bool, ApiError> {
+        self.alive()?;
+        Ok(self.vm.power_button())
+    }
+
+    fn kill(&self) -> Result<(), ApiError> {
+        self.alive()?;
+        self.vm.kill(BY);
+        Ok(())
+    }
+
+    fn dump(&self, path: &Path, deadline: Duration) -> Result<wire::Dump, ApiError> {
+        let mut guest = self.vm.guest().map_err(ApiError::busy)?;
+        let file = fs::OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(path)
+            .map_err(|cause| not_written(path, &cause))?;
+        let written = write_dump(&mut guest, file, Instant::now() + deadline);
+        if written.is_err()
+            && let Err(cause) = fs::remove_file(path)
+        {
+            tracing::warn!(path = %path.display(), %cause, "a part of a dump stays behind");
+        }
+        let (bytes, pause) = written.map_err(|failed| match failed {
+            DumpFailed::Pause(error) => guest_failed(&error),
+            DumpFailed::File(cause) => not_written(path, &cause),
+        })?;
+        Ok(wire::Dump {
+            path: path.display().to_string(),
+            bytes,
+            pause_us: convert::us(pause),
+        })
+    }
+
+    fn kernel(&self, deadline: Duration) -> Result<wire::Kernel, ApiError> {
+        let deadline = Instant::now() + deadline;
+        let info = self.ask(|session, done| session.kernel(deadline, done))?;
+        let file = self.vm.status().kernel.display().to_string();
+        Ok(convert::kernel(file, info))
+    }
+
+    fn updates(&self) -> Vec<wire::Update> {
+        let updates = self.session.updates();
+        updates.into_iter().map(convert::update).collect()
+    }
+
+    fn apply(&self, apply: Apply, done: Done) -> Result<wire::Update, ApiError> {
+        let Apply {
+            package,
+            name,
+            check,
+            deadline,
+        } = apply;
+        self.session
+            .apply(name, package, check, deadline, translated(done))
+            .map(convert::update)
+            .map_err(convert::error)
+    }
+
+    fn revert(&self, id: u64, deadline: Instant, done: Done) -> Result<wire::Update, ApiError> {
+        self.session
+            .revert(id, deadline, translated(done))
+            .map(convert::update)
+            .map_err(convert::error)
+    }
+
+    fn verify(&self, id: u64, deadline: Duration) -> Result<wire::Verification, ApiError> {
+        let deadline = Instant::now() + deadline;
+        let found = self.ask(|session, done| session.verify(id, deadline, done))?;
+        Ok(convert::verification(id, found))
+    }
+}
+
+/// The session's end of an operation, as the API's.
+fn translated(done: Done) -> crate::updates::Done<crate::updates::Update> {
+    Box::new(move |end| done(end.map(convert::update).map_err(convert::error)))
+}
+
+fn ended() -> ApiError {
+    ApiError::new(
+        StatusCode::CONFLICT,
+        "guest_ended",
+        "the call needs a guest that has not ended",
+        "the guest has ended",
+        "start another with exopatch run",
+    )
+}
+
+fn not_paused(cause: &PauseError) -> ApiError {
+    match cause {
+        PauseError::Ended => ended(),
+        PauseError::Vcpu { .. } | PauseError::Device => ApiError::new(
+            StatusCode::GATEWAY_TIMEOUT,
+            "pause_deadline_passed",
+            "the guest was not paused",
+            cause.to_string(),
+            "try again with a later --deadline; if that never helps, the host is overloaded",
+        ),
+    }
+}
+
+fn guest_failed(cause: &GuestError) -> ApiError {
+    match cause {
+        GuestError::Ended => ended(),
+        GuestError::Deadline { vcpu } => not_paused(&PauseError::Vcpu { vcpu: *vcpu }),
+        GuestError::NoMemory { .. } | GuestError::Machine { .. } => ApiError::internal(cause),
+    }
+}
+
+fn not_written(path: &Path, cause: &io::Error) -> ApiError {
+    let (status, code) = match cause.kind() {
+        io::ErrorKind::AlreadyExists => (StatusCode::CONFLICT, "file_exists"),
+        _ => (StatusCode::UNPROCESSABLE_ENTITY, "cannot_write_file"),
+    };
+    ApiError::new(
+        status,
+        code,
+        format!("{} was not written", path.display()),
+        cause.to_string(),
+        "give the path of a new file in a directory that the VMM's user can write to, with room for the guest's memory",
+    )
+}
+
+enum DumpFailed {
+    Pause(GuestError),
+    File(io::Error),
+}
+
+/// Writes the guest to `file` under one pause; its length, and how long the pause was.
+fn write_dump(
+    guest: &mut KvmGuest,
+    file: File,
+    deadline: Instant,
+) -> Result<(u64, Duration), DumpFailed> {
+    let (memory, arena) = (guest.memory(), guest.arena());
+    let began = Instant::now();
+    let paused = guest.pause(deadline).map_err(DumpFailed::Pause)?;
+    let mut out = SparseFile::new(file);
+    dump::write(&mut out, &paused, &memory, &arena).map_err(DumpFailed::File)?;
+    let bytes = out.finish().map_err(DumpFailed::File)?;
+    paused.resume().map_err(DumpFailed::Pause)?;
+    Ok((bytes, began.elapsed()))
+}

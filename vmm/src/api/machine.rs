@@ -1,0 +1,92 @@
+//! What the API needs from the machine below it: the narrow trait that its routes call.
+//!
+//! It is implemented by [`super::live::Live`] for the real machine, and by a double in the tests of the routes.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use super::error::ApiError;
+use super::wire;
+use crate::events::Events;
+
+/// Called once, from any thread, when an operation has come to its end.
+pub type Done = Box<dyn FnOnce(Result<wire::Update, ApiError>) + Send>;
+
+/// A package to apply.
+#[derive(Debug)]
+pub struct Apply {
+    /// The package's bytes.
+    pub package: Vec<u8>,
+    /// A name for people.
+    pub name: String,
+    /// Do everything but write.
+    pub check: bool,
+    /// The operation, its wait in the queue included, gives up here.
+    pub deadline: Instant,
+}
+
+/// The machine. Calls may block, for as long as their deadline; none needs an async runtime.
+pub trait Machine: Send + Sync + 'static {
+    /// The events of the VM and of its updates.
+    fn events(&self) -> &Events;
+
+    /// The VM as it is.
+    fn vm(&self) -> wire::Vm;
+
+    /// Stops all vCPUs. What that was made of, or `None` if the VM was paused already.
+    ///
+    /// # Errors
+    /// When the guest has ended or did not stop in time; it then runs as before.
+    fn pause(&self, deadline: Duration) -> Result<Option<wire::Stop>, ApiError>;
+
+    /// Lets the vCPUs go. Whether that changed anything.
+    ///
+    /// # Errors
+    /// When the guest has ended, or its memory is not known to be sound.
+    fn resume(&self) -> Result<bool, ApiError>;
+
+    /// Presses the ACPI power button. Whether the guest listens to it.
+    ///
+    /// # Errors
+    /// When the guest has ended.
+    fn power_button(&self) -> Result<bool, ApiError>;
+
+    /// Ends the guest at once.
+    ///
+    /// # Errors
+    /// When the guest has ended already.
+    fn kill(&self) -> Result<(), ApiError>;
+
+    /// Writes memory and registers to a new file.
+    ///
+    /// # Errors
+    /// When the guest did not stop in time or the file could not be written; a part of a file is removed.
+    fn dump(&self, path: &Path, deadline: Duration) -> Result<wire::Dump, ApiError>;
+
+    /// The guest's kernel; reads its image first, if that was not done yet.
+    ///
+    /// # Errors
+    /// When the image cannot be read, or the guest did not stop in time.
+    fn kernel(&self, deadline: Duration) -> Result<wire::Kernel, ApiError>;
+
+    /// All updates, oldest first.
+    fn updates(&self) -> Vec<wire::Update>;
+
+    /// Hands in a package: gives the update as it was queued, and calls `done` at the end.
+    ///
+    /// # Errors
+    /// When too many operations wait already.
+    fn apply(&self, apply: Apply, done: Done) -> Result<wire::Update, ApiError>;
+
+    /// Asks for an update's end: gives the update as it was queued, and calls `done` at the end.
+    ///
+    /// # Errors
+    /// When there is no such update, it is not applied, or too many operations wait already.
+    fn revert(&self, id: u64, deadline: Instant, done: Done) -> Result<wire::Update, ApiError>;
+
+    /// Compares the guest's memory with what an update wrote.
+    ///
+    /// # Errors
+    /// When there is no such update, or it is not applied.
+    fn verify(&self, id: u64, deadline: Duration) -> Result<wire::Verification, ApiError>;
+}

@@ -1,0 +1,430 @@
+//! The JSON of the API, as types: what a client sends and gets. The OpenAPI document is generated from them.
+//!
+//! Times are unsigned: `_us` microseconds, `_ms` milliseconds; `at_ms` counts from the start of the VM, as `uptime_ms`
+//! does. Addresses are hexadecimal strings, as JSON's numbers do not hold 64 bits. Fields are only ever added.
+
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+
+/// What every failed call answers with.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ErrorBody {
+    /// Names the kind of failure for programs; stable.
+    #[schema(example = "package_for_other_kernel")]
+    pub code: String,
+    /// What failed.
+    pub message: String,
+    /// Why it failed.
+    pub cause: String,
+    /// What to do about it.
+    pub hint: String,
+}
+
+/// The server answers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Health {
+    /// Always `ok`.
+    pub status: String,
+    /// Version of exopatch.
+    pub version: String,
+    /// Process id of the VMM.
+    pub pid: u32,
+}
+
+/// Whether the guest executes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum VmState {
+    /// The guest runs.
+    Running,
+    /// All vCPUs and devices are stopped.
+    Paused,
+    /// The guest has stopped for good; `end` says why.
+    Ended,
+}
+
+/// The virtual machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Vm {
+    /// Whether the guest executes.
+    pub state: VmState,
+    /// Why the guest has ended, once it has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub end: Option<String>,
+    /// Number of virtual processors.
+    pub vcpus: u32,
+    /// Guest memory in MiB.
+    pub memory_mib: u64,
+    /// Host time since the guest was started.
+    pub uptime_ms: u64,
+    /// The kernel's file on the host.
+    pub kernel: String,
+    /// The kernel's command line.
+    pub cmdline: String,
+    /// The terminal on the host that the guest's console is on, if one was made for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub console: Option<String>,
+    /// What the guest's kernel said when it panicked, if it did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub panic: Option<String>,
+}
+
+/// Answer to a press of the power button.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PowerButton {
+    /// Whether the guest has a driver that listens to the button by now.
+    pub heard: bool,
+}
+
+/// Answer to a pause or a resume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Transition {
+    /// `false` when the VM was in that state already.
+    pub changed: bool,
+    /// How long the change took.
+    pub took_us: u64,
+    /// What stopping it was made of, if it was running.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stop: Option<Stop>,
+    /// The virtual machine afterwards.
+    pub vm: Vm,
+}
+
+/// What stopping the guest was made of.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Stop {
+    /// From the request to the last vCPU's registers.
+    pub stop_us: u64,
+    /// Of that: until no device was doing anything.
+    pub devices_us: u64,
+    /// System calls that each vCPU's thread spent on it.
+    pub ioctls: Vec<u32>,
+}
+
+/// The option of calls that pause the guest.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+pub struct DeadlineQuery {
+    /// Give up after this many milliseconds (1 to 600000); the guest is then as it was. 5000 when left out.
+    #[param(minimum = 1, maximum = 600_000)]
+    pub deadline_ms: Option<u64>,
+}
+
+/// Options of an apply.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+pub struct ApplyQuery {
+    /// A name for people; the package's file name is a good one.
+    #[param(max_length = 128)]
+    pub name: Option<String>,
+    /// Do everything but write to the guest.
+    #[serde(default)]
+    pub check: bool,
+    /// Give up after this many milliseconds (1 to 600000); the guest is then as it was. 5000 when left out.
+    #[param(minimum = 1, maximum = 600_000)]
+    pub deadline_ms: Option<u64>,
+    /// `false`: answer 202 at once, the operation goes on; follow it at its `Location` or in the events.
+    pub wait: Option<bool>,
+}
+
+/// Options of a revert.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+pub struct RevertQuery {
+    /// Give up after this many milliseconds (1 to 600000); the guest is then as it was. 5000 when left out.
+    #[param(minimum = 1, maximum = 600_000)]
+    pub deadline_ms: Option<u64>,
+    /// `false`: answer 202 at once, the operation goes on; follow it at its `Location` or in the events.
+    pub wait: Option<bool>,
+}
+
+/// Options of the event stream.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+pub struct EventsQuery {
+    /// Go on after the event with this id: 0 gives all that are kept. `Last-Event-ID` goes before it.
+    pub after: Option<u64>,
+}
+
+/// Where to write a dump of the guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DumpRequest {
+    /// Absolute path of a new file on the VMM's host.
+    #[schema(example = "/var/tmp/guest.core")]
+    pub path: String,
+    /// Give up pausing the guest after this many milliseconds (1 to 600000). 5000 when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline_ms: Option<u64>,
+}
+
+/// A written dump.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Dump {
+    /// The file.
+    pub path: String,
+    /// Its length.
+    pub bytes: u64,
+    /// How long the guest was paused for it.
+    pub pause_us: u64,
+}
+
+/// Where an update stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum UpdateState {
+    /// Waits for the operation before it.
+    Queued,
+    /// Is being linked, planned and checked, up to the commit.
+    Checking,
+    /// All checks passed; nothing was written, as was asked.
+    Checked,
+    /// Its editions are in effect.
+    Applied,
+    /// Is being undone.
+    Reverting,
+    /// Was in effect, and has been undone.
+    Reverted,
+    /// Was not applied; the guest is as it was.
+    Refused,
+    /// Was in effect in a kernel that no longer runs (reset or kexec).
+    Lost,
+    /// A write failed and so did its undo: the guest is kept paused.
+    Broken,
+}
+
+impl UpdateState {
+    /// Whether nothing more happens to the update by itself.
+    #[must_use]
+    pub fn is_settled(self) -> bool {
+        !matches!(self, Self::Queued | Self::Checking | Self::Reverting)
+    }
+}
+
+/// One update: a set of editions that is applied and reverted as one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Update {
+    /// Number of the update in this VM, from 1.
+    pub id: u64,
+    /// Its name, as given on apply.
+    pub name: String,
+    /// Where it stands.
+    pub state: UpdateState,
+    /// What is being done or waited for right now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub doing: Option<String>,
+    /// Was asked to be checked only.
+    pub check: bool,
+    /// Length of the package.
+    pub package_bytes: u64,
+    /// The kernel functions that it replaces, once the package was read.
+    pub functions: Vec<String>,
+    /// When it was handed in.
+    pub submitted_at_ms: u64,
+    /// When `state` last changed.
+    pub changed_at_ms: u64,
+    /// What applying (or checking) it cost the guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub applied: Option<Report>,
+    /// What reverting it cost the guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reverted: Option<Report>,
+    /// Why the last operation on it failed, if it did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<ErrorBody>,
+}
+
+/// What one operation cost the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Report {
+    /// Number of pauses that were needed: those before the last found the guest not quiescent.
+    pub pauses: u64,
+    /// The guest's stand-still in the last pause.
+    pub pause_us: u64,
+    /// The parts of `pause_us`.
+    pub phases: Phases,
+    /// Bytes of guest memory read in the last pause.
+    pub bytes_read: u64,
+    /// Bytes of guest memory written in the last pause.
+    pub bytes_written: u64,
+    /// Stack words compared with the displaced code.
+    pub stack_words: u64,
+    /// Tasks whose stacks were read.
+    pub tasks: u64,
+    /// From hand-in to the end, waiting included.
+    pub total_us: u64,
+}
+
+/// The phases of a pause, in order.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Phases {
+    /// Stopping all vCPUs.
+    pub stop_us: u64,
+    /// Proving that this is still the same kernel.
+    pub prove_us: u64,
+    /// Scanning the stacks.
+    pub scan_us: u64,
+    /// Comparing the bytes that get replaced.
+    pub verify_us: u64,
+    /// Writing.
+    pub write_us: u64,
+    /// Letting the vCPUs go.
+    pub resume_us: u64,
+}
+
+/// All updates of this VM, oldest first.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct UpdateList {
+    /// The updates.
+    pub updates: Vec<Update>,
+}
+
+/// Whether the guest still holds what an update wrote.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Verification {
+    /// The update.
+    pub id: u64,
+    /// Every byte is as written.
+    pub intact: bool,
+    /// Bytes compared.
+    pub bytes: u64,
+    /// The places that differ.
+    pub differences: Vec<Difference>,
+}
+
+/// A place where the guest's memory is not what an update wrote.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Difference {
+    /// Guest-virtual address, hexadecimal.
+    pub at: String,
+    /// What is there.
+    pub what: String,
+}
+
+/// The guest's kernel, as the patcher knows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Kernel {
+    /// The kernel's file on the host.
+    pub file: String,
+    /// Build id of the image, hexadecimal.
+    pub build_id: String,
+    /// Number of symbols in the image.
+    pub symbols: u64,
+    /// The running kernel, if the guest runs that image and has got far enough.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub running: Option<RunningKernel>,
+    /// Why no running kernel was found, if none was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub not_running: Option<String>,
+    /// The memory for editions.
+    pub arena: Arena,
+}
+
+/// The kernel found in the guest's memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct RunningKernel {
+    /// Distance between linked and running addresses, hexadecimal.
+    pub slide: String,
+    /// Its boot is over, so that it can be updated.
+    pub booted: bool,
+    /// What it still waits for, while its boot is not over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot_phase: Option<String>,
+}
+
+/// The memory that the VMM adds to the guest for editions.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Arena {
+    /// Guest-physical address of its first byte, hexadecimal.
+    pub guest_physical: String,
+    /// Its length.
+    pub bytes: u64,
+    /// Bytes of code and data placed so far.
+    pub used_bytes: u64,
+}
+
+/// Something that happened, as it is sent in the event stream: the SSE `id` is `id`, the SSE `event` is `kind`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Event {
+    /// Number of the event, from 1, rising by one.
+    pub id: u64,
+    /// When it happened.
+    pub at_ms: u64,
+    /// What happened.
+    #[serde(flatten)]
+    pub body: EventBody,
+}
+
+/// What happened.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum EventBody {
+    /// The guest runs from now on.
+    Started,
+    /// A user's pause stopped the guest.
+    Paused {
+        /// From the request until every vCPU and device stood still.
+        stop_us: u64,
+    },
+    /// A user's pause ended.
+    Resumed {
+        /// How long the guest stood still.
+        paused_us: u64,
+    },
+    /// The power button was pressed.
+    PowerButton,
+    /// The guest's kernel said that it panicked.
+    Panic {
+        /// The line with which it said so.
+        line: String,
+    },
+    /// The guest was left paused, as its memory is not known to be sound.
+    LeftPaused,
+    /// The guest has ended: the last event.
+    Ended {
+        /// Names the reason for programs.
+        reason: String,
+        /// Tells the reason to people.
+        message: String,
+    },
+    /// An update changed state, or got on.
+    Update {
+        /// The update as it is now.
+        update: Box<Update>,
+    },
+    /// Events were dropped before this reader got to them: look at the resources again.
+    Missed {
+        /// How many.
+        count: u64,
+    },
+    /// Something else.
+    Other {
+        /// Names it for programs.
+        code: String,
+        /// Tells it to people.
+        message: String,
+    },
+}
+
+impl EventBody {
+    /// The name of the kind, as in the JSON.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Started => "started",
+            Self::Paused { .. } => "paused",
+            Self::Resumed { .. } => "resumed",
+            Self::PowerButton => "power-button",
+            Self::Panic { .. } => "panic",
+            Self::LeftPaused => "left-paused",
+            Self::Ended { .. } => "ended",
+            Self::Update { .. } => "update",
+            Self::Missed { .. } => "missed",
+            Self::Other { .. } => "other",
+        }
+    }
+}

@@ -1,0 +1,259 @@
+//! The API's answers as tables for people. Whatever came from the guest or a file is cleaned first.
+
+use super::clean;
+use crate::api::wire::{
+    Dump, Event, EventBody, Kernel, PowerButton, Report, Transition, Update, UpdateList,
+    UpdateState, Verification, Vm, VmState,
+};
+
+/// Appends a line of a name and its value.
+fn row(table: &mut String, name: &str, value: impl std::fmt::Display) {
+    table.push_str(&format!("{name:<14}{value}\n"));
+}
+
+fn vm_state(state: VmState) -> &'static str {
+    match state {
+        VmState::Running => "running",
+        VmState::Paused => "paused",
+        VmState::Ended => "ended",
+    }
+}
+
+fn update_state(state: UpdateState) -> &'static str {
+    match state {
+        UpdateState::Queued => "queued",
+        UpdateState::Checking => "checking",
+        UpdateState::Checked => "checked",
+        UpdateState::Applied => "applied",
+        UpdateState::Reverting => "reverting",
+        UpdateState::Reverted => "reverted",
+        UpdateState::Refused => "refused",
+        UpdateState::Lost => "lost",
+        UpdateState::Broken => "broken",
+    }
+}
+
+/// Seconds with three decimals.
+fn seconds(ms: u64) -> String {
+    format!("{}.{:03}", ms / 1000, ms % 1000)
+}
+
+pub(super) fn vm(vm: &Vm) -> String {
+    let mut table = String::new();
+    row(&mut table, "state", vm_state(vm.state));
+    if let Some(end) = &vm.end {
+        row(&mut table, "end", clean(end));
+    }
+    row(&mut table, "vcpus", vm.vcpus);
+    row(&mut table, "memory", format_args!("{} MiB", vm.memory_mib));
+    row(
+        &mut table,
+        "uptime",
+        format_args!("{} s", seconds(vm.uptime_ms)),
+    );
+    row(&mut table, "kernel", clean(&vm.kernel));
+    row(&mut table, "cmdline", clean(&vm.cmdline));
+    if let Some(console) = &vm.console {
+        row(&mut table, "console", clean(console));
+    }
+    if let Some(panic) = &vm.panic {
+        row(&mut table, "panic", clean(panic));
+    }
+    table
+}
+
+pub(super) fn transition(done: &Transition) -> String {
+    let state = vm_state(done.vm.state);
+    if done.changed {
+        format!("{state} after {} µs\n", done.took_us)
+    } else {
+        format!("{state} already\n")
+    }
+}
+
+pub(super) fn power_button(pressed: &PowerButton) -> String {
+    let heard = if pressed.heard {
+        "the power button was pressed\n"
+    } else {
+        "the power button was pressed, but the guest has no driver that listens to it (yet)\n"
+    };
+    heard.to_owned()
+}
+
+pub(super) fn dump(dump: &Dump) -> String {
+    let Dump {
+        path,
+        bytes,
+        pause_us,
+    } = dump;
+    format!(
+        "{}: {bytes} bytes, the guest was paused for {pause_us} µs\n",
+        clean(path)
+    )
+}
+
+pub(super) fn kernel(kernel: &Kernel) -> String {
+    let mut table = String::new();
+    row(&mut table, "file", clean(&kernel.file));
+    row(&mut table, "build id", clean(&kernel.build_id));
+    row(&mut table, "symbols", kernel.symbols);
+    match &kernel.running {
+        Some(running) => {
+            row(&mut table, "slide", clean(&running.slide));
+            let boot = match &running.boot_phase {
+                Some(phase) => format!("not over: {}", clean(phase)),
+                None => "over".to_owned(),
+            };
+            row(&mut table, "boot", boot);
+        }
+        None => {
+            let why = kernel.not_running.as_deref().unwrap_or("no");
+            row(&mut table, "running", clean(why));
+        }
+    }
+    let arena = &kernel.arena;
+    row(
+        &mut table,
+        "arena",
+        format_args!(
+            "{} of {} bytes used, at {}",
+            arena.used_bytes,
+            arena.bytes,
+            clean(&arena.guest_physical)
+        ),
+    );
+    table
+}
+
+pub(super) fn updates(list: &UpdateList) -> String {
+    let mut table = format!(
+        "{:<5}{:<11}{:>10}  {:<24}{}\n",
+        "ID", "STATE", "PAUSE µs", "NAME", "FUNCTIONS"
+    );
+    for update in &list.updates {
+        let report = update.reverted.as_ref().or(update.applied.as_ref());
+        let pause = report.map_or_else(|| "-".to_owned(), |report| report.pause_us.to_string());
+        let functions = clean(&update.functions.join(","));
+        let (id, state, name) = (update.id, update_state(update.state), clean(&update.name));
+        table.push_str(&format!(
+            "{id:<5}{state:<11}{pause:>10}  {name:<24}{functions}\n"
+        ));
+    }
+    table
+}
+
+pub(super) fn update(update: &Update) -> String {
+    let mut table = String::new();
+    row(&mut table, "update", update.id);
+    row(&mut table, "name", clean(&update.name));
+    row(&mut table, "state", update_state(update.state));
+    if let Some(doing) = &update.doing {
+        row(&mut table, "doing", clean(doing));
+    }
+    row(&mut table, "functions", clean(&update.functions.join(", ")));
+    if let Some(applied) = &update.applied {
+        report(
+            &mut table,
+            if update.check { "check" } else { "apply" },
+            applied,
+        );
+    }
+    if let Some(reverted) = &update.reverted {
+        report(&mut table, "revert", reverted);
+    }
+    if let Some(error) = &update.error {
+        row(
+            &mut table,
+            "error",
+            format_args!("{} [{}]", clean(&error.message), clean(&error.code)),
+        );
+        row(&mut table, "cause", clean(&error.cause));
+        row(&mut table, "hint", clean(&error.hint));
+    }
+    table
+}
+
+fn report(table: &mut String, what: &str, report: &Report) {
+    let phases = &report.phases;
+    row(
+        table,
+        &format!("{what} pause"),
+        format_args!("{} µs", report.pause_us),
+    );
+    for (name, us) in [
+        ("stop", phases.stop_us),
+        ("prove", phases.prove_us),
+        ("scan", phases.scan_us),
+        ("verify", phases.verify_us),
+        ("write", phases.write_us),
+        ("resume", phases.resume_us),
+    ] {
+        row(table, &format!("  {name}"), format_args!("{us} µs"));
+    }
+    row(table, "  pauses", report.pauses);
+    row(table, "  read", format_args!("{} bytes", report.bytes_read));
+    row(
+        table,
+        "  written",
+        format_args!("{} bytes", report.bytes_written),
+    );
+    row(
+        table,
+        "  stacks",
+        format_args!("{} words of {} tasks", report.stack_words, report.tasks),
+    );
+    row(table, "  in all", format_args!("{} µs", report.total_us));
+}
+
+pub(super) fn verification(found: &Verification) -> String {
+    let mut table = String::new();
+    let intact = if found.intact { "intact" } else { "changed" };
+    row(&mut table, "update", found.id);
+    row(
+        &mut table,
+        "state",
+        format_args!("{intact} ({} bytes compared)", found.bytes),
+    );
+    for difference in &found.differences {
+        row(&mut table, &clean(&difference.at), clean(&difference.what));
+    }
+    table
+}
+
+pub(super) fn event(event: &Event) -> String {
+    let what = match &event.body {
+        EventBody::Started => "the guest runs".to_owned(),
+        EventBody::Paused { stop_us } => format!("paused after {stop_us} µs"),
+        EventBody::Resumed { paused_us } => format!("resumed after a pause of {paused_us} µs"),
+        EventBody::PowerButton => "the power button was pressed".to_owned(),
+        EventBody::Panic { line } => format!("the guest's kernel panicked: {}", clean(line)),
+        EventBody::LeftPaused => {
+            "the guest is kept paused: its memory is not known to be sound".to_owned()
+        }
+        EventBody::Ended { message, .. } => clean(message),
+        EventBody::Update { update } => one_line(update),
+        EventBody::Missed { count } => format!("{count} events were missed"),
+        EventBody::Other { message, .. } => clean(message),
+    };
+    format!("{:>10} {:>5} {what}", seconds(event.at_ms), event.id)
+}
+
+/// An update in the event list.
+fn one_line(update: &Update) -> String {
+    let mut line = format!("update {} {}", update.id, update_state(update.state));
+    if !update.name.is_empty() {
+        line.push_str(&format!(" ({})", clean(&update.name)));
+    }
+    let detail = match (&update.error, &update.doing) {
+        (Some(error), _) => Some(format!(
+            "{}: {}",
+            clean(&error.message),
+            clean(&error.cause)
+        )),
+        (None, doing) => doing.as_deref().map(clean),
+    };
+    if let Some(detail) = detail {
+        line.push_str(&format!(": {detail}"));
+    }
+    line
+}

@@ -1,0 +1,299 @@
+//! Carries out updates: the kernel's image and where the guest runs it, found when they are first needed and again
+//! when the guest has gone to another kernel.
+//!
+//! Nothing is kept locked between operations, so that a dump or another tool can have the guest in between.
+
+mod problem;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use patcher::apply::{self, Applied, ApplyError, ApplyOptions, Arena, Report};
+use patcher::edition::object::Package;
+use patcher::guest::{Guest, GuestError, PausedGuest, Registers};
+use patcher::kernel::boot::BootState;
+use patcher::kernel::image::Image;
+use patcher::kernel::locate::{Kernel, LocateError};
+use patcher::observe;
+
+use crate::guest::KvmGuest;
+use crate::kernel_index;
+use crate::updates::{KernelInfo, Patcher, Problem, Running, Task, Verified};
+use crate::vm::{State, Vm};
+
+/// First wait between two looks at a guest that still boots; it doubles with each.
+const FIRST_WAIT: Duration = Duration::from_millis(5);
+/// Longest such wait.
+const LONGEST_WAIT: Duration = Duration::from_millis(100);
+
+/// Updates the kernel of one virtual machine.
+#[derive(Debug)]
+pub struct KernelPatcher {
+    vm: Vm,
+    /// The image that the VM booted, once it was needed.
+    image: Option<Arc<Image>>,
+    /// The kernel that the guest ran when it was last looked at.
+    found: Option<Found>,
+    generation: u64,
+}
+
+/// A kernel that has finished booting, and our arena in it.
+#[derive(Debug)]
+struct Found {
+    kernel: Kernel,
+    arena: Arena,
+}
+
+/// What a look at the guest found.
+enum Look {
+    /// The image's kernel, up and running.
+    Booted(Kernel),
+    /// The image's kernel, not (or no longer) ready for updates; or not yet there.
+    NotReady(NotReady),
+}
+
+/// Why the guest cannot be updated now.
+#[derive(Debug, thiserror::Error)]
+enum NotReady {
+    #[error("its kernel has not been found in memory yet: {0}")]
+    NotFound(LocateError),
+    #[error("its kernel is {state}")]
+    Booting { slide: u64, state: String },
+}
+
+impl KernelPatcher {
+    /// A patcher for `vm`. Nothing is read before it is needed.
+    #[must_use]
+    pub fn new(vm: Vm) -> Self {
+        Self {
+            vm,
+            image: None,
+            found: None,
+            generation: 0,
+        }
+    }
+
+    fn guest(&self) -> Result<KvmGuest, Problem> {
+        if matches!(self.vm.status().state, State::Ended(_)) {
+            return Err(problem::guest(&GuestError::Ended));
+        }
+        self.vm.guest().map_err(|busy| problem::busy(&busy))
+    }
+
+    /// The image that the VM booted.
+    fn image(&mut self, doing: &dyn Fn(String)) -> Result<Arc<Image>, Problem> {
+        if let Some(image) = &self.image {
+            return Ok(Arc::clone(image));
+        }
+        doing("reading the kernel's image".to_owned());
+        let path = &self.vm.config().kernel;
+        let image = kernel_index::load(path).map_err(|error| problem::index(&error))?;
+        Ok(Arc::clone(self.image.insert(Arc::new(image))))
+    }
+
+    /// Makes sure that `self.found` is a kernel that has booted, waiting for that until the deadline.
+    fn find(
+        &mut self,
+        guest: &mut KvmGuest,
+        image: &Arc<Image>,
+        deadline: Instant,
+        doing: &dyn Fn(String),
+    ) -> Result<(), Problem> {
+        if self.found.is_some() {
+            return Ok(());
+        }
+        let mut wait = FIRST_WAIT;
+        let kernel = loop {
+            let why = match look(guest, image, deadline)? {
+                Look::Booted(kernel) => break kernel,
+                Look::NotReady(why) => why,
+            };
+            if deadline.saturating_duration_since(Instant::now()) <= wait {
+                return Err(problem::not_ready(&why));
+            }
+            doing(format!("waiting for the guest to finish booting: {why}"));
+            // The guest runs meanwhile: only it can get on.
+            std::thread::sleep(wait);
+            wait = (wait * 2).min(LONGEST_WAIT);
+        };
+        let arena = Arena::new(guest, &kernel).map_err(|error| problem::arena(&error))?;
+        self.found = Some(Found { kernel, arena });
+        Ok(())
+    }
+
+    /// Forgets the kernel that was found if the guest no longer runs it; whether that is so.
+    fn is_gone(&mut self, guest: &mut KvmGuest, deadline: Instant) -> bool {
+        let Some(found) = &self.found else {
+            return false;
+        };
+        let Ok(paused) = guest.pause(deadline) else {
+            return false;
+        };
+        let gone = found.kernel.prove_same(&paused, paused.vcpus()).is_err();
+        if let Err(error) = paused.resume() {
+            tracing::debug!(%error, "the guest ended while its kernel was looked at");
+            return false;
+        }
+        if gone {
+            self.found = None;
+            self.generation += 1;
+        }
+        gone
+    }
+
+    /// What a failure means, now that it can be known whether the guest has ended.
+    fn explain(&self, problem: Problem) -> Problem {
+        match self.vm.status().state {
+            State::Ended(_) => problem::guest(&GuestError::Ended),
+            _ => problem,
+        }
+    }
+}
+
+/// Looks for the kernel of `image` under a short pause.
+fn look(guest: &mut KvmGuest, image: &Arc<Image>, deadline: Instant) -> Result<Look, Problem> {
+    let paused = guest
+        .pause(deadline)
+        .map_err(|error| problem::guest(&error))?;
+    let located = Kernel::locate(Arc::clone(image), &paused, paused.vcpus());
+    let looked = located.map(|kernel| (kernel.boot_state(&paused), kernel));
+    paused.resume().map_err(|error| problem::guest(&error))?;
+    match looked {
+        Ok((Ok(BootState::Running), kernel)) => Ok(Look::Booted(kernel)),
+        Ok((Ok(BootState::NotFinished { state }), kernel)) => {
+            let slide = kernel.slide();
+            Ok(Look::NotReady(NotReady::Booting { slide, state }))
+        }
+        Ok((Ok(BootState::Ending { state }), _)) => Err(problem::ending(&state)),
+        Ok((Err(error), _)) => Err(problem::unreadable(&error)),
+        Err(
+            error @ (LocateError::NoVcpu | LocateError::Paging { .. } | LocateError::Slide { .. }),
+        ) => Ok(Look::NotReady(NotReady::NotFound(error))),
+        Err(error) => Err(problem::locate(&error)),
+    }
+}
+
+impl Patcher for KernelPatcher {
+    type Applied = Box<Applied>;
+
+    fn apply(&mut self, task: &Task<'_>) -> Result<(Option<Box<Applied>>, Report), Problem> {
+        let package = Package::parse(task.package).map_err(|error| problem::package(&error))?;
+        let editions = package.editions().iter();
+        (task.functions)(editions.map(|edition| edition.function.clone()).collect());
+        let image = self.image(task.doing)?;
+        // Known without the guest: then it need not be waited for.
+        if package.build_id() != image.build_id() {
+            return Err(problem::other_build(package.build_id(), image.build_id()));
+        }
+        let mut guest = self.guest()?;
+        let options = ApplyOptions {
+            deadline: task.deadline,
+            check_only: task.check,
+            doing: task.doing,
+        };
+        loop {
+            self.find(&mut guest, &image, task.deadline, task.doing)?;
+            let Some(Found { kernel, arena }) = &mut self.found else {
+                continue;
+            };
+            (task.doing)("linking and planning".to_owned());
+            let error = match apply::apply(&mut guest, kernel, arena, &package, &options) {
+                Ok((applied, report)) => return Ok((applied.map(Box::new), report)),
+                Err(error) => error,
+            };
+            let broken = matches!(&error, ApplyError::Commit(failed) if failed.is_broken());
+            if broken || !self.is_gone(&mut guest, task.deadline) {
+                return Err(self.explain(problem::apply(&error)));
+            }
+        }
+    }
+
+    fn revert(
+        &mut self,
+        applied: Box<Applied>,
+        deadline: Instant,
+        doing: &dyn Fn(String),
+    ) -> Result<Report, (Problem, Option<Box<Applied>>)> {
+        let mut guest = match self.guest() {
+            Ok(guest) => guest,
+            Err(problem) => return Err((problem, Some(applied))),
+        };
+        let Some(Found { kernel, .. }) = &self.found else {
+            return Err((problem::gone(), Some(applied)));
+        };
+        let options = ApplyOptions {
+            deadline,
+            check_only: false,
+            doing,
+        };
+        let failed = match apply::revert(&mut guest, kernel, *applied, &options) {
+            Ok(report) => return Ok(report),
+            Err(failed) => failed,
+        };
+        let problem = if !failed.cause.is_broken() && self.is_gone(&mut guest, deadline) {
+            problem::gone()
+        } else {
+            self.explain(problem::commit(
+                "the update was not reverted",
+                &failed.cause,
+            ))
+        };
+        Err((problem, failed.applied))
+    }
+
+    fn verify(&mut self, applied: &Box<Applied>, deadline: Instant) -> Result<Verified, Problem> {
+        let mut guest = self.guest()?;
+        if self.is_gone(&mut guest, deadline) {
+            return Err(problem::gone());
+        }
+        let Some(Found { kernel, .. }) = &self.found else {
+            return Err(problem::gone());
+        };
+        let observed = observe::verify(&guest, kernel, applied);
+        let differences = observed.differences.into_iter();
+        Ok(Verified {
+            bytes: observed.bytes,
+            differences: differences.map(|(at, what)| (at.0, what)).collect(),
+        })
+    }
+
+    fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    fn kernel(&mut self, deadline: Instant) -> Result<KernelInfo, Problem> {
+        let image = self.image(&|_| {})?;
+        let mut guest = self.guest()?;
+        self.is_gone(&mut guest, deadline);
+        let running = match &self.found {
+            Some(found) => Ok(Running {
+                slide: found.kernel.slide(),
+                boot: None,
+            }),
+            None => match look(&mut guest, &image, deadline) {
+                Ok(Look::Booted(kernel)) => Ok(Running {
+                    slide: kernel.slide(),
+                    boot: None,
+                }),
+                Ok(Look::NotReady(NotReady::Booting { slide, state })) => Ok(Running {
+                    slide,
+                    boot: Some(state),
+                }),
+                Ok(Look::NotReady(why)) => Err(why.to_string()),
+                Err(problem) => Err(problem.cause),
+            },
+        };
+        let arena = guest.arena();
+        Ok(KernelInfo {
+            build_id: image.build_id().to_vec(),
+            symbols: image.symbols().iter().count(),
+            running,
+            arena: arena.start.0,
+            arena_bytes: arena.end.0 - arena.start.0,
+            arena_used: self
+                .found
+                .as_ref()
+                .map_or(0, |found| found.arena.space.used()),
+        })
+    }
+}

@@ -1,0 +1,328 @@
+//! The patcher's errors as problems of an operation: each keeps its own text as the cause, and gets a fixed code and a
+//! way out.
+
+use std::error::Error;
+
+use patcher::apply::{ApplyError, CommitFailed};
+use patcher::commit::{Blocked, CommitError};
+use patcher::edition::link::LinkError;
+use patcher::edition::object::PackageError;
+use patcher::guest::GuestError;
+use patcher::kernel::arena::ArenaError;
+use patcher::kernel::locate::LocateError;
+use patcher::kernel::symbols::SymbolError;
+use patcher::plan::refusal::Refusal;
+use patcher::plan::target::TargetError;
+
+use super::NotReady;
+use crate::guest::GuestBusy;
+use crate::kernel_index::IndexError;
+use crate::updates::{BROKEN, Failing, Problem};
+
+const NOT_APPLIED: &str = "the update was not applied";
+const REPORT: &str = "this should not happen with a stock kernel: please report it";
+const ELSEWHERE: &str =
+    "fix it in another function: one that calls this one, or that this one calls";
+const LATER: &str = "try again later, or with a longer --deadline";
+
+fn refused(code: &str, cause: &dyn Error, hint: &str) -> Problem {
+    Problem::new(Failing::Refused, code, NOT_APPLIED, cause.to_string(), hint)
+}
+
+/// Another patcher has the guest.
+pub(super) fn busy(cause: &GuestBusy) -> Problem {
+    let message = "the operation was not begun";
+    let hint = "try again when the dump or update that is under way is done";
+    Problem::new(Failing::Busy, "busy", message, cause.to_string(), hint)
+}
+
+/// The guest could not be stopped or read.
+pub(super) fn guest(cause: &GuestError) -> Problem {
+    let (failing, code, hint) = match cause {
+        GuestError::Ended => (
+            Failing::Conflict,
+            "guest_ended",
+            "start another with exopatch run",
+        ),
+        GuestError::Deadline { .. } => (Failing::Deadline, "pause_deadline_passed", LATER),
+        GuestError::NoMemory { .. } | GuestError::Machine { .. } => {
+            (Failing::Failed, "machine_failed", REPORT)
+        }
+    };
+    let message = "the operation was not carried out";
+    Problem::new(failing, code, message, cause.to_string(), hint)
+}
+
+/// The kernel's file cannot be used.
+pub(super) fn index(cause: &IndexError) -> Problem {
+    let (code, hint) = match cause {
+        IndexError::File { .. } => (
+            "kernel_file_unreadable",
+            "the file that the guest was booted from must stay where it is",
+        ),
+        IndexError::Temporary { .. } => (
+            "no_room_for_kernel",
+            "make room there, or set TMPDIR to a directory that has it",
+        ),
+        IndexError::Payload { .. } => (
+            "kernel_not_unpackable",
+            "boot the vmlinuz of the kernel's package",
+        ),
+        IndexError::Image { .. } => (
+            "kernel_not_supported",
+            "boot a kernel with symbols (KALLSYMS_ALL) and types (DEBUG_INFO_BTF), as distributions build it",
+        ),
+    };
+    let message = "the kernel's image cannot be used";
+    Problem::new(Failing::Refused, code, message, cause.to_string(), hint)
+}
+
+/// The bytes are no package.
+pub(super) fn package(cause: &PackageError) -> Problem {
+    let (code, hint) = match cause {
+        PackageError::Section { .. } | PackageError::TooMuch { .. } => (
+            "package_section_unsupported",
+            "write the edition without what makes this section",
+        ),
+        PackageError::Relocation { .. } | PackageError::LeftOut { .. } => (
+            "package_relocation_unsupported",
+            "write the edition without this reference",
+        ),
+        PackageError::NoEdition
+        | PackageError::NotAFunction { .. }
+        | PackageError::Twice { .. } => (
+            "package_editions_wrong",
+            "see exopatch.h for how an edition says what it replaces",
+        ),
+        PackageError::NoOrc | PackageError::Ours { .. } => (
+            "package_not_ours",
+            "build it with this exopatch's build command",
+        ),
+        PackageError::TooLarge { .. }
+        | PackageError::Elf { .. }
+        | PackageError::NotRelocatable { .. }
+        | PackageError::Outside { .. } => (
+            "package_malformed",
+            "give an .xpu file as exopatch build wrote it",
+        ),
+    };
+    refused(code, cause, hint)
+}
+
+/// The package is for another build of the kernel.
+pub(super) fn other_build(package: &[u8], kernel: &[u8]) -> Problem {
+    let cause = LinkError::OtherKernel {
+        package: package.to_vec(),
+        kernel: kernel.to_vec(),
+    };
+    link(&cause)
+}
+
+/// The guest does not run the kernel that it was booted with.
+pub(super) fn locate(cause: &LocateError) -> Problem {
+    let (code, hint) = match cause {
+        LocateError::Symbol(_) | LocateError::Type(_) => ("kernel_not_supported", REPORT),
+        _ => (
+            "other_kernel_runs",
+            "updates are for the kernel that exopatch booted; start the guest anew to get back to it",
+        ),
+    };
+    refused(code, cause, hint)
+}
+
+/// The guest was not ready before the deadline.
+pub(super) fn not_ready(cause: &NotReady) -> Problem {
+    let (code, hint) = match cause {
+        NotReady::Booting { .. } => (
+            "guest_booting",
+            "wait until the guest has booted, or give a longer --deadline",
+        ),
+        NotReady::NotFound(_) => (
+            "kernel_not_found",
+            "wait until the guest has booted; a guest that went to another kernel cannot be updated",
+        ),
+    };
+    Problem::new(
+        Failing::Deadline,
+        code,
+        NOT_APPLIED,
+        cause.to_string(),
+        hint,
+    )
+}
+
+/// The guest is on its way down.
+pub(super) fn ending(state: &str) -> Problem {
+    let cause = format!("the guest is going down (its kernel is {state})");
+    let hint = "start another with exopatch run";
+    Problem::new(
+        Failing::Conflict,
+        "guest_going_down",
+        NOT_APPLIED,
+        cause,
+        hint,
+    )
+}
+
+/// The guest's memory is not that of a sound kernel.
+pub(super) fn unreadable(cause: &dyn Error) -> Problem {
+    refused(
+        "kernel_unreadable",
+        cause,
+        "see the guest's log: its memory is not what its kernel would make it",
+    )
+}
+
+/// The kernel of an update has gone.
+pub(super) fn gone() -> Problem {
+    Problem::new(
+        Failing::Conflict,
+        "update_lost",
+        "the update is gone with its kernel",
+        "the guest no longer runs the kernel in which the update was applied: it was reset, or has started another",
+        "nothing is left to undo; apply the update again if the guest runs the same kernel anew",
+    )
+}
+
+/// The arena cannot be mapped.
+pub(super) fn arena(cause: &ArenaError) -> Problem {
+    refused("arena_not_mappable", cause, REPORT)
+}
+
+/// An apply failed.
+pub(super) fn apply(cause: &ApplyError) -> Problem {
+    match cause {
+        ApplyError::Booting { .. } => Problem::new(
+            Failing::Deadline,
+            "guest_booting",
+            NOT_APPLIED,
+            cause.to_string(),
+            "wait until the guest has booted, or give a longer --deadline",
+        ),
+        ApplyError::Ending { state } => ending(state),
+        ApplyError::Kernel(error) => unreadable(error),
+        ApplyError::Returns(error) => refused("kernel_returns_unknown", error, REPORT),
+        ApplyError::Target(error) => target(error),
+        ApplyError::Link(error) => link(error),
+        ApplyError::Arena(error) => arena(error),
+        ApplyError::Plan(error) => refused("cannot_plan", error, REPORT),
+        ApplyError::Commit(error) => commit(NOT_APPLIED, error),
+    }
+}
+
+fn target(cause: &TargetError) -> Problem {
+    match cause {
+        TargetError::Symbol(error) => symbol(error, cause),
+        TargetError::Refused(error) => refusal(error),
+        TargetError::Unreadable { .. } | TargetError::Probes(_) => unreadable(cause),
+    }
+}
+
+fn symbol(error: &SymbolError, cause: &dyn Error) -> Problem {
+    match error {
+        SymbolError::Missing { .. } => refused(
+            "symbol_missing",
+            cause,
+            "the compiler may have inlined or renamed it: replace a function that calls it",
+        ),
+        SymbolError::Ambiguous { .. } => refused(
+            "symbol_ambiguous",
+            cause,
+            "say which one is meant by its position (see exopatch.h)",
+        ),
+        _ => refused("symbol_unusable", cause, "refer to another symbol"),
+    }
+}
+
+fn link(cause: &LinkError) -> Problem {
+    let (code, hint) = match cause {
+        LinkError::OtherKernel { .. } => (
+            "package_for_other_kernel",
+            "build it again: exopatch build --kernel with the vmlinuz that the guest was booted from",
+        ),
+        LinkError::Symbol { cause: error, .. } => return symbol(error, cause),
+        LinkError::NoOriginal { .. } => (
+            "no_original",
+            "only the originals of functions that the package replaces can be called",
+        ),
+        LinkError::Fentry { .. } => ("fentry_misused", "do not refer to __fentry__"),
+        LinkError::Overflow { .. } => (
+            "relocation_out_of_range",
+            "build it with exopatch build, which uses the kernel's code model",
+        ),
+        LinkError::Full(_) => (
+            "arena_full",
+            "the space of reverted updates is not used again yet: restart the guest, or merge the updates",
+        ),
+        LinkError::Refused(error) => return refusal(error),
+    };
+    refused(code, cause, hint)
+}
+
+fn refusal(cause: &Refusal) -> Problem {
+    let (code, hint) = match cause {
+        Refusal::NoFentry { .. } => ("function_without_fentry", ELSEWHERE),
+        Refusal::TooShort { .. } => ("function_too_short", ELSEWHERE),
+        Refusal::Region { .. } => ("function_in_special_region", ELSEWHERE),
+        Refusal::Site { site, .. } if site.contains("kprobe") => (
+            "kprobe_in_the_way",
+            "remove the probe in the guest, then apply the update",
+        ),
+        Refusal::Site { .. } => ("patch_site_in_the_way", ELSEWHERE),
+        Refusal::BranchInto { .. } | Refusal::JumpTable { .. } => {
+            ("branch_into_displaced_code", ELSEWHERE)
+        }
+        Refusal::Undecodable { .. } => ("function_undecodable", REPORT),
+        Refusal::Immovable { .. } => ("instruction_not_movable", ELSEWHERE),
+        Refusal::Changed { .. } => (
+            "text_changed",
+            "the guest has changed this function itself: remove its probe or live patch, then apply the update",
+        ),
+        Refusal::AlreadyRedirected { .. } => (
+            "already_redirected",
+            "exopatch update list shows by which update; revert it first",
+        ),
+        Refusal::Unpredictable { .. } => ("text_unpredictable", ELSEWHERE),
+    };
+    refused(code, cause, hint)
+}
+
+/// A commit was not done; `message` says of what.
+pub(super) fn commit(message: &str, cause: &CommitFailed) -> Problem {
+    let problem = |failing, code: &str, hint: &str| {
+        Problem::new(failing, code, message, cause.to_string(), hint)
+    };
+    match cause {
+        CommitFailed::Deadline { last, .. } => {
+            let (code, hint) = match last {
+                Blocked::Busy { .. } => (
+                    "not_quiescent",
+                    "some thread is always inside: try again with a longer --deadline, or replace a function around it",
+                ),
+                _ => ("guest_in_flux", LATER),
+            };
+            problem(Failing::Deadline, code, hint)
+        }
+        CommitFailed::Refused(Blocked::Changed(error)) => Problem {
+            message: message.to_owned(),
+            ..refusal(error)
+        },
+        CommitFailed::Refused(_) => problem(
+            Failing::Refused,
+            "other_kernel_runs",
+            "the guest was reset or has started another kernel",
+        ),
+        CommitFailed::Pause(error) => Problem {
+            message: message.to_owned(),
+            ..guest(error)
+        },
+        CommitFailed::Commit(CommitError::RolledBack { .. }) => {
+            problem(Failing::Failed, "write_failed", REPORT)
+        }
+        CommitFailed::Commit(CommitError::Torn { .. }) | CommitFailed::Resume(_) => problem(
+            Failing::Broken,
+            BROKEN,
+            "exopatch vm dump writes what the guest was; exopatch vm kill ends it",
+        ),
+    }
+}

@@ -1,0 +1,273 @@
+//! The update session: every update that was handed to this VM, where it stands, and the one thread that works on them.
+//!
+//! Operations run one at a time, in the order in which they came, on a thread of the session's own: nobody who asked
+//! for one has to stay. Each change of an update's state is an event. What an operation does to the guest is the
+//! [`Patcher`]'s part; it leaves an update applied whole or not at all.
+
+pub mod patcher;
+mod record;
+mod worker;
+
+use std::io;
+use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+pub use self::patcher::{KernelInfo, Patcher, Running, Task, Verified};
+pub use self::record::{BROKEN, Cost, Failing, Problem, State, Update};
+use self::worker::Worker;
+use crate::events::{EventKind, Events};
+
+/// Operations that may wait behind the one under way.
+const QUEUE: usize = 16;
+/// Updates that are kept to be shown; the oldest that are over give way.
+const KEPT: usize = 1024;
+/// Stack of the session's thread, in bytes.
+const STACK: usize = 1 << 20;
+
+/// Called once, on the session's thread, with an operation's end.
+pub type Done<T> = Box<dyn FnOnce(Result<T, Problem>) + Send>;
+
+enum Job {
+    Apply(u64, Vec<u8>, Instant, Done<Update>),
+    Revert(u64, Instant, Done<Update>),
+    Verify(u64, Instant, Done<Verified>),
+    Kernel(Instant, Done<KernelInfo>),
+}
+
+/// The session. Clones share it.
+#[derive(Clone, Debug)]
+pub struct Session {
+    book: Arc<Book>,
+    jobs: SyncSender<Job>,
+}
+
+impl std::fmt::Debug for Job {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Apply(..) => "Apply",
+            Self::Revert(..) => "Revert",
+            Self::Verify(..) => "Verify",
+            Self::Kernel(..) => "Kernel",
+        })
+    }
+}
+
+impl Session {
+    /// Starts a session; `patcher` is made on the session's thread. The thread ends with the last clone.
+    ///
+    /// # Errors
+    /// When there is no thread to be had.
+    pub fn start<P: Patcher>(
+        events: Arc<Events>,
+        patcher: impl FnOnce() -> P + Send + 'static,
+    ) -> io::Result<Self> {
+        let (jobs, queue) = sync_channel(QUEUE);
+        let book = Arc::new(Book {
+            events,
+            updates: Mutex::default(),
+        });
+        let worker_book = Arc::clone(&book);
+        std::thread::Builder::new()
+            .name("patcher".to_owned())
+            .stack_size(STACK)
+            .spawn(move || {
+                Worker::new(worker_book, patcher()).run(&queue);
+            })?;
+        Ok(Self { book, jobs })
+    }
+
+    /// All updates, oldest first.
+    #[must_use]
+    pub fn updates(&self) -> Vec<Update> {
+        self.book.lock().clone()
+    }
+
+    /// Hands in a package; the update as it was queued. `done` gets the end.
+    ///
+    /// # Errors
+    /// [`Failing::Busy`] when too many operations wait.
+    pub fn apply(
+        &self,
+        name: String,
+        package: Vec<u8>,
+        check: bool,
+        deadline: Instant,
+        done: Done<Update>,
+    ) -> Result<Update, Problem> {
+        let update = self.book.open(name, package.len(), check);
+        self.hand_in(Job::Apply(update.id, package, deadline, done))
+            .inspect_err(|problem| self.book.refuse(update.id, problem))?;
+        Ok(update)
+    }
+
+    /// Asks for an update to be undone; the update as it is. `done` gets the end.
+    ///
+    /// # Errors
+    /// When it is not applied, or too many operations wait.
+    pub fn revert(
+        &self,
+        id: u64,
+        deadline: Instant,
+        done: Done<Update>,
+    ) -> Result<Update, Problem> {
+        let update = self.book.applied(id)?;
+        self.hand_in(Job::Revert(id, deadline, done))?;
+        Ok(update)
+    }
+
+    /// Asks whether the guest still holds what an update wrote.
+    ///
+    /// # Errors
+    /// When it is not applied, or too many operations wait.
+    pub fn verify(&self, id: u64, deadline: Instant, done: Done<Verified>) -> Result<(), Problem> {
+        self.book.applied(id)?;
+        self.hand_in(Job::Verify(id, deadline, done))
+    }
+
+    /// Asks what is known of the kernel.
+    ///
+    /// # Errors
+    /// When too many operations wait.
+    pub fn kernel(&self, deadline: Instant, done: Done<KernelInfo>) -> Result<(), Problem> {
+        self.hand_in(Job::Kernel(deadline, done))
+    }
+
+    fn hand_in(&self, job: Job) -> Result<(), Problem> {
+        let cause = match self.jobs.try_send(job) {
+            Ok(()) => return Ok(()),
+            Err(TrySendError::Full(_)) => format!("{QUEUE} operations wait already"),
+            Err(TrySendError::Disconnected(_)) => {
+                return Err(Problem::new(
+                    Failing::Failed,
+                    "patcher_gone",
+                    "no operation can be carried out any more",
+                    "the patcher's thread has ended by a defect of exopatch",
+                    "the guest runs on; please report this with the VMM's log",
+                ));
+            }
+        };
+        Err(Problem::new(
+            Failing::Busy,
+            "busy",
+            "the operation was not taken",
+            cause,
+            "try again when those before it are done (exopatch update list)",
+        ))
+    }
+}
+
+/// The updates as they are shown.
+#[derive(Debug)]
+struct Book {
+    events: Arc<Events>,
+    updates: Mutex<Vec<Update>>,
+}
+
+impl Book {
+    fn lock(&self) -> MutexGuard<'_, Vec<Update>> {
+        self.updates.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Enters a new update.
+    fn open(&self, name: String, package_bytes: usize, check: bool) -> Update {
+        let mut updates = self.lock();
+        if updates.len() >= KEPT {
+            let over = updates.iter().position(|update| {
+                matches!(
+                    update.state,
+                    State::Checked | State::Reverted | State::Refused | State::Lost
+                )
+            });
+            if let Some(oldest) = over {
+                updates.remove(oldest);
+            }
+        }
+        let update = Update {
+            id: updates.last().map_or(1, |last| last.id + 1),
+            name,
+            state: State::Queued,
+            doing: None,
+            check,
+            package_bytes,
+            functions: Vec::new(),
+            submitted: self.events.elapsed(),
+            changed: self.events.elapsed(),
+            applied: None,
+            reverted: None,
+            problem: None,
+        };
+        updates.push(update.clone());
+        drop(updates);
+        self.tell(&update);
+        update
+    }
+
+    /// Ends an update that was not taken.
+    fn refuse(&self, id: u64, problem: &Problem) {
+        self.change(id, |update| {
+            update.state = State::Refused;
+            update.problem = Some(problem.clone());
+        });
+    }
+
+    /// The update, if it can be reverted.
+    fn applied(&self, id: u64) -> Result<Update, Problem> {
+        let updates = self.lock();
+        let Some(update) = updates.iter().find(|update| update.id == id) else {
+            return Err(Problem::new(
+                Failing::Unknown,
+                "no_such_update",
+                format!("there is no update {id}"),
+                "no update with this number was handed to this VM",
+                "exopatch update list shows all updates",
+            ));
+        };
+        if matches!(update.state, State::Applied | State::Reverting) {
+            return Ok(update.clone());
+        }
+        let (code, cause) = match update.state {
+            State::Lost => (
+                "update_lost",
+                "the kernel in which it was applied no longer runs",
+            ),
+            State::Reverted => ("update_not_applied", "it was reverted already"),
+            State::Broken => (
+                BROKEN,
+                "it failed half-way: the guest's memory is not known to be sound",
+            ),
+            State::Queued | State::Checking => ("update_not_applied", "it is still being applied"),
+            _ => ("update_not_applied", "it was never applied"),
+        };
+        Err(Problem::new(
+            Failing::Conflict,
+            code,
+            format!("update {id} is not applied"),
+            cause,
+            "exopatch update list shows the state of all updates",
+        ))
+    }
+
+    /// Changes an update and tells the world; the update afterwards.
+    fn change(&self, id: u64, change: impl FnOnce(&mut Update)) -> Option<Update> {
+        let mut updates = self.lock();
+        let update = updates.iter_mut().find(|update| update.id == id)?;
+        let before = update.state;
+        change(update);
+        if update.state != before {
+            update.changed = self.events.elapsed();
+        }
+        let update = update.clone();
+        drop(updates);
+        self.tell(&update);
+        Some(update)
+    }
+
+    fn tell(&self, update: &Update) {
+        self.events
+            .publish(EventKind::Update(Box::new(update.clone())));
+    }
+}
+
+#[cfg(test)]
+mod tests;

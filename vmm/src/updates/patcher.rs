@@ -1,0 +1,95 @@
+//! What the session needs from whoever changes the guest's kernel: a trait of its consumer.
+
+use std::time::Instant;
+
+use ::patcher::apply::Report;
+
+use super::record::Problem;
+
+/// What a kernel patcher does for the session. It runs on the session's thread only.
+pub trait Patcher: 'static {
+    /// What is needed to revert.
+    type Applied;
+
+    /// Applies a package, or only checks it. Before the deadline, or not at all.
+    ///
+    /// # Errors
+    /// The guest is then as it was, but for [`Failing::Broken`](super::Failing::Broken).
+    fn apply(&mut self, task: &Task<'_>) -> Result<(Option<Self::Applied>, Report), Problem>;
+
+    /// Undoes an update. It comes back with the problem if it stays applied.
+    ///
+    /// # Errors
+    /// The guest is then as it was, but for [`Failing::Broken`](super::Failing::Broken).
+    fn revert(
+        &mut self,
+        applied: Self::Applied,
+        deadline: Instant,
+        doing: &dyn Fn(String),
+    ) -> Result<Report, (Problem, Option<Self::Applied>)>;
+
+    /// Compares the guest's memory with what an update wrote.
+    ///
+    /// # Errors
+    /// When the guest cannot be read.
+    fn verify(&mut self, applied: &Self::Applied, deadline: Instant) -> Result<Verified, Problem>;
+
+    /// Counts the kernels that were found in the guest. What was applied at an earlier count is gone with its kernel.
+    fn generation(&self) -> u64;
+
+    /// What is known of the kernel.
+    ///
+    /// # Errors
+    /// When its image cannot be read.
+    fn kernel(&mut self, deadline: Instant) -> Result<KernelInfo, Problem>;
+}
+
+/// One apply, as the patcher gets it.
+#[expect(missing_debug_implementations, reason = "holds closures")]
+pub struct Task<'a> {
+    /// The package's bytes.
+    pub package: &'a [u8],
+    /// Write nothing.
+    pub check: bool,
+    /// When to give up.
+    pub deadline: Instant,
+    /// Tells which functions the package replaces.
+    pub functions: &'a dyn Fn(Vec<String>),
+    /// Tells what is being done or waited for.
+    pub doing: &'a dyn Fn(String),
+}
+
+/// What a verification found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Verified {
+    /// Bytes compared.
+    pub bytes: u64,
+    /// The places that differ: guest-virtual address, and what is there.
+    pub differences: Vec<(u64, String)>,
+}
+
+/// What is known of the kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KernelInfo {
+    /// Build id of the image.
+    pub build_id: Vec<u8>,
+    /// Symbols in the image.
+    pub symbols: usize,
+    /// The running kernel, or why there is none.
+    pub running: Result<Running, String>,
+    /// Guest-physical address of the arena.
+    pub arena: u64,
+    /// Length of the arena.
+    pub arena_bytes: u64,
+    /// Bytes of it that were handed out.
+    pub arena_used: u64,
+}
+
+/// The kernel found in the guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Running {
+    /// Distance between linked and running addresses.
+    pub slide: u64,
+    /// What its boot still waits for; `None` once it is over.
+    pub boot: Option<String>,
+}
