@@ -1,19 +1,23 @@
 //! Looks into a recorded guest: its kernel, tasks, stacks and text, and how long looking took.
 //!
-//! `cargo run --release --example inspect -- --kernel BZIMAGE --dump CORE [--tasks] [--symbols FILE] [--text N] [FUNCTION...]`
+//! `cargo run --release --example inspect -- --kernel BZIMAGE --dump CORE [--tasks] [--symbols FILE] [--text N] [--stacks FILE] [--corrupt N] [FUNCTION...]`
 //!
 //! `--symbols` compares every symbol with a copy of the guest's `/proc/kallsyms`, `--text` compares the first 16 bytes
-//! after the fentry site of every Nth function with the guest's memory. For each FUNCTION it says who is in it.
+//! after the fentry site of every Nth function with the guest's memory, `--stacks` looks for every frame of a copy of the guest's
+//! `/proc/PID/stack` (each after a line `STACK PID`), `--corrupt` scans N times with damaged memory. For each FUNCTION
+//! it says who is in it.
 #![expect(clippy::print_stdout, reason = "its output is what it is for")]
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::error::Error;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use patcher::addr::{Gpa, Gva, LinkAddr};
-use patcher::guest::Registers;
 use patcher::guest::dump::Dump;
+use patcher::guest::{GuestError, ReadPhys, Registers};
 use patcher::kernel::arena::ArenaLayout;
 use patcher::kernel::image::Image;
 use patcher::kernel::locate::Kernel;
@@ -32,6 +36,8 @@ struct Options {
     tasks: bool,
     symbols: Option<String>,
     text: Option<usize>,
+    stacks: Option<String>,
+    corrupt: u64,
     functions: Vec<String>,
 }
 
@@ -45,6 +51,8 @@ fn options() -> Result<Options, Box<dyn Error>> {
             "--dump" => options.dump = value()?,
             "--symbols" => options.symbols = Some(value()?),
             "--text" => options.text = Some(value()?.parse()?),
+            "--stacks" => options.stacks = Some(value()?),
+            "--corrupt" => options.corrupt = value()?.parse()?,
             "--tasks" => options.tasks = true,
             _ => options.functions.push(arg),
         }
@@ -105,6 +113,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     if let Some(step) = options.text {
         compare_text(&kernel, &dump, step)?;
     }
+    if let Some(path) = &options.stacks {
+        compare_stacks(&kernel, &dump, path)?;
+    }
+    corrupt(&kernel, &dump, options.corrupt);
     for name in &options.functions {
         let symbol = image.symbols().lookup(name)?;
         let start = kernel.runtime(symbol.address);
@@ -254,4 +266,130 @@ fn compare_text(kernel: &Kernel, dump: &Dump, step: usize) -> Result<(), Box<dyn
         "text after fentry: {same} as expected, {different} different, undecidable: {undecidable:?}"
     );
     Ok(())
+}
+
+/// Every frame that the guest reported must be found, on the stack of the task that it was reported of.
+fn compare_stacks(kernel: &Kernel, dump: &Dump, path: &str) -> Result<(), Box<dyn Error>> {
+    let text = std::fs::read_to_string(path)?;
+    let (mut pid, mut found, mut missing) = (0, 0, 0);
+    let tasks = Tasks::read(kernel, dump)?;
+    for line in text.lines() {
+        if let Some(number) = line.strip_prefix("STACK ") {
+            let Ok(number) = number.trim().parse() else {
+                continue;
+            };
+            pid = number;
+            if !tasks.tasks.iter().any(|task| task.pid == pid) {
+                println!("  task {pid} is not there (any more)");
+            }
+        }
+        let Some((name, offset)) = line
+            .strip_prefix("[<0>] ")
+            .and_then(|frame| frame.split_once("+0x"))
+        else {
+            continue;
+        };
+        let offset = u64::from_str_radix(offset.split('/').next().unwrap_or(offset), 16)?;
+        let positions =
+            (1..).map_while(|position| kernel.image().symbols().lookup_nth(name, position).ok());
+        let forbidden: Vec<Range<Gva>> = positions
+            .map(|symbol| Gva(kernel.runtime(symbol.address).0 + offset))
+            .map(|at| at..Gva(at.0 + 1))
+            .collect();
+        if words_of(kernel, dump, &tasks, pid)?
+            .iter()
+            .any(|word| forbidden.iter().any(|range| range.contains(word)))
+        {
+            found += 1;
+        } else {
+            missing += 1;
+            println!("  {line} of task {pid} was not found");
+        }
+    }
+    println!("frames of /proc/PID/stack: {found} found, {missing} not");
+    Ok(())
+}
+
+/// The words above the saved stack pointer of task `pid`.
+fn words_of(
+    kernel: &Kernel,
+    dump: &Dump,
+    tasks: &Tasks,
+    pid: u32,
+) -> Result<Vec<Gva>, Box<dyn Error>> {
+    let Some(task) = tasks.tasks.iter().find(|task| task.pid == pid && pid != 0) else {
+        return Ok(Vec::new());
+    };
+    let len = task
+        .stack
+        .end
+        .offset_from(task.saved_sp)
+        .ok_or("a stack pointer above its stack")?;
+    let mut bytes = vec![0; usize::try_from(len)?];
+    kernel.read(dump, task.saved_sp, &mut bytes)?;
+    Ok(bytes
+        .as_chunks::<8>()
+        .0
+        .iter()
+        .map(|word| Gva(u64::from_le_bytes(*word)))
+        .collect())
+}
+
+/// A guest whose memory lies: now and then a word is another word of what was read, or its neighbour.
+struct Corrupt<'a> {
+    dump: &'a Dump,
+    seed: Cell<u64>,
+}
+
+impl ReadPhys for Corrupt<'_> {
+    fn read_phys(&self, at: Gpa, buf: &mut [u8]) -> Result<(), GuestError> {
+        self.dump.read_phys(at, buf)?;
+        let seed = self
+            .seed
+            .get()
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        self.seed.set(seed);
+        let random = seed >> 33;
+        if random.is_multiple_of(400) && buf.len() >= 8 {
+            let word = usize::try_from(random >> 9).unwrap_or(0) % (buf.len() / 8) * 8;
+            let change: u64 = match random >> 9 & 3 {
+                0 => 0,
+                1 => seed,
+                2 => u64::from_le_bytes(buf[..8].try_into().unwrap_or_default()),
+                _ => {
+                    u64::from_le_bytes(buf[word..word + 8].try_into().unwrap_or_default())
+                        ^ 1 << (random >> 12 & 63)
+                }
+            };
+            buf[word..word + 8].copy_from_slice(&change.to_le_bytes());
+        }
+        Ok(())
+    }
+}
+
+/// Whatever a guest's memory holds, a scan ends, soon.
+fn corrupt(kernel: &Kernel, dump: &Dump, rounds: u64) {
+    let (mut slowest, mut ends) = (Duration::ZERO, BTreeMap::new());
+    for seed in 0..rounds {
+        let guest = Corrupt {
+            dump,
+            seed: Cell::new(seed),
+        };
+        let start = Instant::now();
+        let forbidden = [Gva(0xffff_ffff_ffff_f000)..Gva(0xffff_ffff_ffff_f008)];
+        let end = match stack_words(kernel, &guest, dump.vcpus(), &forbidden) {
+            Ok(_) => "free".to_owned(),
+            Err(error) => error
+                .to_string()
+                .chars()
+                .take_while(|char| !char.is_ascii_digit())
+                .collect(),
+        };
+        slowest = slowest.max(start.elapsed());
+        *ends.entry(end).or_insert(0) += 1;
+    }
+    if rounds > 0 {
+        println!("scans of damaged memory: slowest {slowest:?}, {ends:#?}");
+    }
 }

@@ -21,6 +21,8 @@ pub mod sites;
 pub mod stack;
 pub mod symbols;
 pub mod tasks;
+#[cfg(test)]
+pub(crate) mod testing;
 pub mod text;
 pub mod types;
 pub(crate) mod vmap;

@@ -181,3 +181,65 @@ fn part<R: ReadPhys + ?Sized>(
         entry_at: found,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{ArenaLayout, Gpa, Gva};
+    use crate::kernel::testing::Form;
+    use crate::kernel::testing::guest::TinyGuest;
+
+    const ARENA: u64 = 0x1_0000_0000;
+
+    #[test]
+    fn the_parts_lie_where_no_kernel_maps_anything() {
+        for levels in [4, 5] {
+            let mut guest = TinyGuest::new(Form::New, levels);
+            let kernel = guest.kernel();
+            let arena = Gpa(ARENA)..Gpa(ARENA + 0x60_0000);
+            let layout = ArenaLayout::plan(&kernel, &guest, &arena).unwrap();
+            let [code, data] = layout.parts();
+            assert_eq!(
+                (code.at, code.entry),
+                (Gva(0xffff_ffff_ff80_0000), ARENA | 0xa1)
+            );
+            assert_eq!(
+                (data.at, data.entry),
+                (Gva(0xffff_ffff_ffa0_0000), 0x8000_0001_0020_00e3)
+            );
+            assert_eq!(
+                data.physical(Gva(0xffff_ffff_ffa0_0010), 8),
+                Some(Gpa(ARENA + 0x20_0010))
+            );
+            assert_eq!(data.physical(Gva(0xffff_ffff_ffbf_fffc), 8), None);
+            assert!(!code.mapped(&kernel, &guest).unwrap());
+            guest.put_phys(code.entry_at.0, code.entry & !0x20);
+            assert!(code.mapped(&kernel, &guest).unwrap());
+            assert!(ArenaLayout::plan(&kernel, &guest, &arena).is_ok());
+            guest.put_phys(data.entry_at.0, 0x1234_0063);
+            let got = ArenaLayout::plan(&kernel, &guest, &arena)
+                .unwrap_err()
+                .to_string();
+            assert!(
+                got.contains("already maps something at 0xffffffffffa00000"),
+                "{got}"
+            );
+        }
+    }
+
+    #[test]
+    fn an_arena_that_does_not_fit_is_refused() {
+        let mut guest = TinyGuest::new(Form::Old, 4);
+        let kernel = guest.kernel();
+        for (start, len) in [
+            (ARENA, 0x20_0000),
+            (ARENA + 0x1000, 0x60_0000),
+            (u64::MAX - 0xfff, 0xfff),
+        ] {
+            let arena = Gpa(start)..Gpa(start.saturating_add(len));
+            assert!(
+                ArenaLayout::plan(&kernel, &guest, &arena).is_err(),
+                "{arena:?}"
+            );
+        }
+    }
+}

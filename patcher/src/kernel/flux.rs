@@ -10,14 +10,6 @@ use super::locate::{Kernel, KernelError};
 use crate::addr::Gva;
 use crate::guest::ReadPhys;
 
-/// The locks, the one that guards all text first. Only the first must exist.
-const LOCKS: [&str; 5] = [
-    "text_mutex",
-    "jump_label_mutex",
-    "static_call_mutex",
-    "kprobe_mutex",
-    "module_mutex",
-];
 /// The low bits of a mutex's owner are flags; the rest is the task that holds it.
 const OWNER_FLAGS: u64 = 7;
 /// `KPROBE_TABLE_SIZE`.
@@ -36,42 +28,17 @@ impl Kernel {
         &self,
         guest: &R,
     ) -> Result<Option<&'static str>, KernelError> {
-        let owner = self.image().types().offset_of("mutex", "owner")?;
-        for (index, lock) in LOCKS.into_iter().enumerate() {
-            if index > 0 && !self.image().symbols().has(lock) {
-                continue;
-            }
-            let at = self.symbol(lock)?;
-            let at = at.checked_add(owner).ok_or(KernelError::Unsound {
-                what: lock,
-                at,
-                value: owner,
-            })?;
-            if self.read_u64(guest, at)? & !OWNER_FLAGS != 0 {
-                return Ok(Some(lock));
+        let layout = &self.layout().flux;
+        for (name, owner) in &layout.locks {
+            if self.read_u64(guest, self.runtime(*owner))? & !OWNER_FLAGS != 0 {
+                return Ok(Some(name));
             }
         }
-        self.breakpoints_in_flux(guest)
-    }
-
-    /// Text is patched by way of breakpoints; while it is, their handler's table is referenced.
-    fn breakpoints_in_flux<R: ReadPhys + ?Sized>(
-        &self,
-        guest: &R,
-    ) -> Result<Option<&'static str>, KernelError> {
-        const TABLE: &str = "bp_desc";
-        let (symbols, types) = (self.image().symbols(), self.image().types());
-        if !symbols.has(TABLE) || !types.has_member("bp_patching_desc", "refs") {
-            return Ok(None);
+        // Text is patched by way of breakpoints; while it is, their handler's table is referenced.
+        match layout.breakpoints {
+            Some(refs) if self.read_u32(guest, self.runtime(refs))? != 0 => Ok(Some("bp_desc")),
+            _ => Ok(None),
         }
-        let at = self.symbol(TABLE)?;
-        let offset = types.offset_of("bp_patching_desc", "refs")?;
-        let refs = at.checked_add(offset).ok_or(KernelError::Unsound {
-            what: TABLE,
-            at,
-            value: offset,
-        })?;
-        Ok((self.read_u32(guest, refs)? != 0).then_some(TABLE))
     }
 
     /// Addresses of the guest's kprobes whose bytes, as far as they may be overwritten, touch `range`.
@@ -116,5 +83,52 @@ impl Kernel {
         }
         found.sort_unstable();
         Ok(found)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Gva;
+    use crate::kernel::testing::guest::TinyGuest;
+    use crate::kernel::testing::{FORMS, Form};
+
+    #[test]
+    fn a_held_lock_or_a_half_done_patch_is_named() {
+        for form in FORMS {
+            for (name, offset, value, want) in [
+                ("text_mutex", 0, 0xffff_8880_0020_0001, Some("text_mutex")),
+                (
+                    "module_mutex",
+                    0,
+                    0xffff_8880_0020_0000,
+                    Some("module_mutex"),
+                ),
+                ("bp_desc", 8, 1 << 32, Some("bp_desc")),
+                // Waiters alone are nobody who holds it.
+                ("text_mutex", 0, 7, None),
+            ] {
+                let mut guest = TinyGuest::new(form, 4);
+                guest.put(guest.at(name) + offset, value);
+                let kernel = guest.kernel();
+                assert_eq!(kernel.text_in_flux(&guest).unwrap(), want, "{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn probes_are_found_and_circles_end() {
+        let mut guest = TinyGuest::new(Form::New, 4);
+        let (first, second) = (guest.object(64), guest.object(64));
+        guest.put(guest.at("kprobe_table") + 8 * 9, first);
+        guest.put(first, second);
+        guest.put(first + 40, 0x2000);
+        guest.put(second + 40, 0x1ffb);
+        let kernel = guest.kernel();
+        let probes = |range| kernel.kprobes_in(&guest, &range).unwrap();
+        assert_eq!(probes(Gva(0x2000)..Gva(0x2001)), [Gva(0x2000)]);
+        assert_eq!(probes(Gva(0x1fff)..Gva(0x2001)), [Gva(0x1ffb), Gva(0x2000)]);
+        assert_eq!(probes(Gva(0x2005)..Gva(0x2010)), []);
+        guest.put(second, first);
+        assert!(kernel.kprobes_in(&guest, &(Gva(0)..Gva(1))).is_err());
     }
 }

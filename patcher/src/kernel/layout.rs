@@ -39,8 +39,18 @@ pub(crate) struct Layout {
     pub(crate) stack_size: u64,
     /// Bytes of the user's registers at the top of a task's stack.
     pub(crate) user_registers: u64,
+    pub(crate) flux: FluxLayout,
     /// Code that runs between the user and the kernel proper, part of it on the user's stack pointer.
     pub(crate) entry_text: Range<LinkAddr>,
+}
+
+/// What tells that the kernel is changing its own text.
+#[derive(Clone, Debug)]
+pub(crate) struct FluxLayout {
+    /// The owner of each lock, with the lock's name.
+    pub(crate) locks: Vec<(&'static str, LinkAddr)>,
+    /// The count of users of the table for breakpoints that stand in for text.
+    pub(crate) breakpoints: Option<LinkAddr>,
 }
 
 /// Per-CPU data: link addresses of tables, and offsets into each CPU's area.
@@ -150,11 +160,41 @@ impl Layout {
             cpus: cpus(image)?,
             task: task(image)?,
             vmap: vmap(image)?,
+            flux: flux(image)?,
             stack_size: types.size_of("irq_stack")?,
             user_registers: types.size_of("pt_regs")?,
             entry_text: at("__entry_text_start")?..at("__entry_text_end")?,
         })
     }
+}
+
+/// The locks, the one that guards all text first. Only that one must exist.
+const LOCKS: [&str; 5] = [
+    "text_mutex",
+    "jump_label_mutex",
+    "static_call_mutex",
+    "kprobe_mutex",
+    "module_mutex",
+];
+
+fn flux(image: &Image) -> Result<FluxLayout, LayoutError> {
+    let (symbols, types) = (image.symbols(), image.types());
+    let owner = types.offset_of("mutex", "owner")?;
+    let mut locks = Vec::new();
+    for (index, name) in LOCKS.into_iter().enumerate() {
+        let lock = if index == 0 {
+            Some(symbols.lookup(name)?)
+        } else {
+            symbols.optional(name)?
+        };
+        locks.extend(lock.and_then(|lock| Some((name, lock.address.checked_add(owner)?))));
+    }
+    let table = symbols.optional("bp_desc")?;
+    let refs = types.offset_of("bp_patching_desc", "refs").ok();
+    let breakpoints = table
+        .zip(refs)
+        .and_then(|(table, refs)| table.address.checked_add(refs));
+    Ok(FluxLayout { locks, breakpoints })
 }
 
 fn cpus(image: &Image) -> Result<CpuLayout, LayoutError> {

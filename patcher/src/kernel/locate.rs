@@ -396,3 +396,147 @@ impl Start<'_> {
         Ok((tables, idt, build_id_at))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::{Gva, Image, Kernel, LinkAddr, LocateError, VcpuState};
+    use crate::kernel::boot::BootState;
+    use crate::kernel::testing::guest::{ENTRY_AREA, SLIDE, TinyGuest, vcpu};
+    use crate::kernel::testing::{FORMS, Form, RODATA, TEXT, image};
+
+    fn locate(guest: &TinyGuest) -> Result<Kernel, LocateError> {
+        Kernel::locate(
+            Arc::new(Image::parse(Arc::new(image(guest.form))).unwrap()),
+            guest,
+            &guest.vcpus,
+        )
+    }
+
+    fn refused(guest: &TinyGuest, want: &str) {
+        let got = locate(guest).unwrap_err().to_string();
+        assert!(got.contains(want), "{got}");
+    }
+
+    #[test]
+    fn a_moved_kernel_is_found_in_every_form() {
+        for form in FORMS {
+            for levels in [4, 5] {
+                let guest = TinyGuest::new(form, levels);
+                let kernel = locate(&guest).unwrap();
+                assert_eq!((kernel.slide(), kernel.tables().levels), (SLIDE, levels));
+                assert_eq!(kernel.symbol("victim").unwrap(), Gva(TEXT + SLIDE + 0x300));
+                assert_eq!(
+                    kernel.link(Gva(TEXT + SLIDE + 0x300)),
+                    Some(LinkAddr(TEXT + 0x300))
+                );
+                assert_eq!(kernel.link(Gva(TEXT + 0x300)), None);
+                assert!(kernel.symbol("runqueues").is_err());
+                kernel.prove_same(&guest, &guest.vcpus).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn a_vcpu_on_the_users_page_tables_leads_to_the_kernels() {
+        let mut guest = TinyGuest::new(Form::New, 4);
+        // As page-table isolation has it: the kernel's tables, and on the next page the user's, which map only the entry area.
+        guest.next_even_page();
+        let (own, user) = (guest.page(), guest.page());
+        let root = usize::try_from(guest.vcpus[0].cr3).unwrap();
+        let tables = guest.memory[root..root + 4096].to_vec();
+        let at = usize::try_from(own).unwrap();
+        guest.memory[at..at + 4096].copy_from_slice(&tables);
+        let entry = usize::try_from((ENTRY_AREA >> 39 & 511) * 8).unwrap();
+        guest.memory[at + 4096 + entry..at + 4096 + entry + 8]
+            .copy_from_slice(&tables[entry..entry + 8]);
+        guest.vcpus = vec![vcpu(user | 0x805, 4)];
+        let kernel = locate(&guest).unwrap();
+        assert_eq!(kernel.tables().root.0, u64::try_from(root).unwrap());
+        kernel.prove_same(&guest, &guest.vcpus).unwrap();
+    }
+
+    #[test]
+    fn what_is_not_the_kernel_is_refused_with_the_reason() {
+        let mut guest = TinyGuest::new(Form::New, 4);
+        guest
+            .vcpus
+            .iter_mut()
+            .for_each(|vcpu| vcpu.state = VcpuState::Offline);
+        refused(&guest, "no vCPU");
+        let mut guest = TinyGuest::new(Form::New, 4);
+        guest.vcpus.iter_mut().for_each(|vcpu| vcpu.cr0 = 1);
+        refused(&guest, "does not translate addresses");
+        let mut guest = TinyGuest::new(Form::New, 4);
+        guest.put(RODATA + SLIDE + 0x7_0000 + 24 + 12, 0);
+        refused(&guest, "another build of the kernel");
+        let mut guest = TinyGuest::new(Form::New, 4);
+        let gate = guest.get(ENTRY_AREA);
+        guest.put(ENTRY_AREA, gate + 16);
+        refused(&guest, "vCPU 1 handles interrupt 0 at");
+        let mut guest = TinyGuest::new(Form::New, 4);
+        guest
+            .vcpus
+            .iter_mut()
+            .for_each(|vcpu| vcpu.idt_base = 0x1000);
+        refused(&guest, "is not mapped");
+    }
+
+    #[test]
+    fn a_replaced_kernel_is_noticed() {
+        let check = |change: fn(&mut TinyGuest), want: &str| {
+            let mut guest = TinyGuest::new(Form::OldSorted, 4);
+            let kernel = locate(&guest).unwrap();
+            change(&mut guest);
+            let got = kernel
+                .prove_same(&guest, &guest.vcpus)
+                .unwrap_err()
+                .to_string();
+            assert!(got.contains(want), "{got}");
+        };
+        check(
+            |guest| guest.put(RODATA + SLIDE + 0x7_0000 + 24 + 12, 0),
+            "another build-id",
+        );
+        check(
+            |guest| guest.put(ENTRY_AREA, guest.get(ENTRY_AREA) ^ 1 << 61),
+            "another KASLR slide",
+        );
+        check(
+            |guest| {
+                let page = guest.page();
+                let idt = [guest.get(ENTRY_AREA), guest.get(ENTRY_AREA + 8)];
+                guest.map(ENTRY_AREA, page, 1);
+                guest.put(ENTRY_AREA, idt[0]);
+                guest.put(ENTRY_AREA + 8, idt[1]);
+            },
+            "another interrupt table",
+        );
+        check(|guest| guest.vcpus[1].cr0 = 1, "vCPU 1 does not run");
+    }
+
+    #[test]
+    fn boot_states_have_their_names() {
+        let check = |value: u64, want: Option<BootState>| {
+            let mut guest = TinyGuest::new(Form::Old, 4);
+            guest.put(guest.at("system_state"), value);
+            let kernel = locate(&guest).unwrap();
+            assert_eq!(kernel.boot_state(&guest).ok(), want);
+        };
+        check(
+            0,
+            Some(BootState::NotFinished {
+                state: "SYSTEM_BOOTING".to_owned(),
+            }),
+        );
+        check(3, Some(BootState::Running));
+        check(
+            4,
+            Some(BootState::Ending {
+                state: "SYSTEM_HALT".to_owned(),
+            }),
+        );
+        check(9, None);
+    }
+}

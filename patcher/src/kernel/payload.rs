@@ -271,3 +271,155 @@ fn damaged(at: usize, cause: &dyn std::fmt::Display) -> PayloadError {
         cause: cause.to_string(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use proptest::prelude::*;
+
+    use super::{Compression, LZ4_BLOCK, LZ4_LEGACY_MAGIC, Payload, PayloadError};
+
+    const SIZE: usize = LZ4_BLOCK + 12_345;
+
+    /// Something that compresses, and is longer than one block.
+    fn plain() -> Vec<u8> {
+        (0..SIZE)
+            .map(|at| (at / 3 % 251).to_le_bytes()[0])
+            .collect()
+    }
+
+    fn lz4(plain: &[u8]) -> Vec<u8> {
+        let mut data = LZ4_LEGACY_MAGIC.to_le_bytes().to_vec();
+        for block in plain.chunks(LZ4_BLOCK) {
+            let block = lz4_flex::block::compress(block);
+            data.extend(u32::try_from(block.len()).unwrap().to_le_bytes());
+            data.extend(block);
+        }
+        data
+    }
+
+    fn packed(compression: Compression, plain: &[u8]) -> Vec<u8> {
+        let mut data = match compression {
+            Compression::Lz4 => lz4(plain),
+            Compression::Zstd => zstd::bulk::compress(plain, 1).unwrap(),
+            Compression::Gzip => {
+                let mut to = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+                to.write_all(plain).unwrap();
+                return to.finish().unwrap();
+            }
+            Compression::Xz => {
+                let options = lzma_rust2::XzOptions::with_preset(0);
+                let mut to = lzma_rust2::XzWriter::new(Vec::new(), options).unwrap();
+                to.write_all(plain).unwrap();
+                to.finish().unwrap()
+            }
+        };
+        data.extend(u32::try_from(plain.len()).unwrap().to_le_bytes());
+        data
+    }
+
+    /// A bzImage with two setup sectors, whose payload lies 0x40 bytes into the code.
+    fn bzimage(payload: &[u8]) -> Vec<u8> {
+        let mut file = vec![0; 3 * 512 + 0x40];
+        file[0x1f1] = 2;
+        file[0x202..0x208].copy_from_slice(b"HdrS\x0f\x02");
+        file[0x248..0x24c].copy_from_slice(&0x40_u32.to_le_bytes());
+        file[0x24c..0x250].copy_from_slice(&u32::try_from(payload.len()).unwrap().to_le_bytes());
+        file.extend(payload);
+        file
+    }
+
+    fn unpacked(file: &[u8]) -> Result<Vec<u8>, PayloadError> {
+        let payload = Payload::find(file)?;
+        let mut target = vec![0; payload.size()];
+        payload.decompress_into(&mut target).map(|()| target)
+    }
+
+    const ALL: [Compression; 4] = [
+        Compression::Lz4,
+        Compression::Zstd,
+        Compression::Gzip,
+        Compression::Xz,
+    ];
+
+    #[test]
+    fn every_compression_is_unpacked_whole() {
+        let plain = plain();
+        for compression in ALL {
+            let file = bzimage(&packed(compression, &plain));
+            let payload = Payload::find(&file).unwrap();
+            assert_eq!((payload.compression(), payload.size()), (compression, SIZE));
+            assert!(unpacked(&file).unwrap() == plain, "{compression:?}");
+            let short = payload.decompress_into(&mut [0; 10]);
+            assert!(
+                matches!(
+                    short,
+                    Err(PayloadError::Buffer {
+                        buffer: 10,
+                        size: SIZE
+                    })
+                ),
+                "{short:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_wrong_size_is_refused() {
+        for compression in ALL {
+            for size in [SIZE - 1, SIZE + 1] {
+                let mut data = packed(compression, &plain());
+                let at = data.len() - 4;
+                data[at..].copy_from_slice(&u32::try_from(size).unwrap().to_le_bytes());
+                let got = unpacked(&bzimage(&data)).map(|_| ());
+                assert!(
+                    matches!(got, Err(PayloadError::Damaged { .. })),
+                    "{compression:?} {size} {got:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_bzimage_says_why() {
+        let whole = bzimage(&packed(Compression::Zstd, b"kernel"));
+        let mut old = whole.clone();
+        old[0x206] = 7;
+        let check = |file: &[u8], want: &str| {
+            let got = unpacked(file).unwrap_err().to_string();
+            assert!(got.contains(want), "{got}");
+        };
+        check(b"", "not a bzImage");
+        check(&whole[..0x208], "not a bzImage");
+        check(&whole[..0x600], "truncated");
+        check(&old, "boot protocol 0x207");
+        check(&bzimage(b"BZh91AY&SY"), "bzip2");
+        check(&bzimage(b"\x5d\0\0\0\x04"), "lzma");
+        check(&bzimage(b"whatever"), "unknown, it begins with [77");
+        check(
+            &bzimage(&[0x28, 0xb5, 0x2f, 0xfd, 0, 0, 0, 0]),
+            "0 unpacked bytes",
+        );
+        check(
+            &bzimage(&[0x28, 0xb5, 0x2f, 0xfd, 0, 0, 0, 0xff]),
+            "which no kernel has",
+        );
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn damage_never_panics(which in 0..4_usize, changes in proptest::collection::vec((any::<usize>(), any::<u8>()), 1..8)) {
+            let plain: Vec<u8> = (0..5000_usize).map(|at| (at * at % 253).to_le_bytes()[0]).collect();
+            let mut file = bzimage(&packed(ALL[which], &plain));
+            // The size stays: an announcement of a gigabyte would only be slow.
+            let len = file.len() - 4;
+            for (at, value) in changes {
+                file[at % len] = value;
+            }
+            let _ = unpacked(&file);
+        }
+    }
+}

@@ -156,3 +156,79 @@ fn relocate(kind: Kind, field: &mut [u8], slide: u64) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::{LinkAddr, Relocs};
+
+    const BASE: u64 = 0xffff_ffff_8100_0000;
+
+    /// A file whose ELF part is sixteen bytes long, and the lists behind it.
+    fn relocs(lists: &[&[u64]]) -> Relocs {
+        let mut bytes = vec![0xaa; 16];
+        for list in lists {
+            bytes.extend([0; 4]);
+            list.iter()
+                .for_each(|site| bytes.extend(&site.to_le_bytes()[..4]));
+        }
+        Relocs::parse(Arc::new(bytes), 16)
+    }
+
+    fn check(lists: &[&[u64]], slide: u64, want: &[u8]) {
+        let mut bytes: Vec<u8> = (1..=24).collect();
+        relocs(lists)
+            .apply(LinkAddr(BASE), &mut bytes, slide)
+            .unwrap();
+        assert_eq!(bytes, want, "{lists:x?}");
+    }
+
+    #[test]
+    fn each_kind_is_applied() {
+        let plain: Vec<u8> = (1..=24).collect();
+        let changed = |at: usize, bytes: &[u8]| {
+            let mut want = plain.clone();
+            want[at..at + bytes.len()].copy_from_slice(bytes);
+            want
+        };
+        check(
+            &[&[BASE + 8], &[], &[]],
+            0x20_0000,
+            &changed(8, &[9, 10, 0x2b, 12, 13]),
+        );
+        check(
+            &[&[], &[BASE + 8], &[]],
+            0x20_0000,
+            &changed(8, &[9, 10, 0xeb, 11, 13]),
+        );
+        check(
+            &[&[], &[], &[BASE, BASE + 8]],
+            0x20_0000,
+            &[
+                changed(0, &[1, 2, 0x23])[..8].to_vec(),
+                changed(8, &[9, 10, 0x2b])[8..].to_vec(),
+            ]
+            .concat(),
+        );
+        check(&[&[], &[BASE + 8]], 0x20_0000, &changed(8, &[9, 10, 0x2b]));
+        // Fields that are partly outside, and those of elsewhere, are left alone.
+        check(
+            &[
+                &[BASE - 4, BASE + 20],
+                &[],
+                &[BASE - 1, BASE + 21, BASE + 24],
+            ],
+            0x20_0000,
+            &plain,
+        );
+    }
+
+    #[test]
+    fn an_image_without_relocations_cannot_have_moved() {
+        let none = Relocs::parse(Arc::new(vec![0; 16]), 16);
+        assert_eq!(none.counts(), [0, 0, 0]);
+        assert!(none.apply(LinkAddr(BASE), &mut [0; 8], 0).is_ok());
+        assert!(none.apply(LinkAddr(BASE), &mut [0; 8], 0x20_0000).is_err());
+    }
+}

@@ -7,12 +7,11 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use super::locate::Kernel;
-use super::memory::Memory;
+use super::locate::KernelError;
 use super::stack::ScanError;
 use super::tasks::{Task, Tasks};
 use crate::addr::Gva;
-use crate::guest::{ReadPhys, Vcpu, VcpuState};
+use crate::guest::{Vcpu, VcpuState};
 
 /// Task, interrupt, and each of the exception stacks once; more is no chain that a kernel makes.
 const MAX_CHAIN: usize = 8;
@@ -72,10 +71,13 @@ impl Context {
     }
 }
 
-/// Finds out on which stacks `vcpus` are.
-pub(crate) fn running<R: ReadPhys + ?Sized>(
-    kernel: &Kernel,
-    memory: &Memory<'_, R>,
+/// Reads a word of the guest's memory.
+pub(crate) type ReadWord<'a> = &'a dyn Fn(Gva) -> Result<u64, KernelError>;
+
+/// Finds out on which stacks `vcpus` are. `entry_text` is the code between the user and the kernel proper.
+pub(crate) fn running(
+    entry_text: &Range<Gva>,
+    word: ReadWord<'_>,
     vcpus: &[Vcpu],
     tasks: &Tasks,
 ) -> Result<Running, ScanError> {
@@ -87,8 +89,8 @@ pub(crate) fn running<R: ReadPhys + ?Sized>(
         .collect();
     stacks.sort_unstable();
     let mut chain = Chain {
-        kernel,
-        memory,
+        entry_text,
+        word,
         tasks,
         stacks,
         running: Running::default(),
@@ -129,16 +131,16 @@ pub(crate) fn running<R: ReadPhys + ?Sized>(
     Ok(running)
 }
 
-struct Chain<'a, R: ?Sized> {
-    kernel: &'a Kernel,
-    memory: &'a Memory<'a, R>,
+struct Chain<'a> {
+    entry_text: &'a Range<Gva>,
+    word: ReadWord<'a>,
     tasks: &'a Tasks,
     /// Start of each task's stack, and the task's index; sorted.
     stacks: Vec<(Gva, usize)>,
     running: Running,
 }
 
-impl<R: ReadPhys + ?Sized> Chain<'_, R> {
+impl Chain<'_> {
     /// Follows a vCPU's stacks down from `context`, and says whether they end on a task's.
     fn follow(&mut self, mut context: Context) -> Result<bool, ScanError> {
         for _ in 0..MAX_CHAIN {
@@ -212,10 +214,7 @@ impl<R: ReadPhys + ?Sized> Chain<'_, R> {
                 return Ok(None);
             }
         }
-        let entry = &self.kernel.layout().entry_text;
-        let in_entry = (self.kernel.runtime(entry.start)..self.kernel.runtime(entry.end))
-            .contains(&context.rip);
-        if sp.0 < KERNEL_HALF && in_entry {
+        if sp.0 < KERNEL_HALF && self.entry_text.contains(&context.rip) {
             return Ok(None);
         }
         Err(context.unreliable("its stack pointer is in no stack of the kernel"))
@@ -225,10 +224,7 @@ impl<R: ReadPhys + ?Sized> Chain<'_, R> {
     fn below(&self, context: Context, top: Gva, distance: u64) -> Result<Gva, ScanError> {
         let at = top.checked_sub(distance).filter(|at| *at >= context.sp);
         let at = at.ok_or_else(|| context.unreliable("its stack is empty"))?;
-        Ok(Gva(self
-            .memory
-            .u64(at)
-            .map_err(super::locate::KernelError::from)?))
+        Ok(Gva((self.word)(at)?))
     }
 }
 

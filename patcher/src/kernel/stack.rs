@@ -112,7 +112,10 @@ pub fn stack_words<R: ReadPhys + ?Sized>(
     let memory = Memory::new(kernel, guest).map_err(KernelError::from)?;
     let tasks = Tasks::read_from(kernel, &memory)?;
     let mut scanner = Scanner::new(kernel, &memory, forbidden);
-    let running = running(kernel, &memory, vcpus, &tasks)?;
+    let entry = &kernel.layout().entry_text;
+    let entry = kernel.runtime(entry.start)..kernel.runtime(entry.end);
+    let word = |at: Gva| memory.u64(at).map_err(KernelError::from);
+    let running = running(&entry, &word, vcpus, &tasks)?;
     scanner.registers(vcpus)?;
     for (vcpu, stack) in &running.stacks {
         scanner.words(stack.clone(), || Who::CpuStack(*vcpu))?;
@@ -281,3 +284,6 @@ impl<'a, R: ReadPhys + ?Sized> Scanner<'a, R> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

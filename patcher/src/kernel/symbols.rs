@@ -429,3 +429,158 @@ fn index_names(data: &[u8], tables: &Tables) -> Result<Vec<u64>, KallsymsError> 
     by_name.sort_unstable();
     Ok(by_name)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use proptest::prelude::*;
+
+    use super::{KallsymsError, LinkAddr, Section, SymbolError, Symbols};
+    use crate::kernel::testing::{FORMS, Form, TEXT, kallsyms, symbols};
+
+    fn parse(bytes: Vec<u8>) -> Result<Symbols, KallsymsError> {
+        let file = 0..bytes.len();
+        let range = LinkAddr(0)..LinkAddr(0);
+        let section = Section {
+            name: ".rodata".to_owned(),
+            range,
+            file,
+            executable: false,
+        };
+        Symbols::parse(Arc::new(bytes), &section)
+    }
+
+    fn of(form: Form) -> Symbols {
+        parse(kallsyms(form, &symbols(form))).unwrap()
+    }
+
+    #[test]
+    fn every_symbol_is_found_in_every_layout() {
+        for form in FORMS {
+            let (found, want) = (of(form), symbols(form));
+            assert_eq!(found.len(), want.len());
+            for (symbol, (address, kind, name)) in found.iter().zip(&want) {
+                assert_eq!(
+                    (symbol.address.0, char::from(symbol.kind), &symbol.name),
+                    (*address, *kind, name)
+                );
+                assert_eq!(symbol.percpu, *kind == 'A', "{name}");
+                if name != "twin" {
+                    assert_eq!(found.lookup(name).as_ref(), Ok(&symbol), "{form:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn long_names_have_two_bytes_of_length() {
+        let mut all = symbols(Form::New);
+        let long = "x".repeat(300);
+        all[20].2.clone_from(&long);
+        let found = parse(kallsyms(Form::New, &all)).unwrap();
+        assert_eq!(found.lookup(&long).unwrap().address.0, all[20].0);
+        assert_eq!(found.lookup(&all[21].2).unwrap().address.0, all[21].0);
+    }
+
+    #[test]
+    fn an_ambiguous_name_is_never_the_first_match() {
+        let found = of(Form::OldSorted);
+        let Err(SymbolError::Ambiguous { candidates, .. }) = found.lookup("twin") else {
+            panic!("not ambiguous")
+        };
+        assert_eq!(
+            candidates,
+            [(1, LinkAddr(TEXT + 0x340)), (2, LinkAddr(TEXT + 0x380))]
+        );
+        assert_eq!(
+            found.lookup_nth("twin", 2).unwrap().address,
+            LinkAddr(TEXT + 0x380)
+        );
+        for position in [0, 3] {
+            let none = Err(SymbolError::Position {
+                name: "twin".to_owned(),
+                position,
+                count: 2,
+            });
+            assert_eq!(found.lookup_nth("twin", position), none);
+        }
+        assert!(found.optional("twin").is_err());
+        assert_eq!(found.optional("triplet"), Ok(None));
+    }
+
+    #[test]
+    fn a_missing_name_tells_of_near_ones() {
+        let found = of(Form::New);
+        let check = |name: &str, want: &str| match found.lookup(name) {
+            Err(SymbolError::Missing { near, .. }) => {
+                assert_eq!(near.first().map(String::as_str), Some(want))
+            }
+            other => panic!("{other:?}"),
+        };
+        check("victm", "victim");
+        check("vcitim", "victim");
+        check("victim.constprop.0", "victim");
+        check("per_cpu_offset", "__per_cpu_offset");
+    }
+
+    #[test]
+    fn addresses_belong_to_symbols() {
+        let found = of(Form::Old);
+        let at = |address: u64| {
+            found
+                .containing(LinkAddr(address))
+                .map(|(symbol, offset)| (symbol.name, offset))
+        };
+        assert_eq!(at(TEXT + 0x33f), Some(("victim".to_owned(), 0x3f)));
+        assert_eq!(at(TEXT + 0x340), Some(("twin".to_owned(), 0)));
+        assert_eq!(at(u64::MAX), None);
+        assert_eq!(found.lookup("victim").unwrap().size, 0x40);
+    }
+
+    #[test]
+    fn what_is_not_there_is_named() {
+        let mut bytes = kallsyms(Form::New, &symbols(Form::New));
+        assert!(matches!(
+            parse(bytes[..0x4000].to_vec()),
+            Err(KallsymsError::NoTokens)
+        ));
+        // The last name's length says that it goes on: markers and names no longer agree.
+        let found = parse(bytes.clone()).unwrap();
+        let markers = found.tables.markers.start;
+        bytes[markers + 4] ^= 1;
+        assert!(matches!(
+            parse(bytes.clone()),
+            Err(KallsymsError::NoNames { .. })
+        ));
+        bytes[markers + 4] ^= 1;
+        // Addresses that do not ascend are no addresses.
+        bytes[found.tables.offsets.start + 3] = 0x7f;
+        assert!(matches!(
+            parse(bytes),
+            Err(KallsymsError::NoAddresses { .. })
+        ));
+    }
+
+    proptest! {
+        #[test]
+        fn damage_never_panics(
+            form in 0..3_usize,
+            changes in proptest::collection::vec((0x4000..usize::MAX, any::<u8>()), 1..6),
+            cut: Option<usize>,
+        ) {
+            let mut bytes = kallsyms(FORMS[form], &symbols(FORMS[form]));
+            let len = bytes.len();
+            for (at, value) in changes {
+                bytes[0x4000 + at % (len - 0x4000)] = value;
+            }
+            bytes.truncate(cut.map_or(len, |cut| cut % len));
+            if let Ok(symbols) = parse(bytes) {
+                let _ = symbols.lookup("victim");
+                let _ = symbols.lookup("nothing of the kind");
+                let _ = symbols.containing(LinkAddr(TEXT + 0x301));
+                let _ = symbols.iter().count();
+            }
+        }
+    }
+}

@@ -228,3 +228,94 @@ fn changes(kind: SiteKind) -> bool {
         | SiteKind::RuntimeConst => true,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{Gva, ReturnForm, SiteKind, TextError};
+    use crate::kernel::sites::Site;
+    use crate::kernel::testing::guest::{SLIDE, TinyGuest};
+    use crate::kernel::testing::{FORMS, Form, TEXT};
+
+    const VICTIM: u64 = TEXT + SLIDE + 0x300;
+
+    #[test]
+    fn text_is_that_of_the_image_relocated() {
+        for form in FORMS {
+            let mut guest = TinyGuest::new(form, 4);
+            let kernel = guest.kernel();
+            let expected = kernel
+                .expected_text(Gva(VICTIM + 5)..Gva(VICTIM + 16))
+                .unwrap();
+            assert_eq!(
+                expected,
+                [0x55, 0x48, 0xc7, 0xc0, 0, 0, 0x60, 0x93, 0x48, 0x89, 0xe5]
+            );
+            assert_eq!(
+                kernel.differs(&guest, Gva(VICTIM + 5), &expected).unwrap(),
+                None
+            );
+            // A range that cuts the relocated field holds its part of it.
+            assert_eq!(
+                kernel
+                    .expected_text(Gva(VICTIM + 11)..Gva(VICTIM + 12))
+                    .unwrap(),
+                [0x60]
+            );
+            guest.put(VICTIM + 12, 0);
+            assert_eq!(
+                kernel.differs(&guest, Gva(VICTIM + 5), &expected).unwrap(),
+                Some(Gva(VICTIM + 12))
+            );
+        }
+    }
+
+    #[test]
+    fn undecidable_text_is_refused() {
+        let mut guest = TinyGuest::new(Form::New, 4);
+        let kernel = guest.kernel();
+        match kernel.expected_text(Gva(VICTIM + 13)..Gva(VICTIM + 17)) {
+            Err(TextError::Undecidable {
+                at,
+                site:
+                    Site {
+                        kind: SiteKind::ReturnThunk,
+                        ..
+                    },
+            }) => {
+                assert_eq!(at, Gva(VICTIM + 16));
+            }
+            other => panic!("{other:?}"),
+        }
+        for range in [
+            Gva(TEXT)..Gva(TEXT + 8),
+            Gva(VICTIM)..Gva(VICTIM),
+            Gva(VICTIM + 8)..Gva(VICTIM),
+        ] {
+            let got = kernel.expected_text(range.clone());
+            assert!(
+                matches!(got, Err(TextError::NotText { .. })),
+                "{range:?} {got:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_form_of_returns_is_what_all_of_them_are() {
+        let check = |bytes: u64, thunk: u64, want: Result<ReturnForm, &str>| {
+            let mut guest = TinyGuest::new(Form::OldSorted, 5);
+            guest.put(VICTIM + 16, bytes);
+            guest.put(guest.at("x86_return_thunk"), thunk);
+            let got = guest.kernel().return_form(&guest);
+            match (got, want) {
+                (Ok(got), Ok(want)) => assert_eq!(got, want),
+                (Err(got), Err(want)) => assert!(got.to_string().contains(want), "{got}"),
+                (got, want) => panic!("{got:?} instead of {want:?}"),
+            }
+        };
+        let thunk = TEXT + SLIDE + 0x400;
+        check(0x00cc_cccc_ccc3, thunk, Ok(ReturnForm::Ret));
+        check(0xebe9, thunk, Ok(ReturnForm::Jump(Gva(thunk))));
+        check(0xebe9, thunk + 16, Err("jumps to"));
+        check(0x90c3, thunk, Err("neither a plain return"));
+    }
+}

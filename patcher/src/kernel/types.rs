@@ -406,3 +406,159 @@ fn key(name: &[u8]) -> u64 {
     });
     u64::from(hash) << 32
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use proptest::prelude::*;
+
+    use super::{Member, Section, TypeError, Types};
+    use crate::addr::LinkAddr;
+    use crate::kernel::testing::{Btf, FORMS, btf};
+
+    fn types(bytes: Vec<u8>) -> Result<Types, TypeError> {
+        let file = 0..bytes.len();
+        let range = LinkAddr(0)..LinkAddr(0);
+        let section = Section {
+            name: ".BTF".to_owned(),
+            range,
+            file,
+            executable: false,
+        };
+        Types::parse(Arc::new(bytes), &section)
+    }
+
+    /// A structure with everything in it that C allows.
+    fn sample() -> Btf {
+        let mut btf = Btf::default();
+        let (int, long) = (btf.int(4), btf.int(8));
+        let inner = btf.structure("inner", 16, &[("a", int, 0), ("b", long, 8)]);
+        let alias = btf.add("inner_t", 8, 0, inner, &[]);
+        let constant = btf.add("", 10, 0, alias, &[]);
+        let anonymous = btf.structure("", 16, &[("deep", long, 8), ("inner", inner, 0)]);
+        let slots = btf.array(constant, 4);
+        let bits = btf.string("flag");
+        let rest = btf.string("rest");
+        // Bit fields: kind_flag set, size in the upper byte of the offset.
+        let packed = btf.add(
+            "packed",
+            4 | 0x80,
+            2,
+            8,
+            &[bits, int, 3 << 24 | 37, rest, int, 32],
+        );
+        btf.structure(
+            "outer",
+            128,
+            &[
+                ("x", alias, 4),
+                ("", anonymous, 32),
+                ("slots", slots, 48),
+                ("p", packed, 112),
+            ],
+        );
+        btf.enumeration("colour", &[("RED", 1), ("GREEN", 7)]);
+        btf.structure("twice", 8, &[("same", int, 0), ("other", int, 4)]);
+        btf.structure("twice", 8, &[("same", int, 0), ("other", int, 0)]);
+        // A structure that contains itself, a typedef of itself, and an array without end.
+        let own = 1 + btf.add("", 0x10, 0, 0, &[]);
+        btf.structure("snake", 8, &[("", own, 0)]);
+        btf.add("ouroboros", 8, 0, own + 1, &[]);
+        let endless = own + 2;
+        btf.array(endless, u32::MAX);
+        btf.structure("sink", 8, &[("all", endless, 0)]);
+        btf
+    }
+
+    fn check(name: &str, path: &str, want: Result<(u64, u64), &str>) {
+        let types = types(sample().finish()).unwrap();
+        match (types.member(name, path), want) {
+            (
+                Ok(Member {
+                    offset,
+                    size,
+                    bits: None,
+                }),
+                Ok(want),
+            ) => assert_eq!((offset, size), want, "{name}.{path}"),
+            (Err(got), Err(want)) => assert!(got.to_string().contains(want), "{got}"),
+            (got, want) => panic!("{name}.{path}: {got:?} instead of {want:?}"),
+        }
+    }
+
+    #[test]
+    fn members_are_found_wherever_they_are() {
+        check("outer", "x.b", Ok((12, 8)));
+        check("outer", "deep", Ok((40, 8)));
+        check("outer", "inner.a", Ok((32, 4)));
+        check("outer", "slots", Ok((48, 64)));
+        check("outer", "slots[3].b", Ok((104, 8)));
+        check("inner_t", "b", Ok((8, 8)));
+        check("twice", "same", Ok((0, 4)));
+    }
+
+    #[test]
+    fn what_is_absent_or_ambiguous_is_an_error() {
+        check(
+            "outer",
+            "y",
+            Err("type outer of the kernel has no member y"),
+        );
+        check("outer", "slots[4].b", Err("no member slots[4].b"));
+        check("outer", "x[0]", Err("no member"));
+        check("outer", "x.b.c", Err("no member"));
+        check("nothing", "x", Err("the kernel has no type nothing"));
+        check("twice", "other", Err("2 different types called twice"));
+        check("snake", "x", Err("no member"));
+        check("ouroboros", "x", Err("no member"));
+        check("sink", "all", Err("no member"));
+    }
+
+    #[test]
+    fn bit_fields_sizes_and_enumerators_are_known() {
+        let types = types(sample().finish()).unwrap();
+        let flag = Member {
+            offset: 116,
+            size: 1,
+            bits: Some((5, 3)),
+        };
+        assert_eq!(types.member("outer", "p.flag"), Ok(flag));
+        assert_eq!(types.size_of("outer"), Ok(128));
+        assert_eq!(types.size_of("inner_t"), Ok(16));
+        assert_eq!(types.enumerator("colour", "GREEN"), Ok(7));
+        assert!(matches!(
+            types.enumerator("colour", "BLUE"),
+            Err(TypeError::NoEnumerator { .. })
+        ));
+        assert!(types.enumerator("outer", "RED").is_err());
+        assert_eq!(types.members("inner").unwrap().len(), 2);
+    }
+
+    #[test]
+    fn truncated_sections_are_errors() {
+        let whole = sample().finish();
+        assert!((0..whole.len()).all(|len| types(whole[..len].to_vec()).is_err()));
+    }
+
+    proptest! {
+        #[test]
+        fn damage_never_panics(form in 0..3_usize, changes in proptest::collection::vec((any::<usize>(), any::<u8>()), 1..12)) {
+            for mut bytes in [btf(FORMS[form]), sample().finish()] {
+                let len = bytes.len();
+                for (at, value) in &changes {
+                    bytes[at % len] = *value;
+                }
+                if let Ok(types) = types(bytes) {
+                    for name in ["outer", "snake", "sink", "task_struct", "cpu_entry_area"] {
+                        let _ = types.member(name, "slots[3].b");
+                        let _ = types.member(name, "thread.sp");
+                        let _ = types.members(name);
+                        let _ = types.size_of(name);
+                        let _ = types.enumerators(name);
+                    }
+                }
+            }
+        }
+    }
+}

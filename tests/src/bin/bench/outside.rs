@@ -257,8 +257,16 @@ pub(crate) fn memory(figures: &mut Figures) -> Result<(), String> {
     let mib = |name: &str| number(&measured, name).map(|kib| kib / 1024.0);
     let parts = [
         ("memory: VMM after boot", "booted_kib", MEMORY_MIB),
-        ("memory: with the kernel's index", "indexed_kib", MEMORY_INDEXED_MIB),
-        ("memory: highest while indexing and applying", "peak_kib", MEMORY_INDEXED_MIB),
+        (
+            "memory: with the kernel's index",
+            "indexed_kib",
+            MEMORY_INDEXED_MIB,
+        ),
+        (
+            "memory: highest while indexing and applying",
+            "peak_kib",
+            MEMORY_INDEXED_MIB,
+        ),
     ];
     for (name, field, bound) in parts {
         figures.add(name, mib(field)?, "MiB", None, Some(Target::AtMost(bound)));

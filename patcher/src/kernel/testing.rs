@@ -1,0 +1,544 @@
+//! A kernel made up for tests: an ELF image with kallsyms, BTF, patch sites and relocations in either of their forms.
+
+pub(crate) mod guest;
+
+use std::collections::BTreeMap;
+
+/// Where the text of the image is linked.
+pub(crate) const TEXT: u64 = 0xffff_ffff_8100_0000;
+/// Where its variables are linked.
+pub(crate) const DATA: u64 = 0xffff_ffff_8120_0000;
+/// Where its symbols are linked.
+pub(crate) const RODATA: u64 = 0xffff_ffff_8130_0000;
+/// Bytes of a stack.
+pub(crate) const STACK: u64 = 0x4000;
+pub(crate) const BUILD_ID: [u8; 20] = *b"build-id of a tester";
+
+/// Which of the forms that occur a made-up kernel has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// As before Linux 6.2: addresses before the names.
+    Old,
+    /// As Debian's 6.1.170: the same, and the alphabetical order between markers and tokens.
+    OldSorted,
+    /// As from 6.9 on: addresses after the tokens, hot per-CPU data in one structure, several lists of areas.
+    New,
+}
+
+pub(crate) const FORMS: [Form; 3] = [Form::Old, Form::OldSorted, Form::New];
+
+/// A symbol: address, kind, name.
+pub(crate) type Sym = (u64, char, String);
+
+/// The symbols of the made-up kernel, in the order of addresses. Some 600 of them only make up the number.
+pub(crate) fn symbols(form: Form) -> Vec<Sym> {
+    let mut all: BTreeMap<u64, Vec<(char, String)>> = BTreeMap::new();
+    let mut add = |address: u64, kind: char, name: &str| {
+        all.entry(address)
+            .or_default()
+            .push((kind, name.to_owned()))
+    };
+    let percpu: &[(u64, &str)] = match form {
+        Form::New => &[
+            (0x100, "pcpu_hot"),
+            (0x20, "cea_exception_stacks"),
+            (0x40, "runqueues"),
+            (0x80, "cached_stacks"),
+        ],
+        _ => &[
+            (0x10, "current_task"),
+            (0x18, "hardirq_stack_ptr"),
+            (0x20, "cea_exception_stacks"),
+            (0x40, "runqueues"),
+            (0x80, "cached_stacks"),
+        ],
+    };
+    percpu.iter().for_each(|(at, name)| add(*at, 'A', name));
+    add(0x90, 'A', "end_of_percpu");
+    for (offset, name) in [
+        (0, "_text"),
+        (0x80, "__entry_text_start"),
+        (0x100, "asm_exc_divide_error"),
+        (0x200, "__entry_text_end"),
+        (0x300, "victim"),
+        (0x340, "twin"),
+        (0x380, "twin"),
+        (0x3c0, "thread_stack_free_rcu"),
+        (0x400, "__x86_return_thunk"),
+    ] {
+        add(TEXT + offset, if name == "twin" { 't' } else { 'T' }, name);
+    }
+    (0..600).for_each(|index| {
+        add(
+            TEXT + 0x1000 + index * 16,
+            'T',
+            &format!("filler_{index:03}_of_many"),
+        )
+    });
+    for (offset, name) in DATA_SYMBOLS {
+        let absent = match form {
+            Form::New => *name == "vmap_area_list",
+            _ => name.contains("vmap_nodes") || *name == "fgraph_array",
+        };
+        if !absent {
+            add(DATA + offset, 'D', name);
+        }
+    }
+    all.into_iter()
+        .flat_map(|(at, names)| names.into_iter().map(move |(kind, name)| (at, kind, name)))
+        .collect()
+}
+
+/// The variables: offset from `DATA` and name.
+pub(crate) const DATA_SYMBOLS: &[(u64, &str)] = &[
+    (0, "init_task"),
+    (0x1000, "init_top_pgt"),
+    (0x2000, "level2_fixmap_pgt"),
+    (0x3000, "__per_cpu_offset"),
+    (0x3100, "nr_cpu_ids"),
+    (0x3108, "__cpu_possible_mask"),
+    (0x3110, "__cpu_online_mask"),
+    (0x3118, "page_offset_base"),
+    (0x3120, "vmalloc_base"),
+    (0x3128, "vmap_area_list"),
+    (0x3140, "vmap_nodes"),
+    (0x3148, "nr_vmap_nodes"),
+    (0x3150, "text_mutex"),
+    (0x3170, "module_mutex"),
+    (0x3190, "system_state"),
+    (0x3198, "x86_return_thunk"),
+    (0x3200, "kprobe_table"),
+    (0x3400, "bp_desc"),
+    (0x3500, "vmap_node_0"),
+    (0x3600, "fgraph_array"),
+    (0x3f00, "_end"),
+];
+
+/// The address of the first symbol called `name`.
+pub(crate) fn address(form: Form, name: &str) -> u64 {
+    symbols(form)
+        .into_iter()
+        .find(|(.., candidate)| candidate == name)
+        .unwrap()
+        .0
+}
+
+fn aligned(mut bytes: Vec<u8>) -> Vec<u8> {
+    bytes.resize(bytes.len().next_multiple_of(8), 0);
+    bytes
+}
+
+/// The kallsyms tables for `symbols`, behind some bytes of something else.
+pub(crate) fn kallsyms(form: Form, symbols: &[Sym]) -> Vec<u8> {
+    // Every printable character is a token of its own; two longer ones are used where they fit.
+    let token = |code: u8| match code {
+        1 => "_of_many".to_owned(),
+        2 => "Tfiller_".to_owned(),
+        b' '..=b'~' => char::from(code).to_string(),
+        _ => format!("unused{code}"),
+    };
+    let (mut table, mut index) = (Vec::new(), Vec::new());
+    for code in 0..=255 {
+        index.extend(u16::try_from(table.len()).unwrap().to_le_bytes());
+        table.extend(token(code).bytes().chain([0]));
+    }
+    let (mut names, mut markers) = (Vec::new(), Vec::new());
+    for (at, (_, kind, name)) in symbols.iter().enumerate() {
+        if at % 256 == 0 {
+            markers.extend(u32::try_from(names.len()).unwrap().to_le_bytes());
+        }
+        let whole = format!("{kind}{name}")
+            .replace("Tfiller_", "\u{2}")
+            .replace("_of_many", "\u{1}");
+        let len = u16::try_from(whole.len()).unwrap();
+        if len < 0x80 {
+            names.push(u8::try_from(len).unwrap());
+        } else {
+            names.extend([
+                0x80 | (len & 0x7f).to_le_bytes()[0],
+                (len >> 7).to_le_bytes()[0],
+            ]);
+        }
+        names.extend(whole.bytes());
+    }
+    let count = u64::try_from(symbols.len()).unwrap().to_le_bytes().to_vec();
+    let entry = |at: u64| match i32::try_from(at) {
+        Ok(absolute) => absolute,
+        Err(_) => i32::try_from(TEXT.wrapping_sub(1).wrapping_sub(at).cast_signed()).unwrap(),
+    };
+    let offsets = aligned(
+        symbols
+            .iter()
+            .flat_map(|(at, ..)| entry(*at).to_le_bytes())
+            .collect(),
+    );
+    let base = TEXT.to_le_bytes().to_vec();
+    let sequence = aligned(vec![1; symbols.len() * 3]);
+    let (names, markers, table) = (aligned(names), aligned(markers), aligned(table));
+    let index = aligned(index);
+    let parts = match form {
+        Form::Old => vec![offsets, base, count, names, markers, table, index],
+        Form::OldSorted => vec![offsets, base, count, names, markers, sequence, table, index],
+        Form::New => vec![count, names, markers, table, index, offsets, base, sequence],
+    };
+    let mut bytes: Vec<u8> = (0..0x1000_u32)
+        .flat_map(|word| (word % 977).to_le_bytes())
+        .collect();
+    bytes.extend(parts.concat());
+    bytes.extend([0xff; 64]);
+    bytes
+}
+
+/// Puts a BTF section together.
+#[derive(Default)]
+pub(crate) struct Btf {
+    types: Vec<u8>,
+    strings: Vec<u8>,
+    count: u32,
+}
+
+impl Btf {
+    pub(crate) fn string(&mut self, text: &str) -> u32 {
+        if self.strings.is_empty() || text.is_empty() {
+            self.strings.resize(self.strings.len().max(1), 0);
+        }
+        if text.is_empty() {
+            return 0;
+        }
+        let at = u32::try_from(self.strings.len()).unwrap();
+        self.strings.extend(text.bytes().chain([0]));
+        at
+    }
+
+    /// A type of `kind`; `extra` follows it. Returns its id.
+    pub(crate) fn add(
+        &mut self,
+        name: &str,
+        kind: u32,
+        vlen: usize,
+        size_or_type: u32,
+        extra: &[u32],
+    ) -> u32 {
+        let name = self.string(name);
+        let info = kind << 24 | u32::try_from(vlen).unwrap();
+        let words = [name, info, size_or_type];
+        self.types.extend(
+            words
+                .iter()
+                .chain(extra)
+                .flat_map(|word| word.to_le_bytes()),
+        );
+        self.count += 1;
+        self.count
+    }
+
+    pub(crate) fn int(&mut self, bytes: u32) -> u32 {
+        self.add("int", 1, 0, bytes, &[bytes * 8])
+    }
+
+    pub(crate) fn array(&mut self, of: u32, count: u32) -> u32 {
+        self.add("", 3, 0, 0, &[of, of, count])
+    }
+
+    /// A structure; members are name, type and offset in bytes.
+    pub(crate) fn structure(&mut self, name: &str, size: u32, members: &[(&str, u32, u32)]) -> u32 {
+        let mut extra = Vec::new();
+        for (member, kind, offset) in members {
+            extra.extend([self.string(member), *kind, offset * 8]);
+        }
+        self.add(name, 4, members.len(), size, &extra)
+    }
+
+    pub(crate) fn enumeration(&mut self, name: &str, values: &[(&str, u32)]) -> u32 {
+        let mut extra = Vec::new();
+        for (enumerator, value) in values {
+            extra.extend([self.string(enumerator), *value]);
+        }
+        self.add(name, 6, values.len(), 4, &extra)
+    }
+
+    pub(crate) fn finish(&self) -> Vec<u8> {
+        let (types, strings) = (
+            u32::try_from(self.types.len()).unwrap(),
+            u32::try_from(self.strings.len()).unwrap(),
+        );
+        let header = [0x0001_eb9f, 24, 0, types, types, strings];
+        let mut bytes: Vec<u8> = header
+            .iter()
+            .flat_map(|word: &u32| word.to_le_bytes())
+            .collect();
+        bytes.extend(&self.types);
+        bytes.extend(&self.strings);
+        bytes
+    }
+}
+
+/// Offsets of the made-up `task_struct`.
+pub(crate) mod task {
+    pub(crate) const STACK: u64 = 0x20;
+    pub(crate) const TASKS: u64 = 0x40;
+    pub(crate) const THREAD_NODE: u64 = 0x50;
+    pub(crate) const SIGNAL: u64 = 0x60;
+    pub(crate) const PID: u64 = 0x68;
+    pub(crate) const COMM: u64 = 0x70;
+    pub(crate) const RET_STACK: u64 = 0x80;
+    pub(crate) const CURR_RET_STACK: u64 = 0x88;
+    pub(crate) const RETHOOKS: u64 = 0x90;
+    pub(crate) const SP: u64 = 0x118;
+}
+
+/// The types that this crate asks about.
+pub(crate) fn btf(form: Form) -> Vec<u8> {
+    let mut btf = Btf::default();
+    let (int, long, byte) = (btf.int(4), btf.int(8), btf.int(1));
+    let list = btf.structure("list_head", 16, &[("next", long, 0), ("prev", long, 8)]);
+    let node = btf.structure("llist_node", 8, &[("next", long, 0)]);
+    let comm = btf.array(byte, 16);
+    let thread = btf.structure("thread_struct", 0x40, &[("sp", long, 0x18)]);
+    let hooks = btf.structure("llist_head", 8, &[("first", long, 0)]);
+    btf.structure(
+        "task_struct",
+        0x200,
+        &[
+            ("stack", long, 0x20),
+            ("tasks", list, 0x40),
+            ("thread_node", list, 0x50),
+            ("signal", long, 0x60),
+            ("pid", int, 0x68),
+            ("comm", comm, 0x70),
+            ("ret_stack", long, 0x80),
+            ("curr_ret_stack", int, 0x88),
+            ("rethooks", hooks, 0x90),
+            ("thread", thread, 0x100),
+        ],
+    );
+    btf.structure("signal_struct", 0x20, &[("thread_head", list, 0x10)]);
+    btf.structure("ftrace_ret_stack", 32, &[("ret", long, 0)]);
+    btf.structure(
+        "rethook_node",
+        40,
+        &[("llist", node, 16), ("ret_addr", long, 32)],
+    );
+    btf.structure("pt_regs", 168, &[("r15", long, 0)]);
+    let stack = btf.array(byte, u32::try_from(STACK).unwrap());
+    btf.structure(
+        "irq_stack",
+        u32::try_from(STACK).unwrap(),
+        &[("stack", stack, 0)],
+    );
+    let (page, pages) = (btf.array(byte, 4096), btf.array(byte, 8192));
+    let exceptions = [
+        ("DF_stack_guard", page, 0),
+        ("DF_stack", pages, 0x1000),
+        ("NMI_stack_guard", page, 0x3000),
+        ("NMI_stack", pages, 0x4000),
+    ];
+    let exceptions = btf.structure("cea_exception_stacks", 0x6000, &exceptions);
+    btf.structure(
+        "cpu_entry_area",
+        0x8000,
+        &[
+            ("entry_stack_page", page, 0x1000),
+            ("estacks", exceptions, 0x2000),
+        ],
+    );
+    btf.structure("rq", 16, &[("idle", long, 8)]);
+    btf.structure(
+        "vmap_area",
+        72,
+        &[
+            ("va_start", long, 0),
+            ("va_end", long, 8),
+            ("list", list, 40),
+            ("vm", long, 56),
+        ],
+    );
+    btf.structure("vm_struct", 64, &[("flags", long, 24)]);
+    let head = btf.structure("callback_head", 16, &[("next", long, 0), ("func", long, 8)]);
+    btf.structure(
+        "vm_stack",
+        24,
+        &[("rcu", head, 0), ("stack_vm_area", long, 16)],
+    );
+    btf.structure("mutex", 32, &[("owner", long, 0)]);
+    btf.structure("bp_patching_desc", 16, &[("refs", int, 12)]);
+    let hash = btf.structure("hlist_node", 16, &[("next", long, 0)]);
+    btf.structure("kprobe", 64, &[("hlist", hash, 0), ("addr", long, 40)]);
+    btf.structure("bug_entry", 12, &[("bug_addr_disp", int, 0)]);
+    btf.structure(
+        "alt_instr",
+        14,
+        &[("instr_offset", int, 0), ("instrlen", byte, 12)],
+    );
+    btf.structure(
+        "exception_table_entry",
+        12,
+        &[("insn", int, 0), ("fixup", int, 4)],
+    );
+    btf.structure(
+        "jump_entry",
+        16,
+        &[("code", int, 0), ("target", int, 4), ("key", long, 8)],
+    );
+    btf.structure("static_call_site", 8, &[("addr", int, 0), ("key", int, 4)]);
+    btf.enumeration(
+        "system_states",
+        &[
+            ("SYSTEM_BOOTING", 0),
+            ("SYSTEM_RUNNING", 3),
+            ("SYSTEM_HALT", 4),
+        ],
+    );
+    if form == Form::New {
+        btf.structure(
+            "pcpu_hot",
+            64,
+            &[("current_task", long, 0), ("hardirq_stack_ptr", long, 32)],
+        );
+        let busy = btf.structure("rb_list", 32, &[("root", long, 0), ("head", list, 8)]);
+        btf.structure("vmap_node", 64, &[("busy", busy, 16)]);
+    }
+    btf.finish()
+}
+
+/// One section of the image.
+pub(crate) struct Part {
+    pub(crate) name: &'static str,
+    pub(crate) at: u64,
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) code: bool,
+}
+
+/// The text: `victim` is a function with a relocated field, a return and a call.
+pub(crate) fn text() -> Vec<u8> {
+    let mut text = vec![0xcc; 0x4000];
+    let mut put = |at: usize, bytes: &[u8]| text[at..at + bytes.len()].copy_from_slice(bytes);
+    // call __fentry__; push rbp; mov rax, imm32 (relocated); mov rbp, rsp; jmp to the return thunk
+    put(
+        0x300,
+        &[
+            0xe8, 0, 0, 0, 0, 0x55, 0x48, 0xc7, 0xc0, 0x00, 0x00, 0x20, 0x81, 0x48, 0x89, 0xe5,
+        ],
+    );
+    put(0x310, &[0xe9, 0xeb, 0, 0, 0]);
+    text
+}
+
+/// A table of signed 32-bit distances from each entry to a site, `entry` bytes apart.
+pub(crate) fn relative(table: u64, entry: usize, sites: &[u64]) -> Vec<u8> {
+    let mut bytes = vec![0; sites.len() * entry];
+    for (index, site) in sites.iter().enumerate() {
+        let from = table + u64::try_from(index * entry).unwrap();
+        let distance = i32::try_from(site.wrapping_sub(from).cast_signed()).unwrap();
+        bytes[index * entry..index * entry + 4].copy_from_slice(&distance.to_le_bytes());
+    }
+    bytes
+}
+
+fn notes() -> Vec<u8> {
+    let mut notes = Vec::new();
+    for (kind, name, value) in [
+        (6_u32, "Xen\0", &b"linux\0\0\0"[..]),
+        (3, "GNU\0", &BUILD_ID[..]),
+    ] {
+        for word in [4, u32::try_from(value.len()).unwrap(), kind] {
+            notes.extend(word.to_le_bytes());
+        }
+        notes.extend(name.bytes().chain(value.iter().copied()));
+    }
+    notes
+}
+
+/// The sections of the made-up kernel.
+pub(crate) fn parts(form: Form) -> Vec<Part> {
+    let part = |name, at, bytes| Part {
+        name,
+        at,
+        bytes,
+        code: false,
+    };
+    let returns = RODATA + 0x8_0000;
+    let bugs = RODATA + 0x8_1000;
+    vec![
+        Part {
+            name: ".text",
+            at: TEXT,
+            bytes: text(),
+            code: true,
+        },
+        part(".data", DATA, vec![0; 0x4000]),
+        part(".rodata", RODATA, kallsyms(form, &symbols(form))),
+        part(".notes", RODATA + 0x7_0000, notes()),
+        part(".BTF", RODATA + 0x7_1000, btf(form)),
+        part(
+            ".return_sites",
+            returns,
+            relative(returns, 4, &[TEXT + 0x310]),
+        ),
+        part("__bug_table", bugs, relative(bugs, 12, &[TEXT + 0x308])),
+    ]
+}
+
+/// The ELF file: `parts`, and relocations of `[64-bit, inverse 32-bit, 32-bit]` sites behind it.
+pub(crate) fn elf(parts: &[Part], relocs: &[&[u64]; 3]) -> Vec<u8> {
+    let (mut body, mut names, mut headers) = (vec![0; 64], vec![0], vec![0; 64]);
+    let mut header = |name: u32, kind: u32, flags: u64, at: u64, offset: usize, len: usize| {
+        let mut bytes = Vec::new();
+        [name, kind]
+            .iter()
+            .for_each(|word| bytes.extend(word.to_le_bytes()));
+        let words = [
+            flags,
+            at,
+            u64::try_from(offset).unwrap(),
+            u64::try_from(len).unwrap(),
+            0,
+            1,
+            0,
+        ];
+        words
+            .iter()
+            .for_each(|word| bytes.extend(word.to_le_bytes()));
+        headers.extend(bytes);
+    };
+    for part in parts {
+        body.resize(body.len().next_multiple_of(16), 0);
+        let name = u32::try_from(names.len()).unwrap();
+        names.extend(part.name.bytes().chain([0]));
+        header(
+            name,
+            1,
+            if part.code { 6 } else { 2 },
+            part.at,
+            body.len(),
+            part.bytes.len(),
+        );
+        body.extend(&part.bytes);
+    }
+    let name = u32::try_from(names.len()).unwrap();
+    names.extend(b".shstrtab\0");
+    header(name, 3, 0, 0, body.len(), names.len());
+    body.extend(names);
+    body.resize(body.len().next_multiple_of(8), 0);
+    let at = u64::try_from(body.len()).unwrap();
+    let count = u16::try_from(parts.len() + 2).unwrap();
+    body.extend(headers);
+    let mut put = |at: usize, bytes: &[u8]| body[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, b"\x7fELF\x02\x01\x01");
+    put(16, &[2, 0, 62, 0, 1]);
+    put(40, &at.to_le_bytes());
+    put(52, &[64, 0, 56, 0, 0, 0, 64, 0]);
+    put(60, &count.to_le_bytes());
+    put(62, &(count - 1).to_le_bytes());
+    for list in relocs {
+        body.extend([0; 4]);
+        list.iter()
+            .for_each(|site| body.extend(&site.to_le_bytes()[..4]));
+    }
+    body
+}
+
+/// The whole image.
+pub(crate) fn image(form: Form) -> Vec<u8> {
+    elf(&parts(form), &[&[DATA + 0x3198], &[], &[TEXT + 0x309]])
+}
