@@ -302,7 +302,7 @@ fn prepare<G: Guest>(
     let targets = package
         .editions()
         .iter()
-        .map(|edition| Target::find(kernel, guest, edition, &ours));
+        .map(|edition| Target::find(kernel, guest, edition, &ours, returns));
     let targets = targets.collect::<Result<Vec<_>, _>>()?;
     let linked = link::link(package, &live, targets, space)?;
     let map = arena.map(guest, kernel)?;
@@ -364,7 +364,7 @@ fn one_try<G: Guest, K: Running>(
     let paused = Counted::new(guest.pause(options.deadline).map_err(CommitFailed::Pause)?);
     let stopped = start.elapsed();
     let counts = paused.counts();
-    let quiescent = match Quiescent::check(paused, kernel, plan) {
+    let quiescent = match Quiescent::check(paused, kernel, plan, options.deadline) {
         Ok(quiescent) => quiescent,
         Err(blocked) => return Ok(Tried::Blocked(blocked)),
     };

@@ -50,6 +50,9 @@ pub enum Blocked {
         /// What cannot be read.
         cause: String,
     },
+    /// The checks took until after the deadline.
+    #[error("the checks took too long")]
+    Late,
     /// Bytes are not what they were when the plan was made.
     #[error(transparent)]
     Changed(Refusal),
@@ -60,7 +63,7 @@ impl Blocked {
     #[must_use]
     pub fn passes(&self) -> bool {
         match self {
-            Self::InFlux { .. } | Self::Busy { .. } | Self::Unreadable { .. } => true,
+            Self::InFlux { .. } | Self::Busy { .. } | Self::Unreadable { .. } | Self::Late => true,
             Self::OtherKernel { .. } | Self::Changed(_) => false,
         }
     }
@@ -152,11 +155,16 @@ pub enum CommitError {
 }
 
 impl<'p, P: PausedGuest> Quiescent<'p, P> {
-    /// Checks everything that may have changed since the plan was made. On an error the guest is resumed.
+    /// Checks everything that may have changed since the plan was made, before `deadline`. On an error the guest is resumed.
     ///
     /// # Errors
     /// [`Blocked`].
-    pub fn check<K: Running>(paused: P, kernel: &K, plan: &'p Plan) -> Result<Self, Blocked> {
+    pub fn check<K: Running>(
+        paused: P,
+        kernel: &K,
+        plan: &'p Plan,
+        deadline: Instant,
+    ) -> Result<Self, Blocked> {
         let mut times = Times::default();
         let mut clock = Instant::now();
         kernel.prove_same(&paused)?;
@@ -170,6 +178,9 @@ impl<'p, P: PausedGuest> Quiescent<'p, P> {
             .map(|write| verify(&paused, kernel, write))
             .collect::<Result<_, _>>()?;
         times.verify = lap(&mut clock);
+        if clock > deadline {
+            return Err(Blocked::Late);
+        }
         Ok(Self {
             paused,
             plan,

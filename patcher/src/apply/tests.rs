@@ -294,6 +294,32 @@ fn what_does_not_pass_ends_at_the_deadline() {
 }
 
 #[test]
+fn a_check_that_takes_too_long_commits_nothing() {
+    let mut guest = guest();
+    let before = guest.memory().to_vec();
+    let options = ApplyOptions {
+        deadline: Instant::now(),
+        check_only: false,
+        doing: &|_| {},
+    };
+    let error = commit(&mut guest, &Fake::default(), &plan(), &options).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            CommitFailed::Deadline {
+                last: Blocked::Late,
+                pauses: 1
+            }
+        ),
+        "{error}"
+    );
+    assert_eq!(
+        (guest.memory(), guest.is_paused()),
+        (before.as_slice(), false)
+    );
+}
+
+#[test]
 fn what_is_refused_is_not_tried_again() {
     let check = |guest: &mut FakeGuest, kernel: &Fake, what: &str| {
         let before = guest.memory().to_vec();

@@ -5,6 +5,7 @@ use std::ops::Range;
 use super::checks;
 use super::refusal::Refusal;
 use crate::addr::{Gva, LinkAddr};
+use crate::edition::link::Returns;
 use crate::edition::object::Edition;
 use crate::guest::ReadPhys;
 use crate::kernel::locate::{Kernel, KernelError};
@@ -13,6 +14,8 @@ use crate::kernel::symbols::{Symbol, SymbolError};
 use crate::x86::insn::{self, JUMP_LEN, MAX_INSTRUCTION_LEN};
 use crate::x86::paging::PagingError;
 
+/// What the kernel makes of a return where it needs no thunk (kernel `arch/x86/kernel/alternative.c`, `patch_return()`).
+const PLAIN_RETURN: [u8; JUMP_LEN] = [0xc3, 0xcc, 0xcc, 0xcc, 0xcc];
 /// The most bytes of one function that are looked through for branches.
 const MAX_FUNCTION: u64 = 1 << 20;
 
@@ -56,7 +59,7 @@ pub enum TargetError {
 impl Target {
     /// Finds the function that `edition` replaces, and checks every rule that can be checked while the guest runs.
     ///
-    /// `arena` is where the kernel sees the arena: a jump there is ours.
+    /// `arena` is where the kernel sees the arena: a jump there is ours. `returns` is how the kernel's functions return.
     ///
     /// # Errors
     /// [`TargetError`]. Nothing was written.
@@ -65,6 +68,7 @@ impl Target {
         guest: &R,
         edition: &Edition,
         arena: &Range<Gva>,
+        returns: Returns,
     ) -> Result<Self, TargetError> {
         let symbols = kernel.image().symbols();
         let symbol = match edition.position {
@@ -95,13 +99,7 @@ impl Target {
             .read(guest, runtime.start, &mut live)
             .map_err(unreadable)?;
         checks::not_ours(&symbol.name, runtime.start, &live, arena)?;
-        let expected =
-            kernel
-                .expected_text(runtime.clone())
-                .map_err(|error| Refusal::Unpredictable {
-                    function: symbol.name.clone(),
-                    cause: error.to_string(),
-                })?;
+        let expected = function.expected(&displaced, &live, returns)?;
         checks::unchanged(&symbol.name, runtime.start, &expected, &live)?;
         Ok(Self {
             function: kernel.runtime(symbol.address),
@@ -192,6 +190,54 @@ impl<'a> Function<'a> {
             room: 0,
             needed: JUMP_LEN as u64,
         })
+    }
+
+    /// The bytes that the running kernel must have at `displaced`, where it has `live`.
+    ///
+    /// A return is what the kernel made of it at boot: plain, or a jump to its thunk. Both may occur in one kernel.
+    fn expected(
+        &self,
+        displaced: &Range<LinkAddr>,
+        live: &[u8],
+        returns: Returns,
+    ) -> Result<Vec<u8>, Refusal> {
+        let kernel = self.kernel;
+        let mut sites = kernel.image().sites().within(displaced.clone());
+        sites.retain(|site| {
+            site.kind == SiteKind::ReturnThunk
+                && site.range.end <= displaced.end
+                && site.range.end.offset_from(site.range.start) == Some(JUMP_LEN as u64)
+        });
+        let (mut expected, mut at) = (Vec::new(), displaced.start);
+        for site in sites {
+            expected.extend(self.text(at..site.range.start)?);
+            let jump = match returns {
+                Returns::Plain => None,
+                Returns::Thunk(thunk) => insn::jump(kernel.runtime(site.range.start), thunk).ok(),
+            };
+            let found = live
+                .get(expected.len()..)
+                .and_then(|live| live.first_chunk::<JUMP_LEN>());
+            let jump = jump.filter(|jump| found == Some(jump));
+            expected.extend(jump.unwrap_or(PLAIN_RETURN));
+            at = site.range.end;
+        }
+        expected.extend(self.text(at..displaced.end)?);
+        Ok(expected)
+    }
+
+    /// What the image says about `range`.
+    fn text(&self, range: Range<LinkAddr>) -> Result<Vec<u8>, Refusal> {
+        if range.start >= range.end {
+            return Ok(Vec::new());
+        }
+        let runtime = self.kernel.runtime(range.start)..self.kernel.runtime(range.end);
+        self.kernel
+            .expected_text(runtime)
+            .map_err(|error| Refusal::Unpredictable {
+                function: self.symbol.name.clone(),
+                cause: error.to_string(),
+            })
     }
 
     /// Nothing of the function leads to the middle of the displaced bytes: no branch of it or its cold part, as the image
