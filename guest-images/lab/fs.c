@@ -3,7 +3,8 @@
  * agent passes the messages of /dev/fuse through unread, so this is a FUSE file system whose kernel is on the other end of a socket.
  *
  * A node is an O_PATH descriptor, known by device and inode number, that lives until the kernel forgets it; a handle is an open file.
- * Names and attributes are believed for VALID_MS, so that what is built outside shows inside almost at once.
+ * Names and attributes are believed for VALID_MS, so that what is built outside shows inside almost at once; those below the directories
+ * of the system's own programs, which change only when packages do, for SYSTEM_VALID_S.
  * Protocol: linux/fuse.h, and Documentation/filesystems/fuse.rst of the kernel.
  */
 #define _GNU_SOURCE
@@ -22,13 +23,14 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum { VALID_MS = 300, MAX_TRANSFER = SLOT_SIZE, WORTH_A_SLOT = 8192, BUCKETS = 65536 };
+enum { VALID_MS = 300, SYSTEM_VALID_S = 60, MAX_TRANSFER = SLOT_SIZE, WORTH_A_SLOT = 8192, BUCKETS = 65536 };
 
 struct node {
 	int fd;
 	dev_t dev;
 	ino_t ino;
 	uint64_t lookups;
+	bool system; /* below a directory of the system's own */
 	struct node *next;
 };
 
@@ -53,7 +55,7 @@ static uint64_t node_id(struct node *node)
 }
 
 /* Takes over fd, an O_PATH descriptor. */
-static struct node *node_get(int fd, const struct stat *st)
+static struct node *node_get(int fd, const struct stat *st, bool system)
 {
 	struct node **head = bucket(st->st_dev, st->st_ino);
 	for (struct node *node = *head; node; node = node->next)
@@ -65,7 +67,7 @@ static struct node *node_get(int fd, const struct stat *st)
 	struct node *node = malloc(sizeof *node);
 	if (!node)
 		fail("no memory");
-	*node = (struct node){ fd, st->st_dev, st->st_ino, 1, *head };
+	*node = (struct node){ fd, st->st_dev, st->st_ino, 1, system, *head };
 	return *head = node;
 }
 
@@ -165,6 +167,25 @@ static void set_attr(struct fuse_attr *attr, const struct stat *st)
 	};
 }
 
+static bool is_system(const struct node *dir, const char *name)
+{
+	static const char *const names[] = { "usr", "bin", "sbin", "lib", "lib64", "etc", "opt" };
+	for (size_t i = 0; dir == root && i < sizeof names / sizeof *names; i++)
+		if (!strcmp(name, names[i]))
+			return true;
+	return dir->system;
+}
+
+static struct fuse_entry_out entry_believed(bool system)
+{
+	return (struct fuse_entry_out){
+		.entry_valid = system ? SYSTEM_VALID_S : 0,
+		.attr_valid = system ? SYSTEM_VALID_S : 0,
+		.entry_valid_nsec = VALID_MS * 1000000,
+		.attr_valid_nsec = VALID_MS * 1000000,
+	};
+}
+
 /* Fills in the entry for a name of a directory, and counts the lookup; an errno on failure. */
 static int entry_for(struct node *dir, const char *name, struct fuse_entry_out *entry)
 {
@@ -177,11 +198,9 @@ static int entry_for(struct node *dir, const char *name, struct fuse_entry_out *
 		close(fd);
 		return error;
 	}
-	*entry = (struct fuse_entry_out){
-		.entry_valid_nsec = VALID_MS * 1000000,
-		.attr_valid_nsec = VALID_MS * 1000000,
-	};
-	entry->nodeid = node_id(node_get(fd, &st));
+	struct node *node = node_get(fd, &st, is_system(dir, name));
+	*entry = entry_believed(node->system);
+	entry->nodeid = node_id(node);
 	set_attr(&entry->attr, &st);
 	return 0;
 }
@@ -191,7 +210,7 @@ static void reply_entry(const struct fuse_in_header *in, int failed, const char 
 	struct fuse_entry_out entry;
 	int error = failed ? errno : entry_for(node_of(in->nodeid), name, &entry);
 	if (error == ENOENT && in->opcode == FUSE_LOOKUP) {
-		entry = (struct fuse_entry_out){ .entry_valid_nsec = VALID_MS * 1000000 }; /* "no such name" is believed as long */
+		entry = entry_believed(is_system(node_of(in->nodeid), name)); /* without a node: "no such name" is believed as long */
 		error = 0;
 	}
 	reply(in->unique, error, &entry, error ? 0 : sizeof entry);
@@ -223,8 +242,9 @@ static void do_init(const struct fuse_in_header *in, const struct fuse_init_in *
 static void do_getattr(const struct fuse_in_header *in)
 {
 	struct stat st;
-	struct fuse_attr_out out = { .attr_valid_nsec = VALID_MS * 1000000 };
-	if (fstatat(node_of(in->nodeid)->fd, "", &st, AT_EMPTY_PATH | AT_SYMLINK_NOFOLLOW)) {
+	struct node *node = node_of(in->nodeid);
+	struct fuse_attr_out out = { .attr_valid = node->system ? SYSTEM_VALID_S : 0, .attr_valid_nsec = VALID_MS * 1000000 };
+	if (fstatat(node->fd, "", &st, AT_EMPTY_PATH | AT_SYMLINK_NOFOLLOW)) {
 		reply_result(in, 1);
 		return;
 	}
@@ -497,7 +517,7 @@ int fs_main(int fd, const char *window)
 	struct stat st;
 	if (root_fd < 0 || fstat(root_fd, &st))
 		fail("/: %s", strerror(errno));
-	root = node_get(root_fd, &st);
+	root = node_get(root_fd, &st, false);
 
 	struct buffer buffer = { 0 };
 	static _Alignas(8) char request[MAX_TRANSFER + 65536];
