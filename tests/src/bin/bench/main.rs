@@ -57,7 +57,7 @@ fn first(options: &[&str]) -> Result<(), String> {
     outside::boot(&mut figures, samples)?;
     outside::index(&mut figures, samples.max(5))?;
     outside::pause(&mut figures, samples)?;
-    outside::apply(&mut figures)?;
+    outside::work(&mut figures)?;
     outside::memory(&mut figures)?;
     println!(
         "{}",

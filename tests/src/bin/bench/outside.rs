@@ -5,9 +5,16 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use patcher::addr::Gpa;
+use patcher::apply::{ApplyOptions, Arena, Report, apply, revert};
+use patcher::edition::object::Package;
+use patcher::guest::Registers as _;
+use patcher::guest::dump::Dump;
+use patcher::guest::fake::FakeGuest;
 use patcher::kernel::image::Image;
+use patcher::kernel::locate::Kernel;
 use patcher::kernel::payload::Payload;
 use serde_json::Value;
 use tests::stock::{ALL, LTS_6_1, NEWEST_6_12, Stock};
@@ -23,6 +30,11 @@ const PAUSE_WORK_US: f64 = 300.0;
 /// Anonymous memory beside guest memory, in MiB: without and with the kernel's index.
 const MEMORY_MIB: f64 = 8.0;
 const MEMORY_INDEXED_MIB: f64 = 32.0;
+/// Applies and reverts on a recorded guest.
+const RECORDED_ROUNDS: usize = 200;
+/// Where the copy of a recorded guest gets an arena: above the memory of any small guest.
+const ARENA: Gpa = Gpa(1 << 36);
+const ARENA_LEN: u64 = 6 << 20;
 
 fn lab() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -213,7 +225,7 @@ pub(crate) fn pause(figures: &mut Figures, samples: usize) -> Result<(), String>
 }
 
 /// Work under the pause of an apply: counted in the lab, and timed natively on the recorded guest.
-pub(crate) fn apply(figures: &mut Figures) -> Result<(), String> {
+pub(crate) fn work(figures: &mut Figures) -> Result<(), String> {
     let dir = tempfile::tempdir().map_err(|error| error.to_string())?;
     for stock in [LTS_6_1, NEWEST_6_12] {
         let dump = dir.path().join(format!("{}.core", stock.0));
@@ -249,6 +261,46 @@ pub(crate) fn apply(figures: &mut Figures) -> Result<(), String> {
         recorded(figures, stock, &dump)?;
     }
     Ok(())
+}
+
+/// The same applies and reverts on the guest's recording, natively: nothing stops or goes there, so the rest of the pause is left.
+fn recorded(figures: &mut Figures, stock: Stock, dump: &Path) -> Result<(), String> {
+    let failed = |error: &dyn std::fmt::Display| format!("the recorded guest of {}: {error}", stock.0);
+    let read = |path: &Path| fs::read(path).map_err(|error| format!("{}: {error}", path.display()));
+    let image = Arc::new(unpack(stock)?);
+    let dump = Dump::parse(Arc::new(read(dump)?)).map_err(|error| failed(&error))?;
+    let kernel = Kernel::locate(image, &dump, dump.vcpus()).map_err(|error| failed(&error))?;
+    let package = Package::parse(&read(&stock.edition("unix_ioctl_notty"))?).map_err(|error| failed(&error))?;
+    let mut guest = FakeGuest::from_dump(&dump, ARENA..Gpa(ARENA.0 + ARENA_LEN)).map_err(|error| failed(&error))?;
+    drop(dump);
+    let mut arena = Arena::new(&guest, &kernel).map_err(|error| failed(&error))?;
+    let mut reports = Vec::new();
+    for _ in 0..RECORDED_ROUNDS {
+        let options = ApplyOptions { deadline: Instant::now() + Duration::from_secs(1), check_only: false, doing: &|_| () };
+        let mut draft = arena.clone();
+        let (applied, report) =
+            apply(&mut guest, &kernel, &mut draft, &package, &options).map_err(|error| failed(&error))?;
+        reports.push(report);
+        let applied = applied.ok_or_else(|| failed(&"nothing was applied"))?;
+        revert(&mut guest, &kernel, applied, &options).map_err(|error| failed(&error))?;
+        // No thread of a recorded guest runs, so the room can be used again.
+        arena.layout = draft.layout;
+    }
+    let middle = |of: &dyn Fn(&Report) -> u64| median(reports.iter().map(|report| of(report) as f64).collect());
+    let tasks = middle(&|report| report.tasks)?;
+    let name = format!("apply {}: work under the pause, natively, {tasks} tasks", stock.0);
+    figures.add(name, middle(&|report| report.pause_us)?, "us", None, Some(Target::AtMost(PAUSE_WORK_US)));
+    Ok(())
+}
+
+fn unpack(stock: Stock) -> Result<Image, String> {
+    let path = stock.file("vmlinuz");
+    let failed = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
+    let file = fs::read(&path).map_err(|error| failed(&error))?;
+    let payload = Payload::find(&file).map_err(|error| failed(&error))?;
+    let mut vmlinux = vec![0; payload.size()];
+    payload.decompress_into(&mut vmlinux).map_err(|error| failed(&error))?;
+    Image::parse(Arc::new(vmlinux)).map_err(|error| failed(&error))
 }
 
 /// Anonymous memory of the VMM beside guest memory.
