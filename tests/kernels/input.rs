@@ -145,10 +145,6 @@ fn packages_that_do_not_fit() {
             fs::read(LTS_6_1.edition("refused_missing_function")).expect("a package"),
         ),
         (
-            "holds a WARN",
-            fs::read(LTS_6_1.edition("refused_warn")).expect("a package"),
-        ),
-        (
             "replaces a function without fentry",
             fs::read(LTS_6_1.edition("refused_no_fentry")).expect("a package"),
         ),
