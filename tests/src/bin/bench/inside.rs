@@ -47,11 +47,10 @@ fn pause(kind: Kind) -> Result<Value, String> {
     let mut control = machine.connect()?;
     let (mut status, mut pauses, mut resumes) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..REQUESTS {
-        let mut ask =
-            |control: &mut Control, request, times: &mut Vec<f64>| -> Result<(), String> {
-                times.push(control.request(request)?);
-                Ok(())
-            };
+        let ask = |control: &mut Control, request, times: &mut Vec<f64>| -> Result<(), String> {
+            times.push(control.request(request)?);
+            Ok(())
+        };
         ask(&mut control, Request::Status, &mut status)?;
         ask(&mut control, Request::Pause, &mut pauses)?;
         ask(&mut control, Request::Resume, &mut resumes)?;

@@ -59,13 +59,10 @@ fn first(options: &[&str]) -> Result<(), String> {
     outside::pause(&mut figures, samples)?;
     outside::work(&mut figures)?;
     outside::memory(&mut figures)?;
-    println!(
-        "{}",
-        if json {
-            figures.json()
-        } else {
-            figures.table()
-        }
-    );
+    if json {
+        println!("{}", figures.json());
+    } else {
+        println!("{}", figures.table());
+    }
     Ok(())
 }

@@ -265,31 +265,49 @@ pub(crate) fn work(figures: &mut Figures) -> Result<(), String> {
 
 /// The same applies and reverts on the guest's recording, natively: nothing stops or goes there, so the rest of the pause is left.
 fn recorded(figures: &mut Figures, stock: Stock, dump: &Path) -> Result<(), String> {
-    let failed = |error: &dyn std::fmt::Display| format!("the recorded guest of {}: {error}", stock.0);
+    let failed =
+        |error: &dyn std::fmt::Display| format!("the recorded guest of {}: {error}", stock.0);
     let read = |path: &Path| fs::read(path).map_err(|error| format!("{}: {error}", path.display()));
     let image = Arc::new(unpack(stock)?);
     let dump = Dump::parse(Arc::new(read(dump)?)).map_err(|error| failed(&error))?;
     let kernel = Kernel::locate(image, &dump, dump.vcpus()).map_err(|error| failed(&error))?;
-    let package = Package::parse(&read(&stock.edition("unix_ioctl_notty"))?).map_err(|error| failed(&error))?;
-    let mut guest = FakeGuest::from_dump(&dump, ARENA..Gpa(ARENA.0 + ARENA_LEN)).map_err(|error| failed(&error))?;
+    let package = Package::parse(&read(&stock.edition("unix_ioctl_notty"))?)
+        .map_err(|error| failed(&error))?;
+    let mut guest = FakeGuest::from_dump(&dump, ARENA..Gpa(ARENA.0 + ARENA_LEN))
+        .map_err(|error| failed(&error))?;
     drop(dump);
     let mut arena = Arena::new(&guest, &kernel).map_err(|error| failed(&error))?;
     let mut reports = Vec::new();
     for _ in 0..RECORDED_ROUNDS {
-        let options = ApplyOptions { deadline: Instant::now() + Duration::from_secs(1), check_only: false, doing: &|_| () };
+        let options = ApplyOptions {
+            deadline: Instant::now() + Duration::from_secs(1),
+            check_only: false,
+            doing: &|_| (),
+        };
         let mut draft = arena.clone();
-        let (applied, report) =
-            apply(&mut guest, &kernel, &mut draft, &package, &options).map_err(|error| failed(&error))?;
+        let (applied, report) = apply(&mut guest, &kernel, &mut draft, &package, &options)
+            .map_err(|error| failed(&error))?;
         reports.push(report);
         let applied = applied.ok_or_else(|| failed(&"nothing was applied"))?;
         revert(&mut guest, &kernel, applied, &options).map_err(|error| failed(&error))?;
         // No thread of a recorded guest runs, so the room can be used again.
         arena.layout = draft.layout;
     }
-    let middle = |of: &dyn Fn(&Report) -> u64| median(reports.iter().map(|report| of(report) as f64).collect());
+    let middle = |of: &dyn Fn(&Report) -> u64| {
+        median(reports.iter().map(|report| of(report) as f64).collect())
+    };
     let tasks = middle(&|report| report.tasks)?;
-    let name = format!("apply {}: work under the pause, natively, {tasks} tasks", stock.0);
-    figures.add(name, middle(&|report| report.pause_us)?, "us", None, Some(Target::AtMost(PAUSE_WORK_US)));
+    let name = format!(
+        "apply {}: work under the pause, natively, {tasks} tasks",
+        stock.0
+    );
+    figures.add(
+        name,
+        middle(&|report| report.pause_us)?,
+        "us",
+        None,
+        Some(Target::AtMost(PAUSE_WORK_US)),
+    );
     Ok(())
 }
 
@@ -299,7 +317,9 @@ fn unpack(stock: Stock) -> Result<Image, String> {
     let file = fs::read(&path).map_err(|error| failed(&error))?;
     let payload = Payload::find(&file).map_err(|error| failed(&error))?;
     let mut vmlinux = vec![0; payload.size()];
-    payload.decompress_into(&mut vmlinux).map_err(|error| failed(&error))?;
+    payload
+        .decompress_into(&mut vmlinux)
+        .map_err(|error| failed(&error))?;
     Image::parse(Arc::new(vmlinux)).map_err(|error| failed(&error))
 }
 
