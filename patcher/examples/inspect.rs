@@ -1,11 +1,12 @@
 //! Looks into a recorded guest: its kernel, tasks, stacks and text, and how long looking took.
 //!
-//! `cargo run --release --example inspect -- --kernel BZIMAGE --dump CORE [--tasks] [--symbols FILE] [--text N] [--stacks FILE] [--corrupt N] [FUNCTION...]`
+//! `cargo run --release --example inspect -- --kernel BZIMAGE --dump CORE [--tasks] [--symbols FILE] [--text N] [--stacks FILE]
+//! [--corrupt N] [--brief] [FUNCTION...]`
 //!
 //! `--symbols` compares every symbol with a copy of the guest's `/proc/kallsyms`, `--text` compares the first 16 bytes
 //! after the fentry site of every Nth function with the guest's memory, `--stacks` looks for every frame of a copy of the guest's
 //! `/proc/PID/stack` (each after a line `STACK PID`), `--corrupt` scans N times with damaged memory. For each FUNCTION
-//! it says who is in it.
+//! it says who is in it. `--brief` says only that, and where the vCPUs are.
 #![expect(clippy::print_stdout, reason = "its output is what it is for")]
 
 use std::cell::Cell;
@@ -23,7 +24,7 @@ use patcher::kernel::image::Image;
 use patcher::kernel::locate::Kernel;
 use patcher::kernel::payload::Payload;
 use patcher::kernel::sites::SiteKind;
-use patcher::kernel::stack::stack_words;
+use patcher::kernel::stack::{ScanError, stack_words};
 use patcher::kernel::tasks::Tasks;
 use patcher::kernel::text::TextError;
 
@@ -34,6 +35,7 @@ struct Options {
     kernel: String,
     dump: String,
     tasks: bool,
+    brief: bool,
     symbols: Option<String>,
     text: Option<usize>,
     stacks: Option<String>,
@@ -53,6 +55,7 @@ fn options() -> Result<Options, Box<dyn Error>> {
             "--text" => options.text = Some(value()?.parse()?),
             "--stacks" => options.stacks = Some(value()?),
             "--corrupt" => options.corrupt = value()?.parse()?,
+            "--brief" => options.brief = true,
             "--tasks" => options.tasks = true,
             _ => options.functions.push(arg),
         }
@@ -69,6 +72,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let image = Arc::new(Image::parse(Arc::new(vmlinux))?);
     let dump = Dump::parse(Arc::new(std::fs::read(&options.dump)?))?;
     let kernel = Kernel::locate(image.clone(), &dump, dump.vcpus())?;
+    if options.brief {
+        return brief(&kernel, &dump, &options.functions);
+    }
     println!(
         "slide {:#x}, page tables {:?}",
         kernel.slide(),
@@ -127,6 +133,53 @@ fn main() -> Result<(), Box<dyn Error>> {
             "{name}: {:?}",
             stack_words(&kernel, &dump, dump.vcpus(), &[forbidden])
         );
+    }
+    Ok(())
+}
+
+/// One line for each fact, the same for the same fact, to be counted over many recordings.
+fn brief(kernel: &Kernel, dump: &Dump, functions: &[String]) -> Result<(), Box<dyn Error>> {
+    let tasks = Tasks::read(kernel, dump)?;
+    for vcpu in dump.vcpus() {
+        let sp = Gva(vcpu.rsp());
+        let on = |stack: &Range<Gva>| stack.start <= sp && sp <= stack.end;
+        let place = match vcpu.cpl {
+            3 => "user",
+            _ if tasks
+                .tasks
+                .iter()
+                .any(|task| on(&task.stack) && task.cpu.is_some()) =>
+            {
+                "current task"
+            }
+            _ if tasks.tasks.iter().any(|task| on(&task.stack)) => "other task",
+            _ if tasks.cpus.iter().any(|cpu| on(&cpu.irq_stack)) => "irq stack",
+            _ if tasks
+                .cpus
+                .iter()
+                .any(|cpu| cpu.exception_stacks.iter().any(on)) =>
+            {
+                "exception stack"
+            }
+            _ if tasks.cpus.iter().any(|cpu| on(&cpu.entry_stack)) => "entry stack",
+            _ if sp.0 >> 63 == 0 => "user stack in the kernel",
+            _ => "elsewhere",
+        };
+        println!("BRIEF vCPU on {place}");
+    }
+    println!("BRIEF text in flux: {:?}", kernel.text_in_flux(dump)?);
+    println!("BRIEF {} stacks without a task", tasks.unowned.len());
+    for name in functions {
+        let symbol = kernel.image().symbols().lookup(name)?;
+        let forbidden = kernel
+            .runtime(symbol.address)
+            .range(symbol.size)
+            .ok_or("at the end of memory")?;
+        match stack_words(kernel, dump, dump.vcpus(), &[forbidden]) {
+            Ok(_) => println!("BRIEF {name}: free"),
+            Err(ScanError::Hit(_)) => println!("BRIEF {name}: taken"),
+            Err(other) => println!("BRIEF {name}: {other}"),
+        }
     }
     Ok(())
 }

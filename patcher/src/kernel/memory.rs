@@ -94,6 +94,15 @@ impl<'a, R: ReadPhys + ?Sized> Memory<'a, R> {
         Ok(u32::from_le_bytes(bytes))
     }
 
+    /// Whether anything is mapped at `at`.
+    pub(crate) fn is_mapped(&self, at: Gva) -> Result<bool, PagingError> {
+        match self.translate(at) {
+            Ok(_) => Ok(true),
+            Err(PagingError::NotPresent { .. }) => Ok(false),
+            Err(other) => Err(other),
+        }
+    }
+
     fn translate(&self, at: Gva) -> Result<Gpa, PagingError> {
         let region = at.0 / TABLE_SPAN;
         if let Some((_, table)) = self.table.get().filter(|(known, _)| *known == region) {

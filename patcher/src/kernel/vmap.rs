@@ -53,6 +53,12 @@ pub(crate) fn unowned_stacks<R: ReadPhys + ?Sized>(
         if cached.is_none() {
             cached = Some(cached_stacks(kernel, memory, cpus)?);
         }
+        // A stack is mapped before anyone is on it and unmapped after, from its lowest page up.
+        let [lowest, highest] =
+            [0, size.saturating_sub(8)].map(|offset| Gva(area.start.0.wrapping_add(offset)));
+        if !memory.is_mapped(lowest)? || !memory.is_mapped(highest)? {
+            continue;
+        }
         let kept = cached
             .as_ref()
             .is_some_and(|cached| cached.contains(&area.vm));

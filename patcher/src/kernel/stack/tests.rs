@@ -277,7 +277,7 @@ fn stacks_without_a_task_are_looked_at_whole() {
         },
         Err("a stack of no known task"),
     );
-    // Not those that are kept for reuse, wait to be freed, or are no stacks.
+    // Not those that are kept for reuse, wait to be freed, are not mapped (yet), or are no stacks.
     check(
         |guest| {
             let stack = guest.stack(true);
@@ -292,6 +292,14 @@ fn stacks_without_a_task_are_looked_at_whole() {
             guest.put(stack + STACK / 2, INSIDE);
             guest.put(stack + 8, guest.at("thread_stack_free_rcu"));
             guest.put(stack + 16, guest.last_vm());
+        },
+        Ok(()),
+    );
+    check(
+        |guest| {
+            let stack = guest.stack(true);
+            guest.put(stack + STACK / 2, INSIDE);
+            guest.unmap(stack);
         },
         Ok(()),
     );

@@ -238,6 +238,12 @@ impl TinyGuest {
         );
     }
 
+    /// Takes away the page at `at`.
+    pub(crate) fn unmap(&mut self, at: u64) {
+        let entry = self.table(at, 1) + (at >> 12 & 511) * 8;
+        self.put_phys(entry, 0);
+    }
+
     /// A stack in an area of its own, which `task` says that a task's stack is.
     pub(crate) fn stack(&mut self, task: bool) -> u64 {
         let at = self.next_area;
