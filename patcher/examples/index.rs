@@ -26,9 +26,14 @@ fn main() -> Result<(), Box<dyn Error>> {
         payload.size(),
         start.elapsed()
     );
+    let before = anonymous_memory()?;
     let start = Instant::now();
     let image = Image::parse(Arc::new(vmlinux))?;
-    println!("indexed in {:?}", start.elapsed());
+    let elapsed = start.elapsed();
+    println!(
+        "indexed in {elapsed:?}, with {} KiB of memory",
+        anonymous_memory()?.saturating_sub(before)
+    );
     let start = Instant::now();
     let schedule = image.symbols().lookup("schedule")?;
     println!("{schedule:x?} in {:?}", start.elapsed());
@@ -46,4 +51,14 @@ fn main() -> Result<(), Box<dyn Error>> {
         }
     }
     Ok(())
+}
+
+/// Anonymous memory of this process, in KiB.
+fn anonymous_memory() -> Result<u64, Box<dyn Error>> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("RssAnon:"))
+        .ok_or("no RssAnon")?;
+    Ok(line.trim().trim_end_matches(" kB").parse()?)
 }
