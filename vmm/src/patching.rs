@@ -180,19 +180,22 @@ impl Patcher for KernelPatcher {
         let package = Package::parse(task.package).map_err(|error| problem::package(&error))?;
         let editions = package.editions().iter();
         (task.functions)(editions.map(|edition| edition.function.clone()).collect());
+        let reading = Instant::now();
         let image = self.image(task.doing)?;
+        // Reading it is done once, and by us: the time that was given is for the guest.
+        let deadline = task.deadline + reading.elapsed();
         // Known without the guest: then it need not be waited for.
         if package.build_id() != image.build_id() {
             return Err(problem::other_build(package.build_id(), image.build_id()));
         }
         let mut guest = self.guest()?;
         let options = ApplyOptions {
-            deadline: task.deadline,
+            deadline,
             check_only: task.check,
             doing: task.doing,
         };
         loop {
-            self.find(&mut guest, &image, task.deadline, task.doing)?;
+            self.find(&mut guest, &image, deadline, task.doing)?;
             let Some(Found { kernel, arena }) = &mut self.found else {
                 continue;
             };
@@ -202,7 +205,7 @@ impl Patcher for KernelPatcher {
                 Err(error) => error,
             };
             let broken = matches!(&error, ApplyError::Commit(failed) if failed.is_broken());
-            if broken || !self.is_gone(&mut guest, task.deadline) {
+            if broken || !self.is_gone(&mut guest, deadline) {
                 return Err(self.explain(problem::apply(&error)));
             }
         }
@@ -262,7 +265,9 @@ impl Patcher for KernelPatcher {
     }
 
     fn kernel(&mut self, deadline: Instant) -> Result<KernelInfo, Problem> {
+        let reading = Instant::now();
         let image = self.image(&|_| {})?;
+        let deadline = deadline + reading.elapsed();
         let mut guest = self.guest()?;
         self.is_gone(&mut guest, deadline);
         let running = match &self.found {

@@ -122,7 +122,8 @@ pub struct ApplyQuery {
     /// Do everything but write to the guest.
     #[serde(default)]
     pub check: bool,
-    /// Give up after this many milliseconds (1 to 600000); the guest is then as it was. 5000 when left out.
+    /// Give up after this many milliseconds (1 to 600000); the guest is then as it was. 5000 when left out. The time
+    /// that the first operation needs to read the kernel's image does not count.
     #[param(minimum = 1, maximum = 600_000)]
     pub deadline_ms: Option<u64>,
     /// `false`: answer 202 at once, the operation goes on; follow it at its `Location` or in the events.

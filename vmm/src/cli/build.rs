@@ -55,6 +55,33 @@ enum BuildFailure {
     Build(#[from] BuildError),
 }
 
+impl BuildFailure {
+    /// The failure in the API's form of failures.
+    fn json(&self) -> serde_json::Value {
+        let (code, hint) = match self {
+            Self::Kernel(_) => (
+                "kernel_unusable",
+                "give the vmlinuz of the kernel's package",
+            ),
+            Self::NoRelease { .. } => ("no_release", "name the headers' directory with --headers"),
+            Self::NoHeaders { .. } => (
+                "no_headers",
+                "install them, or name their directory with --headers",
+            ),
+            Self::Build(_) => (
+                "not_built",
+                "correct the source, or install what is missing",
+            ),
+        };
+        serde_json::json!({
+            "code": code,
+            "message": "no package was built",
+            "cause": self.to_string(),
+            "hint": hint,
+        })
+    }
+}
+
 fn list(paths: &[PathBuf]) -> String {
     let paths: Vec<_> = paths
         .iter()
@@ -86,6 +113,10 @@ pub(super) fn main(args: &BuildArgs, global: &Global) -> ExitCode {
     progress.finish_and_clear();
     let built = match built {
         Ok(built) => built,
+        Err(failure) if json => {
+            output::raw_error(failure.json());
+            return ExitCode::from(FAILED);
+        }
         Err(failure) => return fail(&failure, FAILED),
     };
     match print(&summary(&built, &out), json) {

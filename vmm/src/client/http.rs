@@ -16,8 +16,9 @@ use crate::api::wire::ErrorBody;
 
 /// Largest answer that is read.
 const ANSWER_LIMIT: usize = 16 << 20;
-/// What a call may take beyond the deadline that it carries.
-pub(super) const MARGIN: Duration = Duration::from_secs(30);
+/// What a call may take beyond the deadline that it carries: other operations may be before it, and the first one reads
+/// the kernel's image.
+pub(super) const MARGIN: Duration = Duration::from_secs(120);
 
 /// A call to make.
 #[derive(Debug)]
@@ -205,6 +206,6 @@ mod tests {
             call.target,
             "/v1/updates?name=a%20b%26%C3%A9.xpu&deadline_ms=20"
         );
-        assert_eq!(call.patience, Some(Duration::from_millis(30_020)));
+        assert_eq!(call.patience, Some(Duration::from_millis(120_020)));
     }
 }
