@@ -10,6 +10,7 @@ use super::{FAILED, Global, USAGE, fail};
 use crate::api::live::Live;
 use crate::api::server::{Listening, Server, ServerError};
 use crate::config::{Config, ConfigError, Console, Limits, Options, Wanted};
+use crate::doctor;
 use crate::end::{EXIT_CODES, EndReason};
 use crate::kvm::{Hypervisor, KvmError};
 use crate::output;
@@ -61,6 +62,11 @@ fn prepare(args: RunArgs, global: &Global) -> Result<(Hypervisor, Config), Refus
         }
     };
     let config = wanted.validate(hypervisor.limits()?)?;
+    if doctor::has_hardware_virtualization().is_none() {
+        output::note(
+            "this processor shows neither VMX nor SVM; if the guest does not get on, see `exopatch doctor`",
+        );
+    }
     Ok((hypervisor, config))
 }
 

@@ -87,8 +87,8 @@ impl Machine {
 
     /// The guest's memory.
     #[must_use]
-    pub fn memory(&self) -> &Memory {
-        &self.memory
+    pub fn memory(&self) -> Arc<Memory> {
+        Arc::clone(&self.memory)
     }
 
     /// Makes vCPU `index`.

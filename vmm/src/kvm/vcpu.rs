@@ -295,3 +295,89 @@ fn vcpu(state: VcpuState, regs: &kvm_regs, sregs: &kvm_sregs, events: &kvm_vcpu_
         event_pending: exception | other != 0,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use patcher::addr::Gpa;
+    use patcher::guest::VcpuState;
+
+    use super::{Exit, SYNC_ALL, VcpuHandle};
+    use crate::boot::entry::{self, Entry};
+    use crate::kvm::kick::Kicker;
+    use crate::kvm::machine::Machine;
+    use crate::kvm::{Hypervisor, KvmError};
+    use crate::layout::{Layout, MIB};
+    use crate::memory::Memory;
+
+    const CODE: u64 = 0x1000;
+
+    /// A vCPU before `code` in protected mode; none where there is no KVM at all. A KVM that interprets is good enough.
+    fn vcpu(code: &[u8], sync: bool) -> Option<(VcpuHandle, Kicker)> {
+        let hypervisor = match Hypervisor::open() {
+            Err(KvmError::NoDevice | KvmError::Permission(_)) => return None,
+            other => other.expect("KVM"),
+        };
+        let layout = Layout::new(2 * MIB, 36).expect("a layout");
+        let memory = Arc::new(Memory::new(layout).expect("memory"));
+        memory.write(Gpa(CODE), code).expect("code");
+        let machine = Machine::new(&hypervisor, 1, memory).expect("a machine");
+        let mut vcpu = machine.add_vcpu(0).expect("a vCPU");
+        if !sync {
+            vcpu.sync = 0;
+        }
+        let (_, mut sregs) = vcpu.registers().expect("registers");
+        let entry = Entry::Pvh { rip: CODE };
+        let regs = entry::prepare(entry, &machine.memory(), &mut sregs).expect("an entry");
+        vcpu.set_registers(&regs, &sregs).expect("registers");
+        vcpu.clear_kick();
+        let kicker = vcpu.take_kicker().expect("a kicker");
+        Some((vcpu, kicker))
+    }
+
+    /// `in al, 0xe9`, then a jump to itself.
+    const READ_PORT: [u8; 4] = [0xe4, 0xe9, 0xeb, 0xfe];
+
+    fn check_pending_read(sync: bool) {
+        let Some((mut vcpu, kicker)) = vcpu(&READ_PORT, sync) else {
+            return;
+        };
+        match vcpu.run().expect("a run") {
+            Exit::PortRead(0xe9, data) => data.fill(0x5a),
+            other => panic!("not a read of the port: {other:?}"),
+        }
+        kicker.interrupt(vcpu.sync());
+        while vcpu.settle().expect("settled").is_some() {}
+        let stopped = vcpu.stopped().expect("registers");
+        assert_eq!(stopped.vcpu.state, VcpuState::Running);
+        assert_eq!(stopped.vcpu.rip, CODE + 2);
+        assert_eq!(stopped.vcpu.gpr[0] & 0xff, 0x5a);
+        assert_eq!(stopped.vcpu.cpl, 0);
+        // One run to finish the read, one question for the run state; registers cost nothing more when they are synced.
+        assert_eq!(stopped.ioctls, if sync { 2 } else { 5 });
+    }
+
+    #[test]
+    fn registers_are_read_only_after_pending_input_is_complete() {
+        check_pending_read(true);
+        check_pending_read(false);
+    }
+
+    #[test]
+    fn a_kick_before_the_run_is_not_lost_and_brings_the_registers() {
+        let Some((mut vcpu, kicker)) = vcpu(&[0xeb, 0xfe], true) else {
+            return;
+        };
+        kicker.interrupt(SYNC_ALL);
+        assert!(matches!(vcpu.run().expect("a run"), Exit::Interrupted));
+        assert!(vcpu.is_kicked());
+        assert!(vcpu.settle().expect("settled").is_none());
+        let stopped = vcpu.stopped().expect("registers");
+        assert_eq!((stopped.vcpu.rip, stopped.ioctls), (CODE, 1));
+        vcpu.clear_kick();
+        assert!(!vcpu.is_kicked());
+        // What the page still holds is of an earlier stop: it must be asked for again.
+        assert!(vcpu.settle().expect("a run").is_some());
+    }
+}

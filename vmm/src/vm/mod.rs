@@ -9,6 +9,7 @@
 //! A user's pause and a patcher's nest: the guest runs only while neither holds it. A machine that a patcher gave up paused
 //! (its memory is not known to be sound) never runs again.
 
+mod devices;
 mod event_loop;
 pub(crate) mod gate;
 mod pause;
@@ -29,16 +30,13 @@ pub use pause::{PauseError, PauseStats, ResumeError};
 pub use start::StartError;
 
 use crate::config::Config;
-use crate::devices::acpi_pm::AcpiPm;
-use crate::devices::bus::Bus;
-use crate::devices::serial::SerialPort;
 use crate::end::EndReason;
 use crate::events::{EventKind, Events};
 use crate::guest::{GuestBusy, KvmGuest};
 use crate::kvm::kick::{self, Kicker};
 use crate::kvm::vcpu::Stopped;
 use crate::memory::Memory;
-use gate::Gate;
+use devices::Devices;
 use pause::Holds;
 use rendezvous::Rendezvous;
 
@@ -51,19 +49,14 @@ pub struct Vm(pub(crate) Arc<Inner>);
 
 /// What the handle's clones share.
 pub(crate) struct Inner {
-    pub(crate) config: Config,
-    pub(crate) events: Arc<Events>,
+    config: Config,
+    events: Arc<Events>,
     pub(crate) memory: Arc<Memory>,
-    pub(crate) rendezvous: Rendezvous<Stopped>,
+    rendezvous: Rendezvous<Stopped>,
     kickers: Vec<(Kicker, u64)>,
     threads: OnceLock<Vec<JoinHandle<()>>>,
-    pub(crate) gate: Arc<Gate>,
-    pub(crate) holds: Mutex<Holds>,
-    ports: Bus,
-    memory_bus: Bus,
-    pm: Arc<Mutex<AcpiPm>>,
-    serial: Arc<Mutex<SerialPort>>,
-    pty: Option<PathBuf>,
+    holds: Mutex<Holds>,
+    devices: Devices,
     end: Mutex<Ending>,
     ended: Condvar,
     stop_loop: EventFd,
@@ -149,7 +142,7 @@ impl Vm {
             kernel: inner.config.kernel.clone(),
             cmdline: inner.config.cmdline.clone(),
             uptime: inner.events.elapsed(),
-            pty: inner.pty.clone(),
+            pty: inner.devices.pty.clone(),
             panic,
         }
     }
@@ -171,6 +164,7 @@ impl Vm {
     pub fn power_button(&self) -> bool {
         let heard = self
             .0
+            .devices
             .pm
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -255,7 +249,8 @@ impl Inner {
             let end = self.end.lock().unwrap_or_else(PoisonError::into_inner);
             end.reason.clone()
         };
-        self.serial
+        self.devices
+            .serial
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .output()

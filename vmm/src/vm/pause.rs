@@ -4,6 +4,7 @@ use std::sync::MutexGuard;
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
+use super::rendezvous::Wanted;
 use super::{Inner, State, Vm};
 use crate::events::EventKind;
 use crate::kvm::vcpu::Stopped;
@@ -129,11 +130,14 @@ impl Inner {
 
     /// Stops everything unless it stands still already.
     fn stop(&self, holds: &mut Holds, deadline: Instant) -> Result<PauseStats, PauseError> {
+        if self.rendezvous.wanted() == Wanted::Exit {
+            return Err(PauseError::Ended);
+        }
         if holds.any() {
             return Ok(PauseStats::default());
         }
         let start = Instant::now();
-        if !self.gate.shut(deadline) {
+        if !self.devices.gate.shut(deadline) {
             return Err(PauseError::Device);
         }
         let devices = start.elapsed();
@@ -149,7 +153,7 @@ impl Inner {
                 Ok(stats)
             }
             Err(missing) => {
-                self.gate.open();
+                self.devices.gate.open();
                 Err(missing.map_or(PauseError::Ended, |vcpu| PauseError::Vcpu { vcpu }))
             }
         }
@@ -166,7 +170,7 @@ impl Inner {
             .map_or(Duration::ZERO, |since| since.elapsed());
         holds.stopped.clear();
         let runs = self.rendezvous.resume(paused > TELL_CLOCK_AFTER);
-        self.gate.open();
+        self.devices.gate.open();
         runs
     }
 

@@ -5,23 +5,20 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Condvar, Mutex, OnceLock, Weak};
 use std::thread;
 
+use vmm_sys_util::eventfd::EventFd;
+
 use super::event_loop::{self, Signals, Subscriber};
-use super::gate::Gate;
 use super::pause::Holds;
 use super::rendezvous::Rendezvous;
-use super::{Ending, Inner, Vm, vcpu};
+use super::{Ending, Inner, Vm, devices, vcpu};
 use crate::boot::acpi::{self, AcpiError};
 use crate::boot::cpuid::{self, TooManyLeaves};
 use crate::boot::entry::{self, Entry};
 use crate::boot::load::{self, LoadError};
 use crate::boot::msr::{self, TooManyMsrs};
 use crate::config::Config;
-use crate::devices::acpi_pm::{self, AcpiPm};
-use crate::devices::bus::{Bus, Overlap};
-use crate::devices::console::{ConsoleLoop, Host, Parts};
-use crate::devices::i8042::{self, I8042};
-use crate::devices::pvpanic::{self, PvPanic};
-use crate::devices::serial;
+use crate::devices::bus::Overlap;
+use crate::devices::console::Quit;
 use crate::end::EndReason;
 use crate::events::{EventKind, Events};
 use crate::kvm::kick::{self, Kicker};
@@ -90,73 +87,25 @@ impl Vm {
     ) -> Result<Self, StartError> {
         let events = Arc::new(Events::new());
         kick::install_handler()?;
-        let phys_bits = hypervisor.limits()?.phys_bits;
-        let layout = Layout::new(config.memory, phys_bits).ok_or(StartError::AddressWidth {
-            memory: config.memory,
-            phys_bits,
-        })?;
-        let memory = Arc::new(Memory::new(layout)?);
-        let machine = Arc::new(Machine::new(hypervisor, config.cpus, Arc::clone(&memory))?);
-        let entry = load::load(&config, &memory)?;
-        acpi::write(&memory, config.cpus)?;
-        let mut vcpus = make_vcpus(hypervisor, &machine, entry, config.cpus)?;
-        let host = Host::open(&config.console).map_err(StartError::Console)?;
-        let pty = host.pty.clone();
-        let gate = Arc::new(Gate::new()?);
-        // The door opens when the guest first runs.
-        gate.shut(std::time::Instant::now());
-        let line = machine.edge_line(serial::LINE)?;
-        let stop_loop = vmm_sys_util::eventfd::EventFd::new(libc::EFD_NONBLOCK)?;
-        let weak: Arc<OnceLock<Weak<Inner>>> = Arc::new(OnceLock::new());
-        let to_end = Arc::clone(&weak);
-        let quit = Box::new(move |by: &str| {
-            if let Some(machine) = to_end.get().and_then(Weak::upgrade) {
-                machine.end(EndReason::Killed(by.to_owned()));
-            }
-        });
-        let Parts {
-            port,
-            host: console,
-        } = ConsoleLoop::connect(host, line, Arc::clone(&gate), quit)?;
-        let pm = Arc::new(Mutex::new(power_management(&machine)));
-        let mut ports = Bus::default();
-        ports.add(
-            u64::from(serial::PORT)..u64::from(serial::PORT) + u64::from(serial::PORTS),
-            port.clone(),
-        )?;
-        ports.add(
-            i8042::PORT..i8042::PORT + i8042::PORTS,
-            Arc::new(Mutex::new(I8042)),
-        )?;
-        ports.add(
-            pvpanic::PORT.into()..u64::from(pvpanic::PORT) + 1,
-            Arc::new(Mutex::new(PvPanic)),
-        )?;
-        ports.add(
-            acpi_pm::PORT.into()..u64::from(acpi_pm::PORT) + acpi_pm::PORTS,
-            pm.clone(),
-        )?;
-        let kickers = vcpus.iter_mut().filter_map(with_sync).collect();
+        let (machine, mut vcpus) = hardware(hypervisor, &config)?;
+        let to_end: Arc<OnceLock<Weak<Inner>>> = Arc::default();
+        let (devices, console) = devices::connect(&machine, &config.console, quit(&to_end))?;
+        let stop_loop = EventFd::new(libc::EFD_NONBLOCK)?;
         let inner = Arc::new(Inner {
             rendezvous: Rendezvous::new(vcpus.len()),
             config,
             events,
-            memory,
-            kickers,
+            memory: machine.memory(),
+            kickers: vcpus.iter_mut().filter_map(kicker).collect(),
             threads: OnceLock::new(),
-            gate,
             holds: Mutex::new(Holds::default()),
-            ports,
-            memory_bus: Bus::default(),
-            pm,
-            serial: port,
-            pty,
+            devices,
             end: Mutex::new(Ending::default()),
             ended: Condvar::new(),
             stop_loop: stop_loop.try_clone()?,
             patcher_at_work: AtomicBool::new(false),
         });
-        drop(weak.set(Arc::downgrade(&inner)));
+        to_end.get_or_init(|| Arc::downgrade(&inner));
         let mut subscribers: Vec<Subscriber> = vec![Box::new(console)];
         if let Some(signals) = signals {
             subscribers.push(Box::new(Signals {
@@ -165,6 +114,7 @@ impl Vm {
             }));
         }
         event_loop::spawn(subscribers, stop_loop)?;
+        tracing::debug!(after = ?inner.events.elapsed(), "the machine is put together");
         Self::go(inner, vcpus)
     }
 
@@ -189,23 +139,42 @@ impl Vm {
         drop(inner.threads.set(threads));
         inner.events.publish(EventKind::Started);
         inner.rendezvous.resume(false);
-        inner.gate.open();
+        inner.devices.gate.open();
         Ok(Self(inner))
     }
 }
 
-fn with_sync(vcpu: &mut VcpuHandle) -> Option<(Kicker, u64)> {
+/// Ends the machine once there is one.
+fn quit(machine: &Arc<OnceLock<Weak<Inner>>>) -> Quit {
+    let machine = Arc::clone(machine);
+    Box::new(move |by| {
+        if let Some(machine) = machine.get().and_then(Weak::upgrade) {
+            machine.end(EndReason::Killed(by.to_owned()));
+        }
+    })
+}
+
+fn kicker(vcpu: &mut VcpuHandle) -> Option<(Kicker, u64)> {
     let sync = vcpu.sync();
     vcpu.take_kicker().map(|kicker| (kicker, sync))
 }
 
-fn power_management(machine: &Arc<Machine>) -> AcpiPm {
-    let machine = Arc::clone(machine);
-    AcpiPm::new(Box::new(move |up| {
-        if let Err(error) = machine.set_line(acpi_pm::SCI, up) {
-            tracing::error!(%error, "the power management interrupt could not be raised");
-        }
-    }))
+/// Memory with kernel and tables in it, and the vCPUs before the kernel's entry.
+fn hardware(
+    hypervisor: &Hypervisor,
+    config: &Config,
+) -> Result<(Arc<Machine>, Vec<VcpuHandle>), StartError> {
+    let phys_bits = hypervisor.limits()?.phys_bits;
+    let layout = Layout::new(config.memory, phys_bits).ok_or(StartError::AddressWidth {
+        memory: config.memory,
+        phys_bits,
+    })?;
+    let memory = Arc::new(Memory::new(layout)?);
+    let machine = Arc::new(Machine::new(hypervisor, config.cpus, Arc::clone(&memory))?);
+    let entry = load::load(config, &memory)?;
+    acpi::write(&memory, config.cpus)?;
+    let vcpus = make_vcpus(hypervisor, &machine, entry, config.cpus)?;
+    Ok((machine, vcpus))
 }
 
 /// Makes the vCPUs; the first stands at the kernel's entry, the others wait for their startup message.
@@ -228,7 +197,7 @@ fn make_vcpus(
         vcpu.set_lapic(&lapic)?;
         if index == 0 {
             let (_, mut sregs) = vcpu.registers()?;
-            let regs = entry::prepare(entry, machine.memory(), &mut sregs)?;
+            let regs = entry::prepare(entry, &machine.memory(), &mut sregs)?;
             vcpu.set_registers(&regs, &sregs)?;
         }
         vcpus.push(vcpu);

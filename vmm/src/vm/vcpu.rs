@@ -61,14 +61,14 @@ fn stand_still(inner: &Inner, vcpu: &mut VcpuHandle, index: usize) -> Result<(),
 fn serve(inner: &Inner, exit: Exit<'_>, index: usize) {
     let request = match exit {
         Exit::Interrupted => None,
-        Exit::PortWrite(port, data) => inner.ports.write(port.into(), data),
+        Exit::PortWrite(port, data) => inner.devices.ports.write(port.into(), data),
         Exit::PortRead(port, data) => {
-            inner.ports.read(port.into(), data);
+            inner.devices.ports.read(port.into(), data);
             None
         }
-        Exit::MemoryWrite(at, data) => inner.memory_bus.write(at, data),
+        Exit::MemoryWrite(at, data) => inner.devices.memory.write(at, data),
         Exit::MemoryRead(at, data) => {
-            inner.memory_bus.read(at, data);
+            inner.devices.memory.read(at, data);
             None
         }
         Exit::Shutdown => {
