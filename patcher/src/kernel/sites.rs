@@ -14,6 +14,9 @@ use super::symbols::Symbols;
 use super::types::{TypeError, Types};
 use crate::addr::LinkAddr;
 
+/// No site is longer, in bytes: the length of one fits a byte.
+const LONGEST_SITE: u64 = 0x100;
+
 /// What the kernel does at a site.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SiteKind {
@@ -238,14 +241,27 @@ impl Sites {
     ) -> impl Iterator<Item = Site> + use<'a> {
         let data = (*self.bytes).as_ref();
         let range = range.clone();
+        // A kernel has some hundred thousand entries: each is turned away by one addition and one comparison.
+        let first = range.start.0.saturating_sub(LONGEST_SITE);
+        let span = range.end.0.saturating_sub(first);
+        let (at, relative) = match table.at {
+            At::Relative(at) => (at, true),
+            At::Absolute(at) => (at, false),
+        };
+        let mut field = table.address.wrapping_add(at as u64);
         let entries = data
             .get(table.file.clone())
             .unwrap_or_default()
             .chunks_exact(table.entry);
-        entries.enumerate().filter_map(move |(index, entry)| {
-            let start = site_address(table, index, entry)?;
-            // No site is longer than an instruction sequence that fits a byte's count.
-            if start >= range.end.0 || start.saturating_add(0x100) <= range.start.0 {
+        entries.filter_map(move |entry| {
+            let here = field;
+            field = field.wrapping_add(table.entry as u64);
+            let start = if relative {
+                here.wrapping_add_signed(le_i32(entry, at)?.into())
+            } else {
+                le_u64(entry, at)?
+            };
+            if start.wrapping_sub(first) >= span {
                 return None;
             }
             let end = LinkAddr(start.checked_add(self.site_len(table, entry, start))?);

@@ -9,13 +9,15 @@ use crate::edition::link::Returns;
 use crate::edition::object::Edition;
 use crate::guest::ReadPhys;
 use crate::kernel::locate::{Kernel, KernelError};
-use crate::kernel::sites::SiteKind;
+use crate::kernel::sites::{Site, SiteKind};
 use crate::kernel::symbols::{Symbol, SymbolError};
-use crate::x86::insn::{self, JUMP_LEN, MAX_INSTRUCTION_LEN};
+use crate::x86::insn::{self, JUMP_LEN};
 use crate::x86::paging::PagingError;
 
 /// What the kernel makes of a return where it needs no thunk (kernel `arch/x86/kernel/alternative.c`, `patch_return()`).
 const PLAIN_RETURN: [u8; JUMP_LEN] = [0xc3, 0xcc, 0xcc, 0xcc, 0xcc];
+/// `endbr64`, the fentry site and the displaced instructions take fewer bytes than this.
+const HEAD: u64 = 64;
 /// The most bytes of one function that are looked through for branches.
 const MAX_FUNCTION: u64 = 1 << 20;
 
@@ -81,10 +83,8 @@ impl Target {
         let function = Function::new(kernel, &symbol)?;
         let jump = function.jump()?;
         let displaced = function.displaced_range(jump)?;
-        let sites = kernel.image().sites();
-        checks::no_site(&symbol.name, &sites.within(displaced.clone()), |at| {
-            kernel.runtime(at)
-        })?;
+        let displaced_sites = function.sites_in(&displaced);
+        checks::no_site(&symbol.name, &displaced_sites, |at| kernel.runtime(at))?;
         let runtime = kernel.runtime(displaced.start)..kernel.runtime(displaced.end);
         checks::no_kprobe(&symbol.name, &kernel.kprobes_in(guest, &runtime)?)?;
         function.no_way_into(guest, &displaced)?;
@@ -123,6 +123,8 @@ struct Function<'a> {
     kernel: &'a Kernel,
     symbol: &'a Symbol,
     code: &'a [u8],
+    /// What the image lists for its first [`HEAD`] bytes: all that a jump could concern.
+    sites: Vec<Site>,
 }
 
 impl<'a> Function<'a> {
@@ -130,10 +132,15 @@ impl<'a> Function<'a> {
     fn new(kernel: &'a Kernel, symbol: &'a Symbol) -> Result<Self, Refusal> {
         let at = kernel.runtime(symbol.address);
         for region in &checks::REGIONS {
-            if let (Ok(start), Ok(end)) = (
-                kernel.symbol(region.bounds.0),
-                kernel.symbol(region.bounds.1),
-            ) {
+            // Asking first is cheap; the error of a missing symbol looks for similar ones.
+            let (start, end) = region.bounds;
+            if ![start, end]
+                .iter()
+                .all(|name| kernel.image().symbols().has(name))
+            {
+                continue;
+            }
+            if let (Ok(start), Ok(end)) = (kernel.symbol(start), kernel.symbol(end)) {
                 checks::outside(&symbol.name, at, region, &(start..end))?;
             }
         }
@@ -143,11 +150,19 @@ impl<'a> Function<'a> {
             function: symbol.name.clone(),
             at,
         })?;
+        let head = symbol.address..LinkAddr(symbol.address.0.saturating_add(HEAD));
         Ok(Self {
             kernel,
             symbol,
             code,
+            sites: kernel.image().sites().within(head),
         })
+    }
+
+    /// The sites that share a byte with `range`, which lies in the first [`HEAD`] bytes.
+    fn sites_in(&self, range: &Range<LinkAddr>) -> Vec<Site> {
+        let shares = |site: &&Site| site.range.start < range.end && range.start < site.range.end;
+        self.sites.iter().filter(shares).cloned().collect()
     }
 
     /// Where in the image the jump goes.
@@ -158,11 +173,7 @@ impl<'a> Function<'a> {
             function: name.clone(),
             at,
         };
-        let beginning = first
-            .range(MAX_INSTRUCTION_LEN as u64)
-            .ok_or_else(refused)?;
-        let sites = self.kernel.image().sites().within(beginning);
-        let offset = checks::after_fentry(name, at, self.code, first, &sites)?;
+        let offset = checks::after_fentry(name, at, self.code, first, &self.sites)?;
         checks::room(name, self.symbol.size, offset)?;
         first.checked_add(offset).ok_or_else(refused)
     }
@@ -202,7 +213,7 @@ impl<'a> Function<'a> {
         returns: Returns,
     ) -> Result<Vec<u8>, Refusal> {
         let kernel = self.kernel;
-        let mut sites = kernel.image().sites().within(displaced.clone());
+        let mut sites = self.sites_in(displaced);
         sites.retain(|site| {
             site.kind == SiteKind::ReturnThunk
                 && site.range.end <= displaced.end
@@ -309,6 +320,9 @@ impl<'a> Function<'a> {
     fn cold_parts(&self) -> Vec<Symbol> {
         let symbols = self.kernel.image().symbols();
         let name = format!("{}.cold", self.symbol.name);
+        if !symbols.has(&name) {
+            return Vec::new();
+        }
         (1..)
             .map_while(|nth| symbols.lookup_nth(&name, nth).ok())
             .collect()
