@@ -96,8 +96,8 @@ impl Machine for Double {
         })
     }
 
-    fn kernel(&self, _: Duration) -> Result<Kernel, ApiError> {
-        Ok(Kernel {
+    fn kernel(&self, _: Instant, done: Done<Kernel>) -> Result<(), ApiError> {
+        done(Ok(Kernel {
             file: "bzImage".to_owned(),
             build_id: "00ff".to_owned(),
             symbols: 1,
@@ -108,14 +108,15 @@ impl Machine for Double {
                 bytes: 3 << 21,
                 used_bytes: 0,
             },
-        })
+        }));
+        Ok(())
     }
 
     fn updates(&self) -> Vec<Update> {
         self.updates.lock().unwrap().clone()
     }
 
-    fn apply(&self, apply: Apply, done: Done) -> Result<Update, ApiError> {
+    fn apply(&self, apply: Apply, done: Done<Update>) -> Result<Update, ApiError> {
         assert!(!apply.package.starts_with(b"panic"), "told to panic");
         assert!(apply.deadline > Instant::now());
         let queued = Update {
@@ -153,7 +154,7 @@ impl Machine for Double {
         Ok(queued)
     }
 
-    fn revert(&self, id: u64, _: Instant, done: Done) -> Result<Update, ApiError> {
+    fn revert(&self, id: u64, _: Instant, done: Done<Update>) -> Result<Update, ApiError> {
         let mut update = self.find(id)?;
         update.state = UpdateState::Reverting;
         let mut reverted = update.clone();
@@ -162,13 +163,14 @@ impl Machine for Double {
         Ok(update)
     }
 
-    fn verify(&self, id: u64, _: Duration) -> Result<Verification, ApiError> {
+    fn verify(&self, id: u64, _: Instant, done: Done<Verification>) -> Result<(), ApiError> {
         self.find(id)?;
-        Ok(Verification {
+        done(Ok(Verification {
             id,
             intact: true,
             bytes: 5,
             differences: Vec::new(),
-        })
+        }));
+        Ok(())
     }
 }

@@ -4,7 +4,6 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
 
 use axum::http::StatusCode;
@@ -17,7 +16,7 @@ use super::wire;
 use crate::events::Events;
 use crate::guest::KvmGuest;
 use crate::sparse::SparseFile;
-use crate::updates::{Problem, Session};
+use crate::updates::{self, Session};
 use crate::vm::{PauseError, ResumeError, State, Vm};
 
 /// Who killed the guest, as its end tells it.
@@ -37,25 +36,10 @@ impl Live {
         Self { vm, session }
     }
 
-    /// Asks the session's thread, and waits for its answer.
-    fn ask<T: Send + 'static>(
-        &self,
-        ask: impl FnOnce(&Session, crate::updates::Done<T>) -> Result<(), Problem>,
-    ) -> Result<T, ApiError> {
-        let (send, receive) = sync_channel(1);
-        ask(
-            &self.session,
-            Box::new(move |answer| drop(send.send(answer))),
-        )
-        .map_err(convert::error)?;
-        let answer = receive.recv().map_err(ApiError::internal)?;
-        answer.map_err(convert::error)
-    }
-
     fn alive(&self) -> Result<(), ApiError> {
-        match self.vm.status().state {
-            State::Ended(_) => Err(ended()),
-            _ => Ok(()),
+        match self.vm.ended() {
+            Some(_) => Err(ended()),
+            None => Ok(()),
         }
     }
 }
@@ -85,7 +69,7 @@ impl Machine for Live {
             Err(ResumeError::Ended) => Err(ended()),
             Err(cause @ ResumeError::Unsound) => Err(ApiError::new(
                 StatusCode::CONFLICT,
-                crate::updates::BROKEN,
+                updates::BROKEN,
                 "the guest was not resumed",
                 cause.to_string(),
                 "exopatch vm dump writes what it was; exopatch vm kill ends it",
@@ -129,11 +113,14 @@ impl Machine for Live {
         })
     }
 
-    fn kernel(&self, deadline: Duration) -> Result<wire::Kernel, ApiError> {
-        let deadline = Instant::now() + deadline;
-        let info = self.ask(|session, done| session.kernel(deadline, done))?;
-        let file = self.vm.status().kernel.display().to_string();
-        Ok(convert::kernel(file, info))
+    fn kernel(&self, deadline: Instant, done: Done<wire::Kernel>) -> Result<(), ApiError> {
+        let file = self.vm.config().kernel.display().to_string();
+        self.session
+            .kernel(
+                deadline,
+                translated(done, |info| convert::kernel(file, info)),
+            )
+            .map_err(convert::error)
     }
 
     fn updates(&self) -> Vec<wire::Update> {
@@ -141,7 +128,7 @@ impl Machine for Live {
         updates.into_iter().map(convert::update).collect()
     }
 
-    fn apply(&self, apply: Apply, done: Done) -> Result<wire::Update, ApiError> {
+    fn apply(&self, apply: Apply, done: Done<wire::Update>) -> Result<wire::Update, ApiError> {
         let Apply {
             package,
             name,
@@ -149,28 +136,48 @@ impl Machine for Live {
             deadline,
         } = apply;
         self.session
-            .apply(name, package, check, deadline, translated(done))
+            .apply(
+                name,
+                package,
+                check,
+                deadline,
+                translated(done, convert::update),
+            )
             .map(convert::update)
             .map_err(convert::error)
     }
 
-    fn revert(&self, id: u64, deadline: Instant, done: Done) -> Result<wire::Update, ApiError> {
+    fn revert(
+        &self,
+        id: u64,
+        deadline: Instant,
+        done: Done<wire::Update>,
+    ) -> Result<wire::Update, ApiError> {
         self.session
-            .revert(id, deadline, translated(done))
+            .revert(id, deadline, translated(done, convert::update))
             .map(convert::update)
             .map_err(convert::error)
     }
 
-    fn verify(&self, id: u64, deadline: Duration) -> Result<wire::Verification, ApiError> {
-        let deadline = Instant::now() + deadline;
-        let found = self.ask(|session, done| session.verify(id, deadline, done))?;
-        Ok(convert::verification(id, found))
+    fn verify(
+        &self,
+        id: u64,
+        deadline: Instant,
+        done: Done<wire::Verification>,
+    ) -> Result<(), ApiError> {
+        let done = translated(done, move |found| convert::verification(id, found));
+        self.session
+            .verify(id, deadline, done)
+            .map_err(convert::error)
     }
 }
 
 /// The session's end of an operation, as the API's.
-fn translated(done: Done) -> crate::updates::Done<crate::updates::Update> {
-    Box::new(move |end| done(end.map(convert::update).map_err(convert::error)))
+fn translated<T: 'static, W: 'static>(
+    done: Done<W>,
+    convert: impl FnOnce(T) -> W + Send + 'static,
+) -> updates::Done<T> {
+    Box::new(move |end| done(end.map(convert).map_err(convert::error)))
 }
 
 fn ended() -> ApiError {

@@ -10,7 +10,7 @@ use super::wire;
 use crate::events::Events;
 
 /// Called once, from any thread, when an operation has come to its end.
-pub type Done = Box<dyn FnOnce(Result<wire::Update, ApiError>) + Send>;
+pub type Done<T> = Box<dyn FnOnce(Result<T, ApiError>) + Send>;
 
 /// A package to apply.
 #[derive(Debug)]
@@ -25,7 +25,8 @@ pub struct Apply {
     pub deadline: Instant,
 }
 
-/// The machine. Calls may block, for as long as their deadline; none needs an async runtime.
+/// The machine. `vm`, `pause`, `resume`, `power_button`, `kill` and `dump` may block, for as long as a pause may take; the
+/// others answer at once and come back later. None needs an async runtime.
 pub trait Machine: Send + Sync + 'static {
     /// The events of the VM and of its updates.
     fn events(&self) -> &Events;
@@ -63,11 +64,11 @@ pub trait Machine: Send + Sync + 'static {
     /// When the guest did not stop in time or the file could not be written; a part of a file is removed.
     fn dump(&self, path: &Path, deadline: Duration) -> Result<wire::Dump, ApiError>;
 
-    /// The guest's kernel; reads its image first, if that was not done yet.
+    /// Asks for the guest's kernel, whose image is read first if that was not done yet; calls `done` with the answer.
     ///
     /// # Errors
-    /// When the image cannot be read, or the guest did not stop in time.
-    fn kernel(&self, deadline: Duration) -> Result<wire::Kernel, ApiError>;
+    /// When too many operations wait already.
+    fn kernel(&self, deadline: Instant, done: Done<wire::Kernel>) -> Result<(), ApiError>;
 
     /// All updates, oldest first.
     fn updates(&self) -> Vec<wire::Update>;
@@ -76,17 +77,27 @@ pub trait Machine: Send + Sync + 'static {
     ///
     /// # Errors
     /// When too many operations wait already.
-    fn apply(&self, apply: Apply, done: Done) -> Result<wire::Update, ApiError>;
+    fn apply(&self, apply: Apply, done: Done<wire::Update>) -> Result<wire::Update, ApiError>;
 
     /// Asks for an update's end: gives the update as it was queued, and calls `done` at the end.
     ///
     /// # Errors
     /// When there is no such update, it is not applied, or too many operations wait already.
-    fn revert(&self, id: u64, deadline: Instant, done: Done) -> Result<wire::Update, ApiError>;
+    fn revert(
+        &self,
+        id: u64,
+        deadline: Instant,
+        done: Done<wire::Update>,
+    ) -> Result<wire::Update, ApiError>;
 
-    /// Compares the guest's memory with what an update wrote.
+    /// Asks whether the guest's memory still holds what an update wrote; calls `done` with the answer.
     ///
     /// # Errors
-    /// When there is no such update, or it is not applied.
-    fn verify(&self, id: u64, deadline: Duration) -> Result<wire::Verification, ApiError>;
+    /// When there is no such update, it is not applied, or too many operations wait already.
+    fn verify(
+        &self,
+        id: u64,
+        deadline: Instant,
+        done: Done<wire::Verification>,
+    ) -> Result<(), ApiError>;
 }

@@ -19,7 +19,7 @@ use super::convert;
 use super::error::ApiError;
 use super::events;
 use super::extract::{Id, JsonBody, Octets, Options, deadline};
-use super::machine::{Apply, Machine};
+use super::machine::{Apply, Done, Machine};
 use super::wire::{
     ApplyQuery, DeadlineQuery, Dump, DumpRequest, ErrorBody, Event, EventsQuery, Health, Kernel,
     PowerButton, RevertQuery, Stop, Transition, Update, UpdateList, Verification, Vm,
@@ -107,8 +107,8 @@ async fn health() -> Json<Health> {
 
 /// The virtual machine
 #[utoipa::path(get, path = "/v1/vm", tag = "vm", responses((status = OK, body = Vm)))]
-async fn vm(State(api): State<Api>) -> Json<Vm> {
-    Json(api.machine.vm())
+async fn vm(State(api): State<Api>) -> Result<Json<Vm>, ApiError> {
+    api.call(|machine| Ok(Json(machine.vm()))).await
 }
 
 /// Stops all vCPUs and devices; pausing a paused VM changes nothing
@@ -217,10 +217,10 @@ async fn kernel(
     State(api): State<Api>,
     Options(query): Options<DeadlineQuery>,
 ) -> Result<Json<Kernel>, ApiError> {
-    let within = deadline(query.deadline_ms)?;
-    api.call(move |machine| machine.kernel(within))
-        .await
-        .map(Json)
+    let deadline = Instant::now() + deadline(query.deadline_ms)?;
+    let (done, answer) = reply();
+    api.machine.kernel(deadline, done)?;
+    answer.await.map_err(ApiError::internal)?.map(Json)
 }
 
 /// What happens from now on, or after `Last-Event-ID`, as a server-sent event stream
@@ -301,16 +301,14 @@ async fn apply(
     } else {
         StatusCode::CREATED
     };
-    let (done, ended) = oneshot::channel();
+    let (done, ended) = reply();
     let apply = Apply {
         package,
         name,
         check,
         deadline,
     };
-    let queued = api
-        .call(move |machine| machine.apply(apply, Box::new(|end| drop(done.send(end)))))
-        .await?;
+    let queued = api.machine.apply(apply, done)?;
     settle(queued, ended, query.wait, status).await
 }
 
@@ -333,11 +331,16 @@ async fn revert(
     Options(query): Options<RevertQuery>,
 ) -> Result<Response, ApiError> {
     let deadline = Instant::now() + deadline(query.deadline_ms)?;
-    let (done, ended) = oneshot::channel();
-    let queued = api
-        .call(move |machine| machine.revert(id, deadline, Box::new(|end| drop(done.send(end)))))
-        .await?;
+    let (done, ended) = reply();
+    let queued = api.machine.revert(id, deadline, done)?;
     settle(queued, ended, query.wait, StatusCode::OK).await
+}
+
+/// A callback for an answer, and where the answer arrives.
+fn reply<T: Send + 'static>() -> (Done<T>, oneshot::Receiver<Result<T, ApiError>>) {
+    let (send, receive) = oneshot::channel();
+    // A failure to send means that nobody waits for the answer.
+    (Box::new(move |answer| drop(send.send(answer))), receive)
 }
 
 /// The answer to an operation: its end, or where to follow it.
@@ -371,10 +374,10 @@ async fn verify(
     Id(id): Id,
     Options(query): Options<DeadlineQuery>,
 ) -> Result<Json<Verification>, ApiError> {
-    let within = deadline(query.deadline_ms)?;
-    api.call(move |machine| machine.verify(id, within))
-        .await
-        .map(Json)
+    let deadline = Instant::now() + deadline(query.deadline_ms)?;
+    let (done, answer) = reply();
+    api.machine.verify(id, deadline, done)?;
+    answer.await.map_err(ApiError::internal)?.map(Json)
 }
 
 /// This description

@@ -28,7 +28,7 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 /// Largest head of a request, in bytes.
 const HEAD_LIMIT: usize = 32 << 10;
 /// Threads for calls that block.
-const BLOCKING_THREADS: usize = 4;
+const BLOCKING_THREADS: usize = 8;
 /// Stack of each of our threads, in bytes.
 const STACK: usize = 512 << 10;
 /// How long answers under way are waited for at the end.

@@ -147,6 +147,13 @@ impl Vm {
         }
     }
 
+    /// Why the machine has ended, once it has. Never waits for a pause that is under way, as [`Vm::status`] does.
+    #[must_use]
+    pub fn ended(&self) -> Option<EndReason> {
+        let end = self.0.end.lock().unwrap_or_else(PoisonError::into_inner);
+        end.reason.clone()
+    }
+
     /// What happened and happens to it.
     #[must_use]
     pub fn events(&self) -> &Arc<Events> {
