@@ -63,3 +63,8 @@ check_rust() {
     [ "$(printf '%s\n%s\n' "$wanted" "$have" | sort -V | head -n 1)" = "$wanted" ] ||
         die "Rust $have is too old; exopatch needs $wanted or newer (with rustup: rustup update stable)"
 }
+
+# has_hardware_kvm: this machine can run guests itself.
+has_hardware_kvm() {
+    [ -r /dev/kvm ] && [ -w /dev/kvm ] && grep -qwE 'vmx|svm' /proc/cpuinfo
+}

@@ -1,4 +1,4 @@
-//! The rules of redirection (decision 7), one pure function each: facts come in, permission or a [`Refusal`] comes out.
+//! The rules of redirection, one pure function each: facts come in, permission or a [`Refusal`] comes out.
 //!
 //! All of them are checked before anything is written, and those about bytes that may change again under the pause.
 
