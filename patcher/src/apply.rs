@@ -406,3 +406,5 @@ fn micros(time: Duration) -> u64 {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod whole_tests;

@@ -65,6 +65,8 @@ pub(crate) fn symbols(form: Form) -> Vec<Sym> {
         (0x380, "twin"),
         (0x3c0, "thread_stack_free_rcu"),
         (0x400, "__x86_return_thunk"),
+        (0x440, "patient"),
+        (0x480, "behind_patient"),
     ] {
         add(TEXT + offset, if name == "twin" { 't' } else { 'T' }, name);
     }
@@ -111,6 +113,8 @@ pub(crate) const DATA_SYMBOLS: &[(u64, &str)] = &[
     (0x3400, "bp_desc"),
     (0x3500, "vmap_node_0"),
     (0x3600, "fgraph_array"),
+    (0x3e00, "__start_mcount_loc"),
+    (0x3e10, "__stop_mcount_loc"),
     (0x3f00, "_end"),
 ];
 
@@ -421,7 +425,22 @@ pub(crate) fn text() -> Vec<u8> {
         ],
     );
     put(0x310, &[0xe9, 0xeb, 0, 0, 0]);
+    // `patient` can be redirected: call __fentry__; push rbp; mov rbp, rsp; push r12; pop r12; pop rbp; ret
+    put(
+        0x440,
+        &[
+            0xe8, 0x40, 0, 0, 0, 0x55, 0x48, 0x89, 0xe5, 0x41, 0x54, 0x41, 0x5c, 0x5d, 0xc3,
+        ],
+    );
     text
+}
+
+/// The variables; most are zero. The tracer's table lists `victim` and `patient`.
+fn data() -> Vec<u8> {
+    let mut data = vec![0; 0x4000];
+    data[0x3e00..0x3e08].copy_from_slice(&(TEXT + 0x300).to_le_bytes());
+    data[0x3e08..0x3e10].copy_from_slice(&(TEXT + 0x440).to_le_bytes());
+    data
 }
 
 /// A table of signed 32-bit distances from each entry to a site, `entry` bytes apart.
@@ -466,7 +485,7 @@ pub(crate) fn parts(form: Form) -> Vec<Part> {
             bytes: text(),
             code: true,
         },
-        part(".data", DATA, vec![0; 0x4000]),
+        part(".data", DATA, data()),
         part(".rodata", RODATA, kallsyms(form, &symbols(form))),
         part(".notes", RODATA + 0x7_0000, notes()),
         part(".BTF", RODATA + 0x7_1000, btf(form)),

@@ -24,6 +24,11 @@ pub(crate) struct Maker {
 impl Maker {
     /// One with a `.text` of `code`, the build-id and no editions yet.
     pub(crate) fn new(code: &[u8]) -> Self {
+        Self::for_kernel(code, &BUILD_ID)
+    }
+
+    /// The same for another kernel.
+    pub(crate) fn for_kernel(code: &[u8], build_id: &[u8]) -> Self {
         let mut object = Object::new(BinaryFormat::Elf, Architecture::X86_64, Endianness::Little);
         let text = object.section_id(StandardSection::Text);
         object.append_section_data(text, code, 16);
@@ -32,7 +37,7 @@ impl Maker {
             b".exopatch.kernel".to_vec(),
             SectionKind::ReadOnlyData,
         );
-        let id = format!("{}\0", build_id_text(&BUILD_ID));
+        let id = format!("{}\0", build_id_text(build_id));
         object.append_section_data(kernel, id.as_bytes(), 1);
         let editions = object.add_section(
             Vec::new(),

@@ -1,0 +1,251 @@
+//! Packages applied to a made-up kernel in a made-up guest, from the package's bytes to the guest's.
+
+use std::time::{Duration, Instant};
+
+use super::{Applied, ApplyError, ApplyOptions, Arena, CommitFailed, Report, apply, revert};
+use crate::addr::Gpa;
+use crate::commit::CommitError;
+use crate::edition::object::Package;
+use crate::edition::object::tests::Maker;
+use crate::guest::fake::{FakeGuest, Fault, Region};
+use crate::kernel::locate::Kernel;
+use crate::kernel::testing::guest::{SLIDE, TinyGuest};
+use crate::kernel::testing::{BUILD_ID, FORMS, Form, TEXT};
+use crate::observe::verify;
+use crate::x86::insn::{NOP5, whole_instructions};
+
+const ARENA: Gpa = Gpa(0x1_0000_0000);
+/// Where `patient` is in the image, and its jump behind the fentry site.
+const JUMP: u64 = TEXT + 0x445;
+
+/// A package whose edition of `function` calls the original.
+fn package(function: &str, position: u32, build_id: &[u8]) -> Package {
+    let mut maker = Maker::for_kernel(&[0xe8, 0, 0, 0, 0, 0xe9, 0, 0, 0, 0], build_id);
+    maker.relocate_text(1, 4, "__fentry__", -4);
+    maker.relocate_text(6, 4, &format!("exopatch_original_{function}"), -4);
+    maker.edition(function, position, 0);
+    maker.orc();
+    Package::parse(&maker.finish()).unwrap()
+}
+
+/// A running guest, its kernel and an empty arena.
+fn booted(form: Form) -> (FakeGuest, Kernel, Arena) {
+    let mut tiny = TinyGuest::new(form, 4);
+    tiny.task(7, "worker", &[]);
+    let kernel = tiny.kernel();
+    let memory = vec![
+        Region {
+            at: Gpa(0),
+            bytes: tiny.memory,
+        },
+        Region {
+            at: ARENA,
+            bytes: vec![0; 6 << 20],
+        },
+    ];
+    let guest = FakeGuest::new(memory, tiny.vcpus, ARENA..Gpa(ARENA.0 + (6 << 20)));
+    let arena = Arena::new(&guest, &kernel).unwrap();
+    (guest, kernel, arena)
+}
+
+fn apply_it(
+    guest: &mut FakeGuest,
+    kernel: &Kernel,
+    arena: &mut Arena,
+    package: &Package,
+    check_only: bool,
+) -> Result<(Option<Applied>, Report), ApplyError> {
+    let options = ApplyOptions {
+        deadline: Instant::now() + Duration::from_millis(200),
+        check_only,
+        doing: &|_| {},
+    };
+    apply(guest, kernel, arena, package, &options)
+}
+
+/// What the kernel sees at `JUMP`, 6 bytes.
+fn live(guest: &FakeGuest, kernel: &Kernel) -> Vec<u8> {
+    let mut bytes = vec![0; 6];
+    let at = crate::addr::Gva(JUMP + SLIDE);
+    kernel.read(guest, at, &mut bytes).unwrap();
+    bytes
+}
+
+#[test]
+fn a_package_reaches_the_guest_and_leaves_it() {
+    for form in FORMS {
+        let (mut guest, kernel, mut arena) = booted(form);
+        let before = live(&guest, &kernel);
+        let package = package("patient", 0, &BUILD_ID);
+        let (none, _) = apply_it(&mut guest, &kernel, &mut arena, &package, true).unwrap();
+        assert!(
+            none.is_none() && arena.space.used() == 64,
+            "a check changes nothing"
+        );
+        assert_eq!(live(&guest, &kernel), before);
+
+        let (applied, report) = apply_it(&mut guest, &kernel, &mut arena, &package, false).unwrap();
+        let applied = applied.unwrap();
+        assert_eq!(report.tasks, 3);
+        let observed = verify(&guest, &kernel, &applied);
+        assert!(
+            observed.bytes > 20 && observed.differences.is_empty(),
+            "{observed:?}"
+        );
+        let [redirection] = &applied.linked.redirections[..] else {
+            panic!("one redirection")
+        };
+        let jump = whole_instructions(&live(&guest, &kernel), redirection.target.jump, 6).unwrap();
+        assert_eq!(jump[0].near_branch_target(), redirection.edition.0);
+        assert_eq!(jump.len(), 2, "the spare byte is a NOP");
+        // The edition is executable where the kernel's tables say, and calls the head.
+        let mut edition = vec![0; 10];
+        kernel
+            .read(&guest, redirection.edition, &mut edition)
+            .unwrap();
+        assert_eq!(edition[..5], NOP5);
+        let edition = whole_instructions(&edition, redirection.edition, 10).unwrap();
+        assert_eq!(edition[1].near_branch_target(), redirection.head.at.0);
+
+        let again = apply_it(&mut guest, &kernel, &mut arena, &package, false).unwrap_err();
+        assert!(again.to_string().contains("already redirected"), "{again}");
+        let options = ApplyOptions {
+            deadline: Instant::now() + Duration::from_millis(200),
+            check_only: false,
+            doing: &|_| {},
+        };
+        revert(&mut guest, &kernel, applied.clone(), &options).unwrap();
+        assert_eq!(live(&guest, &kernel), before);
+        assert_eq!(
+            verify(&guest, &kernel, &applied).differences.len(),
+            1,
+            "the jump is gone"
+        );
+    }
+}
+
+#[test]
+fn a_fault_at_any_write_leaves_the_guest_as_it_was() {
+    let package = package("patient", 0, &BUILD_ID);
+    let mut faults = 0;
+    loop {
+        let (mut guest, kernel, mut arena) = booted(Form::New);
+        let before = guest.memory().to_vec();
+        guest.fault = Fault::Write(faults);
+        match apply_it(&mut guest, &kernel, &mut arena, &package, false) {
+            Ok(_) => break,
+            Err(ApplyError::Commit(CommitFailed::Commit(CommitError::RolledBack { .. }))) => {}
+            Err(other) => panic!("write {faults}: {other}"),
+        }
+        assert!(
+            guest.memory() == before && !guest.is_paused(),
+            "write {faults}"
+        );
+        assert_eq!(arena.space.used(), 64, "no room is taken");
+        faults += 1;
+    }
+    // Two entries of the mapping, the code, the jump.
+    assert_eq!(faults, 4);
+}
+
+#[test]
+fn what_stands_in_the_way_is_named() {
+    let check =
+        |function: &str, position: u32, change: &dyn Fn(&mut FakeGuest, &Kernel), what: &str| {
+            let (mut guest, kernel, mut arena) = booted(Form::New);
+            change(&mut guest, &kernel);
+            let before = guest.memory().to_vec();
+            let package = package(function, position, &BUILD_ID);
+            let error = apply_it(&mut guest, &kernel, &mut arena, &package, false)
+                .unwrap_err()
+                .to_string();
+            assert!(error.contains(what), "{what}: {error}");
+            assert!(guest.memory() == before && !guest.is_paused());
+        };
+    let poke = |guest: &mut FakeGuest, kernel: &Kernel, at: u64, bytes: &[u8]| {
+        let at = kernel.translate(&*guest, crate::addr::Gva(at)).unwrap();
+        guest.poke(at, bytes).unwrap();
+    };
+    let nothing = |_: &mut FakeGuest, _: &Kernel| {};
+    check("patients", 0, &nothing, "no symbol patients");
+    check(
+        "twin",
+        0,
+        &nothing,
+        "2 symbols of the kernel are called twin",
+    );
+    check("twin", 2, &nothing, "no fentry site");
+    check("twin", 3, &nothing, "number 3");
+    check("asm_exc_divide_error", 0, &nothing, "entry code");
+    check("victim", 0, &nothing, "a BUG or WARN");
+    let probe =
+        |guest: &mut FakeGuest, kernel: &Kernel| poke(guest, kernel, JUMP + SLIDE + 1, &[0xcc]);
+    check("patient", 0, &probe, "kprobe");
+    let loops = |guest: &mut FakeGuest, kernel: &Kernel| {
+        poke(guest, kernel, JUMP + SLIDE + 6, &[0xeb, 0xf9])
+    };
+    check("patient", 0, &loops, "leads from");
+    let state = |value: u8| {
+        move |guest: &mut FakeGuest, kernel: &Kernel| {
+            let at = kernel.symbol("system_state").unwrap();
+            poke(guest, kernel, at.0, &[value]);
+        }
+    };
+    check("patient", 0, &state(0), "has not finished booting");
+    let locked = |guest: &mut FakeGuest, kernel: &Kernel| {
+        let at = kernel.symbol("text_mutex").unwrap();
+        poke(guest, kernel, at.0, &[0x80]);
+    };
+    check(
+        "patient",
+        0,
+        &locked,
+        "changing its own code at this moment (text_mutex)",
+    );
+    let inside = |guest: &mut FakeGuest, _: &Kernel| {
+        if let Some(vcpu) = guest.vcpus_mut().first_mut() {
+            (vcpu.rip, vcpu.cpl) = (JUMP + SLIDE + 1, 0);
+        }
+    };
+    check("patient", 0, &inside, "vCPU 0");
+}
+
+#[test]
+fn a_vcpu_at_the_first_displaced_byte_is_not_in_the_way() {
+    let (mut guest, kernel, mut arena) = booted(Form::New);
+    let before = guest.vcpus_mut().clone();
+    // Where ftrace returns to. In user mode the same address means nothing to the kernel.
+    guest.vcpus_mut()[0].rip = JUMP + SLIDE + 1;
+    assert_eq!(before[0].cpl, 3);
+    let package = package("patient", 0, &BUILD_ID);
+    assert!(apply_it(&mut guest, &kernel, &mut arena, &package, true).is_ok());
+}
+
+#[test]
+fn another_kernel_is_refused() {
+    let (mut guest, kernel, mut arena) = booted(Form::New);
+    let other = package("patient", 0, &[9; 20]);
+    let error = apply_it(&mut guest, &kernel, &mut arena, &other, false).unwrap_err();
+    assert!(error.to_string().contains(&"09".repeat(20)), "{error}");
+    // The guest is reset and another kernel takes its place: the build-id is gone.
+    let mut applied = None;
+    let ours = package("patient", 0, &BUILD_ID);
+    if let Ok((done, _)) = apply_it(&mut guest, &kernel, &mut arena, &ours, false) {
+        applied = done;
+    }
+    guest
+        .vcpus_mut()
+        .iter_mut()
+        .for_each(|vcpu| vcpu.idt_base += 0x1000);
+    let options = ApplyOptions {
+        deadline: Instant::now() + Duration::from_millis(50),
+        check_only: false,
+        doing: &|_| {},
+    };
+    let error = revert(&mut guest, &kernel, applied.unwrap(), &options).unwrap_err();
+    assert!(
+        error.to_string().contains("no longer runs the kernel"),
+        "{error}"
+    );
+    assert!(error.applied.is_some());
+}
