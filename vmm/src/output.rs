@@ -14,7 +14,7 @@ pub fn line(text: impl Display) -> io::Result<()> {
 /// Writes `text` to standard output as it is.
 ///
 /// # Errors
-/// As [`line`].
+/// As [`line()`].
 pub fn text(text: impl Display) -> io::Result<()> {
     let mut out = io::stdout().lock();
     ignore_closed(write!(out, "{text}").and_then(|()| out.flush()))
