@@ -133,13 +133,34 @@ impl Tasks {
             }
         }
         let owned: HashSet<u64> = tasks.iter().map(|task| task.stack.start.0).collect();
-        let mut unowned = vmap::unowned_stacks(kernel, memory, &owned, &cpus)?;
+        let areas = vmap::areas(kernel, memory)?;
+        mapped(&tasks, kernel.runtime(layout.init_task), &areas)?;
+        let mut unowned = vmap::unowned_stacks(kernel, memory, &areas, &owned, &cpus)?;
         unowned.retain(|stack| cpus.iter().all(|cpu| cpu.irq_stack.start != stack.start));
         Ok(Self {
             tasks,
             cpus,
             unowned,
         })
+    }
+}
+
+/// Proves that stacks are mapped areas, all but the first task's: else there could be some that no list shows.
+fn mapped(tasks: &[Task], first: Gva, areas: &[vmap::Area]) -> Result<(), KernelError> {
+    let starts: HashSet<Gva> = areas.iter().map(|area| area.start).collect();
+    let mut stacks = tasks
+        .iter()
+        .filter(|task| task.at != first && !task.stack.is_empty());
+    match stacks.find(|task| !starts.contains(&task.stack.start)) {
+        None => Ok(()),
+        Some(task) => {
+            let what = "task's stack, which is no mapped area (CONFIG_VMAP_STACK),";
+            Err(KernelError::Unsound {
+                what,
+                at: task.at,
+                value: task.stack.start.0,
+            })
+        }
     }
 }
 

@@ -26,27 +26,24 @@ const MAX_AREAS: usize = 1 << 18;
 const MAX_NODES: u32 = 1024;
 
 /// One mapped area of a stack's size.
-struct Area {
-    start: Gva,
+pub(crate) struct Area {
+    pub(crate) start: Gva,
     vm: u64,
 }
 
-/// All stacks in mapped areas, but those that begin at one of `owned` and those that hold no live frame.
+/// The stacks in `areas` that begin at none of `owned`, but not those that hold no live frame.
 pub(crate) fn unowned_stacks<R: ReadPhys + ?Sized>(
     kernel: &Kernel,
     memory: &Memory<'_, R>,
+    areas: &[Area],
     owned: &HashSet<u64>,
     cpus: &[Cpu],
 ) -> Result<Vec<Range<Gva>>, KernelError> {
     let layout = &kernel.layout().vmap;
     let size = kernel.layout().stack_size;
-    let areas = areas(kernel, memory, size)?;
     let mut cached: Option<HashSet<u64>> = None;
     let mut unowned = Vec::new();
-    for area in areas
-        .into_iter()
-        .filter(|area| !owned.contains(&area.start.0))
-    {
+    for area in areas.iter().filter(|area| !owned.contains(&area.start.0)) {
         if area.vm == 0 || memory.u64(Gva(area.vm.wrapping_add(layout.flags)))? & VM_ALLOC == 0 {
             continue;
         }
@@ -62,7 +59,7 @@ pub(crate) fn unowned_stacks<R: ReadPhys + ?Sized>(
         let kept = cached
             .as_ref()
             .is_some_and(|cached| cached.contains(&area.vm));
-        if !kept && !waits_to_be_freed(kernel, memory, &area)? {
+        if !kept && !waits_to_be_freed(kernel, memory, area)? {
             let unsound = KernelError::Unsound {
                 what: "mapped area",
                 at: area.start,
@@ -74,13 +71,13 @@ pub(crate) fn unowned_stacks<R: ReadPhys + ?Sized>(
     Ok(unowned)
 }
 
-/// All mapped areas of `size` bytes and a guard page.
-fn areas<R: ReadPhys + ?Sized>(
+/// All mapped areas of a stack's size and a guard page.
+pub(crate) fn areas<R: ReadPhys + ?Sized>(
     kernel: &Kernel,
     memory: &Memory<'_, R>,
-    size: u64,
 ) -> Result<Vec<Area>, KernelError> {
     let layout = &kernel.layout().vmap;
+    let size = kernel.layout().stack_size;
     let gather = Gather::new(&[
         (layout.start, 8),
         (layout.end, 8),

@@ -313,6 +313,18 @@ fn stacks_without_a_task_are_looked_at_whole() {
 }
 
 #[test]
+fn a_stack_that_is_no_area_is_refused() {
+    check(
+        |guest| {
+            let elsewhere = guest.object(STACK);
+            guest.put(guest.tasks[2] + task::STACK, elsewhere);
+            guest.put(guest.tasks[2] + task::SP, elsewhere + STACK - 176);
+        },
+        Err("task's stack, which is no mapped area"),
+    );
+}
+
+#[test]
 fn return_addresses_that_tracers_took_are_found() {
     let traced = |last_old: u64, last_new: u64, at: u64| {
         move |guest: &mut TinyGuest| {
