@@ -296,6 +296,26 @@ pub(crate) fn btf(form: Form) -> Vec<u8> {
     let mut btf = Btf::default();
     let (int, long, byte) = (btf.int(4), btf.int(8), btf.int(1));
     let list = btf.structure("list_head", 16, &[("next", long, 0), ("prev", long, 8)]);
+    let basic = (int, long, byte, list);
+    task_types(&mut btf, basic);
+    stack_types(&mut btf, basic);
+    text_types(&mut btf, basic);
+    if form == Form::New {
+        btf.structure(
+            "pcpu_hot",
+            64,
+            &[("current_task", long, 0), ("hardirq_stack_ptr", long, 32)],
+        );
+        let busy = btf.structure("rb_list", 32, &[("root", long, 0), ("head", list, 8)]);
+        btf.structure("vmap_node", 64, &[("busy", busy, 16)]);
+    }
+    btf.finish()
+}
+
+/// Four bytes, eight bytes, one byte, a list's link.
+type Basic = (u32, u32, u32, u32);
+
+fn task_types(btf: &mut Btf, (int, long, byte, list): Basic) {
     let node = btf.structure("llist_node", 8, &[("next", long, 0)]);
     let comm = btf.array(byte, 16);
     let thread = btf.structure("thread_struct", 0x40, &[("sp", long, 0x18)]);
@@ -323,6 +343,9 @@ pub(crate) fn btf(form: Form) -> Vec<u8> {
         40,
         &[("llist", node, 16), ("ret_addr", long, 32)],
     );
+}
+
+fn stack_types(btf: &mut Btf, (_, long, byte, list): Basic) {
     btf.structure("pt_regs", 168, &[("r15", long, 0)]);
     let stack = btf.array(byte, u32::try_from(STACK).unwrap());
     btf.structure(
@@ -364,6 +387,9 @@ pub(crate) fn btf(form: Form) -> Vec<u8> {
         24,
         &[("rcu", head, 0), ("stack_vm_area", long, 16)],
     );
+}
+
+fn text_types(btf: &mut Btf, (int, long, byte, _): Basic) {
     btf.structure("mutex", 32, &[("owner", long, 0)]);
     btf.structure("bp_patching_desc", 16, &[("refs", int, 12)]);
     let hash = btf.structure("hlist_node", 16, &[("next", long, 0)]);
@@ -393,16 +419,6 @@ pub(crate) fn btf(form: Form) -> Vec<u8> {
             ("SYSTEM_HALT", 4),
         ],
     );
-    if form == Form::New {
-        btf.structure(
-            "pcpu_hot",
-            64,
-            &[("current_task", long, 0), ("hardirq_stack_ptr", long, 32)],
-        );
-        let busy = btf.structure("rb_list", 32, &[("root", long, 0), ("head", list, 8)]);
-        btf.structure("vmap_node", 64, &[("busy", busy, 16)]);
-    }
-    btf.finish()
 }
 
 /// One section of the image.
