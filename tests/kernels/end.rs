@@ -5,10 +5,10 @@ use tests::stock::{self, LTS_6_1, NEWEST_6_12, Stock};
 
 /// The statuses of `exopatch run`, as its help lists them.
 const POWER_OFF: i32 = 0;
-const RESET: i32 = 3;
-const PANIC: i32 = 4;
-const TRIPLE_FAULT: i32 = 5;
-const KILLED: i32 = 6;
+const RESET: i32 = 10;
+const PANIC: i32 = 11;
+const TRIPLE_FAULT: i32 = 12;
+const KILLED: i32 = 13;
 
 /// Boots a guest, has it end, and compares the status of the process.
 fn check(stock: Stock, cmdline: &str, end: impl FnOnce(&mut Guest), status: i32) {

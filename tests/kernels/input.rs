@@ -57,7 +57,7 @@ fn kernels_and_configs_that_are_none() {
         (&["--kernel", text(&header_only)], &["header"]),
         (&["--kernel", text(&empty)], &["empty"]),
         (&["--kernel", text(&script)], &["script"]),
-        (&["--kernel", text(dir.path())], &["directory"]),
+        (&["--kernel", text(dir.path())], &["regular file"]),
         (&["--config", text(&config)], &["config.toml", "kernel"]),
         (&["--config", text(&unknown)], &["unknown.toml", "kernle"]),
         (&["--kernel", text(&good), "--cpus", "0"], &["cpus"]),
