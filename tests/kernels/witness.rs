@@ -67,3 +67,11 @@ pub(crate) fn assert_clean(log: &[String]) {
         "the guest complains: {complaints:#?}"
     );
 }
+
+/// The number in an environment variable, or `usual`.
+pub(crate) fn count(variable: &str, usual: usize) -> usize {
+    std::env::var(variable).map_or(usual, |text| {
+        text.parse()
+            .unwrap_or_else(|_| panic!("{variable}={text} is not a number"))
+    })
+}

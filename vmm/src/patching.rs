@@ -21,6 +21,8 @@ use crate::kernel_index;
 use crate::updates::{KernelInfo, Patcher, Problem, Running, Task, Verified};
 use crate::vm::{State, Vm};
 
+/// Pauses in which the kernel must be found to be another before that is believed.
+const LOOKS: u32 = 3;
 /// First wait between two looks at a guest that still boots; it doubles with each.
 const FIRST_WAIT: Duration = Duration::from_millis(5);
 /// Longest such wait.
@@ -122,23 +124,30 @@ impl KernelPatcher {
     }
 
     /// Forgets the kernel that was found if the guest no longer runs it; whether that is so.
+    ///
+    /// One look can mislead, for instance at a vCPU that is between two states: several must agree.
     fn is_gone(&mut self, guest: &mut KvmGuest, deadline: Instant) -> bool {
         let Some(found) = &self.found else {
             return false;
         };
-        let Ok(paused) = guest.pause(deadline) else {
-            return false;
-        };
-        let gone = found.kernel.prove_same(&paused, paused.vcpus()).is_err();
-        if let Err(error) = paused.resume() {
-            tracing::debug!(%error, "the guest ended while its kernel was looked at");
-            return false;
+        for look in 0..LOOKS {
+            let Ok(paused) = guest.pause(deadline) else {
+                return false;
+            };
+            let proof = found.kernel.prove_same(&paused, paused.vcpus());
+            if let Err(error) = paused.resume() {
+                tracing::debug!(%error, "the guest ended while its kernel was looked at");
+                return false;
+            }
+            let Err(error) = proof else {
+                return false;
+            };
+            tracing::warn!(%error, look, "the guest's kernel is not the one that was found");
+            std::thread::sleep(LONGEST_WAIT);
         }
-        if gone {
-            self.found = None;
-            self.generation += 1;
-        }
-        gone
+        self.found = None;
+        self.generation += 1;
+        true
     }
 
     /// What a failure means, now that it can be known whether the guest has ended.
