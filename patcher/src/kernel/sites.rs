@@ -1,7 +1,7 @@
 //! The places in kernel text that the kernel itself patches, or keeps an entry about.
 //!
 //! The tables are those of the image; sizes of their entries come from the kernel's types, never from its version. An
-//! executable section of patch sites that is unknown here would go unseen: [`Sites::parse`] therefore refuses an image
+//! executable section of patch sites that is unknown here would go unseen: reading the sites therefore refuses an image
 //! with a table whose shape does not fit. Sources: kernel `arch/x86/kernel/alternative.c`, `include/linux/jump_label.h`,
 //! `static_call_types.h`, `arch/x86/include/asm/{extable,bug,runtime-const}.h`.
 
