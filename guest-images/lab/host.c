@@ -2,7 +2,8 @@
  * The host: one process a lab, outside. It starts QEMU and the file server, waits for the agent's READY, and then passes frames between
  * clients (DIR/ctl.sock) and the agent, and bytes between DIR/api.sock and a unix socket inside. All three processes end together.
  *
- * DIR/lock holds its process id and is locked while it lives, so a lab that died is never taken for one that runs.
+ * DIR/lock holds its process id and is locked while it lives, so a lab that died is never taken for one that runs. One that ends without
+ * having been asked to says why in DIR/host.log and leaves the logs behind.
  */
 #define _GNU_SOURCE
 #include "lab.h"
@@ -118,10 +119,10 @@ static pid_t start_qemu(int *monitor)
 		*monitor = ends[1];
 		return process;
 	}
-	int log = open(path_in_dir("qemu.log"), O_WRONLY | O_CREAT | O_TRUNC, 0600);
 	dup2(ends[0], 0);
-	dup2(log, 1);
-	dup2(log, 2);
+	/* The monitor echoes each keystroke; what QEMU itself complains of stands apart. */
+	dup2(open(path_in_dir("monitor.log"), O_WRONLY | O_CREAT | O_TRUNC, 0600), 1);
+	dup2(open(path_in_dir("qemu.log"), O_WRONLY | O_CREAT | O_TRUNC, 0600), 2);
 	execvp(options.qemu[0], options.qemu);
 	fail("%s: %s", options.qemu[0], strerror(errno));
 }
@@ -255,8 +256,43 @@ static void serve_peers(const struct pollfd *fds, bool *had_one)
 	}
 }
 
-/* Passes frames until QEMU ends, somebody asks us to end, or, with --once, the first command has ended. */
-static void serve(int port, int ctl, int api, int signals)
+/* One of the processes that a lab is made of. */
+struct part {
+	const char *name;
+	pid_t process; /* 0 once it has ended */
+};
+
+/* Whether a part has ended by itself within some milliseconds; the log then says how. */
+static bool has_ended(struct part *part, int within_ms)
+{
+	int status;
+	for (; part->process; within_ms -= 10, usleep(10000)) {
+		if (waitpid(part->process, &status, WNOHANG) != part->process) {
+			if (within_ms <= 0)
+				return false;
+			continue;
+		}
+		part->process = 0;
+		if (WIFSIGNALED(status))
+			fprintf(stderr, "lab: %s was ended by signal %d (%s)\n", part->name, WTERMSIG(status), strsignal(WTERMSIG(status)));
+		else
+			fprintf(stderr, "lab: %s ended with status %d\n", part->name, WEXITSTATUS(status));
+	}
+	return true;
+}
+
+/* What a signal asks for: true when the lab is to end because of SIGTERM. */
+static bool asked_to_end(int signals)
+{
+	struct signalfd_siginfo info;
+	return read(signals, &info, sizeof info) == sizeof info && info.ssi_signo == SIGTERM;
+}
+
+/*
+ * Passes frames until somebody asks us to end or, with --once, the first command has ended: true. False when the machine, its agent or
+ * the file server ends first.
+ */
+static bool serve(int port, int ctl, int api, int signals)
 {
 	static struct pollfd fds[4 + MAX_STREAMS];
 	bool had_one = false;
@@ -274,11 +310,11 @@ static void serve(int port, int ctl, int api, int signals)
 		if (poll(fds, 4 + MAX_STREAMS, options.once ? 1000 : -1) < 0 && errno != EINTR)
 			fail("poll: %s", strerror(errno));
 		if (fds[3].revents)
-			return;
+			return asked_to_end(signals);
 		if (fds[0].revents & (POLLIN | POLLHUP)) {
 			long got = buffer_fill(&from_agent, port, 65536);
 			if (got == 0 || (got < 0 && errno != EAGAIN && errno != EINTR))
-				return;
+				return false;
 			from_agent_to_peers();
 		}
 		serve_peers(fds + 4, &had_one);
@@ -287,10 +323,11 @@ static void serve(int port, int ctl, int api, int signals)
 		if (fds[2].revents)
 			new_peer(api, true);
 		if (to_agent.length && buffer_drain(&to_agent, port, 65536) < 0 && errno != EAGAIN && errno != EINTR)
-			return;
+			return false;
 		if (options.once && !last_stream && now_ms() - started > ONCE_PATIENCE_MS)
-			return;
+			return true;
 	}
+	return true;
 }
 
 /* Waits for a frame that the agent sends while it starts; false when it does not come. */
@@ -331,16 +368,17 @@ static bool say_go(int port)
  * Has the machine's devices saved to a file and QEMU end; its memory is a shared file already, hence x-ignore-shared. It is not stopped
  * before, because one that was would be started stopped.
  */
-static bool save_state(int monitor, pid_t *qemu)
+static bool save_state(int monitor, struct part *qemu)
 {
 	int status;
 	dprintf(monitor, "migrate_set_capability x-ignore-shared on\nmigrate \"exec:cat >%s\"\nquit\n", options.save);
-	return waitpid(*qemu, &status, 0) == *qemu && (*qemu = -1) && WIFEXITED(status) && !WEXITSTATUS(status) &&
-	       access(options.save, R_OK) == 0;
+	bool ended = waitpid(qemu->process, &status, 0) == qemu->process;
+	qemu->process = 0;
+	return ended && WIFEXITED(status) && !WEXITSTATUS(status) && access(options.save, R_OK) == 0;
 }
 
 /* From QEMU's start to the agent's READY. */
-static bool bring_up(int port, int signals, int monitor, pid_t *qemu, uint64_t deadline)
+static bool bring_up(int port, int signals, int monitor, struct part *qemu, uint64_t deadline)
 {
 	if (options.load)
 		dprintf(monitor, "migrate_set_capability x-ignore-shared on\nmigrate_incoming \"exec:cat %s\"\n", options.load);
@@ -355,8 +393,8 @@ static bool bring_up(int port, int signals, int monitor, pid_t *qemu, uint64_t d
 static void clean_up(bool all)
 {
 	static const char *const names[] = { "fs.sock", "mux.sock", "ctl.sock", "api.sock",
-					     "window",  "lock",	"qemu.log", "host.log", "console.log" };
-	for (size_t i = 0; i < (all ? 9 : 5); i++)
+					     "window",  "lock",	"qemu.log", "host.log", "console.log", "monitor.log" };
+	for (size_t i = 0; i < (all ? 10 : 5); i++)
 		unlink(path_in_dir(names[i]));
 	if (all)
 		rmdir(options.dir);
@@ -387,11 +425,12 @@ static int daemon_main(int told)
 	make_window();
 	uint64_t started = now_ms(), deadline = started + options.ready_seconds * 1000;
 	int monitor;
-	pid_t qemu = start_qemu(&monitor);
+	struct part qemu = { "QEMU", start_qemu(&monitor) }, files = { "the file server", 0 };
 	int fs = accept_port(fs_listener, started + 5000), port = accept_port(mux_listener, started + 5000);
 	bool ready = false;
 	if (fs >= 0 && port >= 0) {
-		if (fork_with_us() == 0) {
+		files.process = fork_with_us();
+		if (files.process == 0) {
 			close(told);
 			_exit(fs_main(fs, path_in_dir("window")));
 		}
@@ -402,11 +441,13 @@ static int daemon_main(int told)
 	if (ready && dprintf(told, "%lu\n", now_ms() - started) < 0)
 		ready = false; /* whoever wanted it is gone */
 	close(told);
-	if (ready && !options.save)
-		serve(port, ctl, api, signals);
-	if (qemu > 0 && !kill(qemu, SIGKILL))
-		waitpid(qemu, NULL, 0);
-	clean_up(ready && options.once);
+	bool lost = ready && !options.save && !serve(port, ctl, api, signals);
+	/* A machine that panics closes its ports a moment before QEMU ends; the file server ends because QEMU has. */
+	if (lost && !has_ended(&qemu, 2000) && !has_ended(&files, 0))
+		fprintf(stderr, "lab: the agent inside has ended\n");
+	if (qemu.process > 0 && !kill(qemu.process, SIGKILL))
+		waitpid(qemu.process, NULL, 0);
+	clean_up(ready && options.once && !lost);
 	return ready ? 0 : NOT_READY_STATUS;
 }
 

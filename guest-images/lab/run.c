@@ -142,7 +142,35 @@ static bool handle_signal(int signals, bool tty)
 	return received == 1;
 }
 
-static int serve(int lab, int signals, bool tty, uint64_t deadline)
+/* Shows the end of one of the lab's logs. */
+static void show_end(const char *dir, const char *name)
+{
+	char path[4096], bytes[4096];
+	snprintf(path, sizeof path, "%s/%s", dir, name);
+	FILE *log = fopen(path, "r");
+	if (!log)
+		return;
+	if (!fseek(log, 0, SEEK_END) && ftell(log) > (long)sizeof bytes)
+		fseek(log, -(long)sizeof bytes, SEEK_END);
+	else
+		rewind(log);
+	size_t got = fread(bytes, 1, sizeof bytes, log);
+	fclose(log);
+	if (got)
+		fprintf(stderr, "lab: the end of %s:\r\n%.*s\r\n", path, (int)got, bytes);
+}
+
+/* The lab has closed its end, which it does last: its logs are complete. */
+static int lost(const char *dir)
+{
+	static const char *const names[] = { "qemu.log", "console.log", "host.log" };
+	for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+		show_end(dir, names[i]);
+	fprintf(stderr, "lab: error: the lab ended while the command ran\r\n");
+	return LOST_STATUS;
+}
+
+static int serve(const char *dir, int lab, int signals, bool tty, uint64_t deadline)
 {
 	bool timed_out = false;
 	while (exit_status < 0 || output.length || errors.length) {
@@ -169,10 +197,8 @@ static int serve(int lab, int signals, bool tty, uint64_t deadline)
 		if (fds[1].revents && !handle_signal(signals, tty))
 			return exit_status;
 		if (fds[0].revents & (POLLIN | POLLHUP) && exit_status < 0) {
-			if (buffer_fill(&from_lab, lab, 65536) <= 0 && errno != EINTR) {
-				fprintf(stderr, "lab: error: the lab ended while the command ran\r\n");
-				return LOST_STATUS;
-			}
+			if (buffer_fill(&from_lab, lab, 65536) <= 0 && errno != EINTR)
+				return lost(dir);
 			handle_frames();
 		}
 		if (fds[2].revents)
@@ -214,7 +240,7 @@ int run_main(int argc, char **argv)
 	request_command(argv + i + 2, tty);
 	if (tty)
 		raw_terminal();
-	int status = serve(lab, signalfd(-1, &set, SFD_CLOEXEC), tty, seconds ? now_ms() + seconds * 1000 : UINT64_MAX);
+	int status = serve(argv[i], lab, signalfd(-1, &set, SFD_CLOEXEC), tty, seconds ? now_ms() + seconds * 1000 : UINT64_MAX);
 	restore_terminal();
 	return status;
 }
