@@ -22,7 +22,7 @@ fn check(options: &Options) -> Guest {
         .sh("cat /sys/devices/system/clocksource/clocksource0/current_clocksource")
         .text();
     assert_eq!(clock, "kvm-clock", "{options:?}");
-    assert_clean(&guest.kernel_log());
+    assert_clean(&mut guest);
     guest
 }
 

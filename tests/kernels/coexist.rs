@@ -53,7 +53,7 @@ fn the_guest_traces_a_redirected_function() {
             "1",
             "{stock:?}"
         );
-        assert_clean(&guest.kernel_log());
+        assert_clean(&mut guest);
     }
 }
 
@@ -99,7 +99,7 @@ fn a_kprobe_inside_the_displaced_bytes_is_refused_and_nothing_has_changed() {
         let _ = apply(&guest, &stock.edition("unix_ioctl_notty"));
         let new = wait_answer(&guest, mark, 0, |answer| answer != old);
         assert_eq!(new, "ENOTTY", "{stock:?}: once the kprobe is gone");
-        assert_clean(&guest.kernel_log());
+        assert_clean(&mut guest);
     }
 }
 

@@ -41,27 +41,8 @@ fn answer_of(line: &str) -> Option<(&str, u32)> {
 }
 
 /// No warning, oops, lockup or firmware complaint stands in the guest's log.
-pub(crate) fn assert_clean(log: &[String]) {
-    let bad = [
-        "WARNING:",
-        "BUG:",
-        "Oops",
-        "Call Trace",
-        "soft lockup",
-        "hard LOCKUP",
-        " stall",
-        "ftrace bug",
-        "general protection",
-        "ACPI Error",
-        "ACPI BIOS Error",
-        "Firmware Bug",
-        "Clocksource",
-        "clocksource: timekeeping",
-    ];
-    let complaints: Vec<_> = log
-        .iter()
-        .filter(|line| bad.iter().any(|word| line.contains(word)))
-        .collect();
+pub(crate) fn assert_clean(guest: &mut Guest) {
+    let complaints = guest.complaints();
     assert!(
         complaints.is_empty(),
         "the guest complains: {complaints:#?}"

@@ -18,6 +18,22 @@ const BOOT_LIMIT: Duration = Duration::from_secs(120);
 const COMMAND_LIMIT: Duration = Duration::from_secs(60);
 const READY: &str = "exopatch-guest: ready";
 const DONE: &str = "exopatch-guest: done ";
+/// What a kernel's log holds only when something went wrong, as grep reads it.
+const COMPLAINTS: [&str; 13] = [
+    "WARNING:",
+    "BUG:",
+    "Oops",
+    "Call Trace",
+    "soft lockup",
+    "hard LOCKUP",
+    " stall",
+    "ftrace bug",
+    "general protection",
+    "ACPI (BIOS )?Error",
+    "Firmware Bug",
+    "Clocksource",
+    "clocksource: timekeeping",
+];
 
 /// How to boot a guest.
 #[derive(Clone, Debug)]
@@ -132,7 +148,7 @@ impl Guest {
     /// When it does not come up.
     #[must_use]
     pub fn boot(options: &Options) -> Self {
-        let guest = Self::start(options);
+        let mut guest = Self::start(options);
         guest.wait_ready();
         guest
     }
@@ -200,16 +216,25 @@ impl Guest {
     ///
     /// # Panics
     /// When it does not come up.
-    pub fn wait_ready(&self) {
-        if let Err(why) = self
+    pub fn wait_ready(&mut self) {
+        let ready = self
             .console
-            .wait(0, BOOT_LIMIT, |line| line.contains(READY))
-        {
-            panic!(
-                "no boot: {why}\nexopatch said:\n{}",
-                self.log.since(0).join("\n")
-            );
+            .wait(0, BOOT_LIMIT, |line| line.contains(READY));
+        if let Err(why) = ready {
+            panic!("no boot: {why}\n{}", self.condition());
         }
+    }
+
+    /// What is known of the process, for a test that fails.
+    fn condition(&mut self) -> String {
+        // One that closes its output is about to end.
+        std::thread::sleep(Duration::from_millis(200));
+        let process = match self.process.try_wait() {
+            Ok(None) => "exopatch runs".to_owned(),
+            Ok(Some(status)) => format!("exopatch ended: {status}"),
+            Err(error) => format!("exopatch cannot be asked: {error}"),
+        };
+        format!("{process}; it said:\n{}", self.log.since(0).join("\n"))
     }
 
     /// Types `line` on the guest's console.
@@ -232,7 +257,7 @@ impl Guest {
         let end = self
             .console
             .wait(mark, COMMAND_LIMIT, |line| line.starts_with(DONE))
-            .unwrap_or_else(|why| panic!("'{command}' did not end: {why}"));
+            .unwrap_or_else(|why| panic!("'{command}' did not end: {why}\n{}", self.condition()));
         let mut lines = self.console.since(mark);
         lines.truncate(end - mark + 1);
         let done = lines.pop().expect("the end was found");
@@ -277,16 +302,20 @@ impl Guest {
         }
     }
 
-    /// The kernel's log without time stamps, as the guest prints it.
-    pub fn kernel_log(&mut self) -> Vec<String> {
-        let lines = self.sh("dmesg").lines;
-        lines
-            .into_iter()
-            .map(|line| {
-                line.split_once("] ")
-                    .map_or(line.clone(), |(_, text)| text.to_owned())
-            })
-            .collect()
+    /// The warnings, oopses, lockups and firmware complaints in the kernel's log. The guest itself looks for them: a whole log
+    /// takes seconds over an emulated serial line.
+    ///
+    /// # Panics
+    /// When the guest cannot look.
+    pub fn complaints(&mut self) -> Vec<String> {
+        let found = self.sh(&format!("dmesg | grep -E '{}'", COMPLAINTS.join("|")));
+        // 1 is grep's word for nothing found.
+        assert!(
+            found.status <= 1,
+            "the log cannot be searched: {}",
+            found.text()
+        );
+        found.lines
     }
 }
 

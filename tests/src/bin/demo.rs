@@ -102,13 +102,12 @@ impl Show {
         let uptime = self.uptime();
         self.host(&format!("guest: up {uptime} s; modules and taint: {after}"));
         same("modules, taint flags and boot id", &before, &after)?;
-        let log = self.guest.kernel_log();
-        let complaint = log.iter().find(|line| {
-            ["WARNING:", "BUG:", "Oops"]
-                .iter()
-                .any(|word| line.contains(word))
-        });
-        complaint.map_or(Ok(()), |line| Err(format!("the guest's log says: {line}")))
+        let complaints = self.guest.complaints();
+        if complaints.is_empty() {
+            Ok(())
+        } else {
+            Err(format!("the guest's log says: {complaints:#?}"))
+        }
     }
 
     /// The edition to show: the fix, or another visible behaviour where the kernel has the fix already.
