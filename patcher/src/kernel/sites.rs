@@ -1,13 +1,16 @@
 //! The places in kernel text that the kernel itself patches, or keeps an entry about.
 //!
-//! The tables are those of the image; sizes of their entries come from the kernel's types, never from its version. An
-//! executable section of patch sites that is unknown here would go unseen: reading the sites therefore refuses an image
-//! with a table whose shape does not fit. Sources: kernel `arch/x86/kernel/alternative.c`, `include/linux/jump_label.h`,
+//! The tables are those of the image; sizes of their entries come from the kernel's types, never from its version. A table
+//! that does not fit its entries is refused, and so is a section that is called one of sites and not known here: what it
+//! changes would go unseen. Sources: kernel `arch/x86/kernel/alternative.c`, `include/linux/jump_label.h`,
 //! `static_call_types.h`, `arch/x86/include/asm/{extable,bug,runtime-const}.h`.
+
+mod shape;
 
 use std::fmt;
 use std::ops::Range;
 
+use self::shape::{At, Len, Table, section_shape, symbol_shapes};
 use super::bytes::{le_i32, le_u64};
 use super::image::{Bytes, Section, bytes_at};
 use super::symbols::Symbols;
@@ -78,45 +81,18 @@ pub enum SitesError {
         /// Bytes of one entry.
         entry: usize,
     },
+    /// A section of patch sites that is not known here: what it would change could not be told.
+    #[error("the kernel patches itself by section {table}, which is not known here")]
+    Unknown {
+        /// The section.
+        table: String,
+    },
     /// A table has a beginning but no end, or lies in no section.
     #[error("table {table} is not where the symbols say")]
     Lost {
         /// The symbol at its beginning.
         table: String,
     },
-}
-
-/// How an entry says where its site is.
-#[derive(Clone, Copy, Debug)]
-enum At {
-    /// A signed 32-bit distance from the entry's own field at this offset.
-    Relative(usize),
-    /// A 64-bit address at this offset.
-    Absolute(usize),
-}
-
-/// How an entry says how long its site is.
-#[derive(Clone, Copy, Debug)]
-enum Len {
-    Fixed(u64),
-    /// A byte of the entry at this offset.
-    Byte(usize),
-    /// As long as the instruction that the image has there: two bytes for a short jump or NOP, else five.
-    JumpLabel,
-    /// As long as the call, jump or `endbr64` that the image has there.
-    Branch,
-}
-
-#[derive(Debug)]
-struct Table {
-    kind: SiteKind,
-    file: Range<usize>,
-    address: u64,
-    entry: usize,
-    at: At,
-    len: Len,
-    /// Offset of the field that says where the kernel may go on from a site, relative to the field itself.
-    to: Option<usize>,
 }
 
 /// All patch sites of one image. Asking costs one pass over the tables and no memory beyond the answer.
@@ -320,146 +296,6 @@ fn relative(table: &Table, index: usize, entry: &[u8], at: usize) -> Option<u64>
     field.checked_add_signed(le_i32(entry, at)?.into())
 }
 
-/// The shape of one table's entries.
-struct Shape {
-    kind: SiteKind,
-    entry: usize,
-    at: At,
-    len: Len,
-    to: Option<usize>,
-}
-
-impl Shape {
-    const fn relative(kind: SiteKind, entry: usize, len: Len) -> Self {
-        Self {
-            kind,
-            entry,
-            at: At::Relative(0),
-            len,
-            to: None,
-        }
-    }
-
-    fn table(&self, name: &str, file: Range<usize>, address: u64) -> Result<Table, SitesError> {
-        // Sections may be padded to their alignment, but never by a whole entry.
-        let whole = file.len() / self.entry * self.entry;
-        let padded = name == ".parainstructions" || name == ".smp_locks";
-        if whole != file.len() && !padded {
-            return Err(SitesError::Shape {
-                table: name.to_owned(),
-                len: file.len(),
-                entry: self.entry,
-            });
-        }
-        let file = file.start..file.start + whole;
-        Ok(Table {
-            kind: self.kind,
-            file,
-            address,
-            entry: self.entry,
-            at: self.at,
-            len: self.len,
-            to: self.to,
-        })
-    }
-}
-
-/// The shape of the table in section `name`, if it is one of patch sites.
-fn section_shape(name: &str, types: &Types) -> Result<Option<Shape>, SitesError> {
-    let ask = |answer: Result<u64, TypeError>| {
-        let answer = answer.map_err(|cause| SitesError::Entry {
-            table: name.to_owned(),
-            cause,
-        })?;
-        Ok::<usize, SitesError>(usize::try_from(answer).unwrap_or(usize::MAX))
-    };
-    let member = |of: &str, path: &str| ask(types.offset_of(of, path));
-    Ok(Some(match name {
-        ".altinstructions" => Shape {
-            kind: SiteKind::Alternative,
-            entry: ask(types.size_of("alt_instr"))?.max(1),
-            at: At::Relative(member("alt_instr", "instr_offset")?),
-            len: Len::Byte(member("alt_instr", "instrlen")?),
-            to: None,
-        },
-        ".parainstructions" => Shape {
-            kind: SiteKind::Paravirt,
-            entry: ask(types.size_of("paravirt_patch_site"))?.max(1),
-            at: At::Absolute(member("paravirt_patch_site", "instr")?),
-            len: Len::Byte(member("paravirt_patch_site", "len")?),
-            to: None,
-        },
-        ".retpoline_sites" => Shape::relative(SiteKind::Retpoline, 4, Len::Branch),
-        ".return_sites" => Shape::relative(SiteKind::ReturnThunk, 4, Len::Branch),
-        ".call_sites" => Shape::relative(SiteKind::Call, 4, Len::Branch),
-        ".ibt_endbr_seal" => Shape::relative(SiteKind::IbtEndbr, 4, Len::Fixed(4)),
-        ".smp_locks" => Shape::relative(SiteKind::SmpLock, 4, Len::Fixed(1)),
-        "__ex_table" => Shape {
-            kind: SiteKind::Extable,
-            entry: ask(types.size_of("exception_table_entry"))?.max(1),
-            at: At::Relative(member("exception_table_entry", "insn")?),
-            len: Len::Fixed(1),
-            to: Some(member("exception_table_entry", "fixup")?),
-        },
-        "__bug_table" => Shape {
-            kind: SiteKind::Bug,
-            entry: ask(types.size_of("bug_entry"))?.max(1),
-            at: At::Relative(member("bug_entry", "bug_addr_disp")?),
-            len: Len::Fixed(2),
-            to: None,
-        },
-        _ if name.starts_with("runtime_shift_") => {
-            Shape::relative(SiteKind::RuntimeConst, 4, Len::Fixed(1))
-        }
-        _ if name.starts_with("runtime_") => {
-            Shape::relative(SiteKind::RuntimeConst, 4, Len::Fixed(8))
-        }
-        _ => return Ok(None),
-    }))
-}
-
-/// The tables that lie inside other sections: the symbols around each, and its shape.
-fn symbol_shapes(types: &Types) -> Result<[(&'static str, &'static str, Shape); 3], SitesError> {
-    let size = |name: &str| {
-        let size = types.size_of(name).map_err(|cause| SitesError::Entry {
-            table: name.to_owned(),
-            cause,
-        })?;
-        Ok::<usize, SitesError>(usize::try_from(size).unwrap_or(usize::MAX).max(1))
-    };
-    let mcount = Shape {
-        kind: SiteKind::Fentry,
-        entry: 8,
-        at: At::Absolute(0),
-        len: Len::Fixed(5),
-        to: None,
-    };
-    let jump_target =
-        types
-            .offset_of("jump_entry", "target")
-            .map_err(|cause| SitesError::Entry {
-                table: "jump_entry".to_owned(),
-                cause,
-            })?;
-    let jumps = Shape {
-        to: Some(usize::try_from(jump_target).unwrap_or(usize::MAX)),
-        ..Shape::relative(SiteKind::JumpLabel, size("jump_entry")?, Len::JumpLabel)
-    };
-    Ok([
-        ("__start___jump_table", "__stop___jump_table", jumps),
-        (
-            "__start_static_call_sites",
-            "__stop_static_call_sites",
-            Shape::relative(
-                SiteKind::StaticCall,
-                size("static_call_site")?,
-                Len::Fixed(5),
-            ),
-        ),
-        ("__start_mcount_loc", "__stop_mcount_loc", mcount),
-    ])
-}
-
 /// Where the bytes at `range` are in the file.
 fn file_range(sections: &[Section], range: Range<LinkAddr>) -> Option<Range<usize>> {
     let holds =
@@ -471,4 +307,111 @@ fn file_range(sections: &[Section], range: Range<LinkAddr>) -> Option<Range<usiz
         .checked_add(usize::try_from(range.start.offset_from(section.range.start)?).ok()?)?;
     let end = start.checked_add(usize::try_from(range.end.offset_from(range.start)?).ok()?)?;
     (end <= section.file.end).then_some(start..end)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::{LinkAddr, SiteKind};
+    use crate::kernel::image::Image;
+    use crate::kernel::testing::{Form, Part, RODATA, TEXT, elf, parts, relative};
+
+    const TABLE: u64 = RODATA + 0x8_2000;
+
+    /// The image with one more table.
+    fn image(name: &'static str, bytes: Vec<u8>) -> Result<Image, String> {
+        let mut parts = parts(Form::New);
+        parts.push(Part {
+            name,
+            at: TABLE,
+            bytes,
+            code: false,
+        });
+        Image::parse(Arc::new(elf(&parts, &[&[], &[], &[]]))).map_err(|error| error.to_string())
+    }
+
+    fn check(name: &'static str, bytes: Vec<u8>, kind: SiteKind, len: u64) {
+        let image = image(name, bytes).unwrap();
+        let start = TEXT + 0x1100;
+        let touching = |from: u64, to: u64| {
+            let found = image.sites().within(LinkAddr(from)..LinkAddr(to));
+            found
+                .into_iter()
+                .map(|site| (site.kind, site.range.start.0, site.range.end.0))
+                .collect::<Vec<_>>()
+        };
+        let site = vec![(kind, start, start + len)];
+        assert_eq!(touching(start, start + 1), site, "{name}");
+        assert_eq!(touching(start + len - 1, start + 64), site, "{name}");
+        assert_eq!(touching(start - 64, start), [], "{name}");
+        assert_eq!(touching(start + len, start + 64), [], "{name}");
+    }
+
+    #[test]
+    fn sites_are_as_long_as_their_tables_say() {
+        let site = TEXT + 0x1100;
+        let mut alternative = relative(TABLE, 14, &[site]);
+        alternative[12] = 9;
+        check(".altinstructions", alternative, SiteKind::Alternative, 9);
+        check(
+            ".retpoline_sites",
+            relative(TABLE, 4, &[site]),
+            SiteKind::Retpoline,
+            5,
+        );
+        check(
+            ".ibt_endbr_seal",
+            relative(TABLE, 4, &[TEXT + 0x2000, site]),
+            SiteKind::IbtEndbr,
+            4,
+        );
+        check(
+            ".smp_locks",
+            relative(TABLE, 4, &[site]),
+            SiteKind::SmpLock,
+            1,
+        );
+        check(
+            "__ex_table",
+            relative(TABLE, 12, &[site]),
+            SiteKind::Extable,
+            1,
+        );
+        check(
+            "runtime_shift_d_hash_shift",
+            relative(TABLE, 4, &[site]),
+            SiteKind::RuntimeConst,
+            1,
+        );
+        check(
+            "runtime_ptr_USER_PTR_MAX",
+            relative(TABLE, 4, &[site]),
+            SiteKind::RuntimeConst,
+            8,
+        );
+    }
+
+    #[test]
+    fn tables_that_are_not_understood_are_refused() {
+        let refused = |name, len, want: &str| {
+            let got = image(name, vec![0; len]).err().unwrap_or_default();
+            assert!(got.contains(want), "{got}");
+        };
+        refused(
+            ".cfi_sites",
+            8,
+            "section .cfi_sites, which is not known here",
+        );
+        refused(
+            ".altinstructions",
+            15,
+            "has 0xf bytes, which is no multiple of its entries of 14",
+        );
+        refused(
+            ".parainstructions",
+            16,
+            "the kernel has no type paravirt_patch_site",
+        );
+    }
 }

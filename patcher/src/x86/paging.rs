@@ -436,6 +436,8 @@ mod tests {
         check(4, 2, 0x4000_20e1, Err("malformed level 2"));
         check(4, 4, 0x4000_00e1, Err("malformed level 4"));
         check(5, 5, 0x4000_00e1, Err("malformed level 5"));
+        check(4, 4, 0xe1, Err("malformed level 4"));
+        check(5, 5, 0xe1, Err("malformed level 5"));
         check(
             4,
             3,
