@@ -11,6 +11,17 @@ const MAGIC: u16 = 0xeb9f;
 /// `BTF_MAX_TYPE`.
 const MAX_TYPES: usize = 0x000f_ffff;
 
+/// Numbers of kinds (`BTF_KIND_*`).
+pub(crate) mod code {
+    pub(crate) const STRUCT: u8 = 4;
+    pub(crate) const UNION: u8 = 5;
+    pub(crate) const VOLATILE: u8 = 9;
+    pub(crate) const CONST: u8 = 10;
+    pub(crate) const RESTRICT: u8 = 11;
+    pub(crate) const FUNCTION: u8 = 12;
+    pub(crate) const PROTOTYPE: u8 = 13;
+}
+
 /// The kinds of types that matter here (`BTF_KIND_*`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -35,6 +46,8 @@ pub(crate) enum Kind {
 pub(crate) struct RawType {
     pub(crate) name: u32,
     pub(crate) kind: Kind,
+    /// The kind's number, for those that [`Kind`] does not tell apart.
+    pub(crate) code: u8,
     /// Members or enumerators.
     pub(crate) vlen: usize,
     /// Bitfield sizes are packed into member offsets, or enumerators are signed.
@@ -140,6 +153,13 @@ impl Layout {
         })
     }
 
+    /// Name and type of parameter `index` of a function's prototype; the last is nothing where any may follow.
+    pub(crate) fn parameter(&self, btf: &[u8], of: &RawType, index: usize) -> Option<(u32, u32)> {
+        let section = btf.get(self.types.clone())?;
+        let at = of.extra + index * 8;
+        Some((le_u32(section, at)?, le_u32(section, at + 4)?))
+    }
+
     /// Element type and count of an array.
     pub(crate) fn array(&self, btf: &[u8], of: &RawType) -> Option<(u32, u32)> {
         let section = btf.get(self.types.clone())?;
@@ -167,7 +187,8 @@ impl Layout {
 fn decode(section: &[u8], at: usize) -> Option<(RawType, usize)> {
     let info = le_u32(section, at + 4)?;
     let vlen = (info & 0xffff) as usize;
-    let (kind, extra) = match info >> 24 & 0x1f {
+    let code = u8::try_from(info >> 24 & 0x1f).ok()?;
+    let (kind, extra) = match code {
         1 => (Kind::Int, 4),
         2 => (Kind::Ptr, 0),
         3 => (Kind::Array, 12),
@@ -189,6 +210,7 @@ fn decode(section: &[u8], at: usize) -> Option<(RawType, usize)> {
     let raw = RawType {
         name: le_u32(section, at)?,
         kind,
+        code,
         vlen,
         flag: info >> 31 != 0,
         size_or_type: le_u32(section, at + 8)?,

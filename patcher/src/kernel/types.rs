@@ -4,10 +4,13 @@
 //! One pass over the section indexes the names; a type is decoded when it is asked about. Where several types bear
 //! one name and answer differently, that is an error too.
 
+pub mod print;
+
 use std::fmt;
 use std::ops::Range;
+use std::sync::OnceLock;
 
-use super::btf::{Kind, Layout, RawType};
+use super::btf::{Kind, Layout, RawType, code};
 use super::image::{Bytes, Section};
 
 /// Deepest nesting of types that is followed; the kernel's own stay below twenty.
@@ -54,6 +57,12 @@ pub enum TypeError {
         /// How many.
         count: usize,
     },
+    /// The type is so large, or nested so deep, that no kernel's is.
+    #[error("type {name} of the kernel is too large to be shown")]
+    TooLarge {
+        /// The name asked for.
+        name: String,
+    },
 }
 
 /// Where a member lies in its structure.
@@ -74,6 +83,8 @@ pub struct Types {
     layout: Layout,
     /// Hash of a named structure's, union's, enumeration's or typedef's name in the upper half, id in the lower; sorted.
     by_name: Vec<u64>,
+    /// The same of functions, indexed when the first is asked about.
+    functions: OnceLock<Vec<u64>>,
 }
 
 impl Types {
@@ -100,6 +111,7 @@ impl Types {
             section,
             layout,
             by_name,
+            functions: OnceLock::new(),
         })
     }
 
@@ -262,22 +274,45 @@ impl Types {
 
     /// The structures, unions and enumerations called `name`; if there are none, the typedefs.
     fn ids(&self, name: &str) -> Vec<u32> {
+        let (typedefs, tagged): (Vec<_>, Vec<_>) = self
+            .named(&self.by_name, name)
+            .partition(|(_, raw)| raw.kind == Kind::Typedef);
+        let ids = if tagged.is_empty() { typedefs } else { tagged };
+        ids.into_iter().map(|(id, _)| id).collect()
+    }
+
+    /// The types of `index` that are called `name`.
+    fn named<'a>(
+        &'a self,
+        index: &'a [u64],
+        name: &'a str,
+    ) -> impl Iterator<Item = (u32, RawType)> + 'a {
         let hash = key(name.as_bytes());
-        let first = self.by_name.partition_point(|entry| *entry < hash);
-        let same = self.by_name[first..]
+        let first = index.partition_point(|entry| *entry < hash);
+        let same = index[first..]
             .iter()
-            .take_while(|entry| **entry >> 32 == hash >> 32);
-        let (mut tagged, mut typedefs) = (Vec::new(), Vec::new());
-        for entry in same {
+            .take_while(move |entry| **entry >> 32 == hash >> 32);
+        let of = move |entry: &u64| {
             let id = u32::try_from(entry & 0xffff_ffff).unwrap_or(0);
-            match self.layout.get(self.data(), id) {
-                Some(raw) if self.layout.string(self.data(), raw.name) != name.as_bytes() => {}
-                Some(raw) if raw.kind == Kind::Typedef => typedefs.push(id),
-                Some(_) => tagged.push(id),
-                None => {}
-            }
-        }
-        if tagged.is_empty() { typedefs } else { tagged }
+            let raw = self.layout.get(self.data(), id)?;
+            (self.layout.string(self.data(), raw.name) == name.as_bytes()).then_some((id, raw))
+        };
+        same.filter_map(of)
+    }
+
+    /// The functions' names, as `by_name`.
+    fn functions(&self) -> &[u64] {
+        self.functions.get_or_init(|| {
+            let count = u32::try_from(self.layout.starts.len()).unwrap_or(0);
+            let entry = |id| {
+                let raw = self.layout.get(self.data(), id)?;
+                let name = self.layout.string(self.data(), raw.name);
+                (raw.code == code::FUNCTION).then(|| key(name) | u64::from(id))
+            };
+            let mut functions: Vec<u64> = (1..=count).filter_map(entry).collect();
+            functions.sort_unstable();
+            functions
+        })
     }
 
     /// Type `id` with its typedefs and qualifiers taken off.
@@ -417,7 +452,7 @@ mod tests {
     use crate::addr::LinkAddr;
     use crate::kernel::testing::{Btf, FORMS, btf};
 
-    fn types(bytes: Vec<u8>) -> Result<Types, TypeError> {
+    pub(super) fn types(bytes: Vec<u8>) -> Result<Types, TypeError> {
         let file = 0..bytes.len();
         let range = LinkAddr(0)..LinkAddr(0);
         let section = Section {
@@ -430,7 +465,7 @@ mod tests {
     }
 
     /// A structure with everything in it that C allows.
-    fn sample() -> Btf {
+    pub(super) fn sample() -> Btf {
         let mut btf = Btf::default();
         let (int, long) = (btf.int(4), btf.int(8));
         let inner = btf.structure("inner", 16, &[("a", int, 0), ("b", long, 8)]);
