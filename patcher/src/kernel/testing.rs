@@ -1,6 +1,7 @@
 //! A kernel made up for tests: an ELF image with kallsyms, BTF, patch sites and relocations in either of their forms.
 
 pub(crate) mod guest;
+pub(crate) mod views;
 
 use std::collections::BTreeMap;
 
@@ -113,6 +114,10 @@ pub(crate) const DATA_SYMBOLS: &[(u64, &str)] = &[
     (0x3400, "bp_desc"),
     (0x3500, "vmap_node_0"),
     (0x3600, "fgraph_array"),
+    (0x3700, "modules"),
+    (0x3710, "prb"),
+    (0x3720, "console_printk"),
+    (0x3730, "taint_flags"),
     (0x3e00, "__start_mcount_loc"),
     (0x3e10, "__stop_mcount_loc"),
     (0x3f00, "_end"),
@@ -300,6 +305,8 @@ pub(crate) fn btf(form: Form) -> Vec<u8> {
     task_types(&mut btf, basic);
     stack_types(&mut btf, basic);
     text_types(&mut btf, basic);
+    views::module_types(&mut btf, form, basic);
+    views::log_types(&mut btf, basic);
     if form == Form::New {
         btf.structure(
             "pcpu_hot",
@@ -456,6 +463,8 @@ fn data() -> Vec<u8> {
     let mut data = vec![0; 0x4000];
     data[0x3e00..0x3e08].copy_from_slice(&(TEXT + 0x300).to_le_bytes());
     data[0x3e08..0x3e10].copy_from_slice(&(TEXT + 0x440).to_le_bytes());
+    // The first taint is a module's, the second is not, the third is.
+    data[0x3730..0x3739].copy_from_slice(b"PG\x01S \x00O \x01");
     data
 }
 

@@ -205,6 +205,13 @@ impl TinyGuest {
         self.put_phys(at.0, value);
     }
 
+    /// Writes `bytes`, which lie on one page.
+    pub(crate) fn put_bytes(&mut self, at: u64, bytes: &[u8]) {
+        let at = self.tables.translate(self, Gva(at)).unwrap().at;
+        let at = usize::try_from(at.0).unwrap();
+        self.memory[at..at + bytes.len()].copy_from_slice(bytes);
+    }
+
     pub(crate) fn get(&self, at: u64) -> u64 {
         let mut bytes = [0; 8];
         self.tables.read(self, Gva(at), &mut bytes).unwrap();

@@ -1,13 +1,17 @@
 //! Looks into a recorded guest: its kernel, tasks, stacks and text, and how long looking took.
 //!
 //! `cargo run --release --example inspect -- --kernel BZIMAGE --dump CORE [--tasks] [--symbols FILE] [--text N] [--stacks FILE]
-//! [--corrupt N] [--brief] [FUNCTION...]`
+//! [--corrupt N] [--brief] [--log FILE] [--modules FILE] [--type NAME] [FUNCTION...]`
 //!
 //! `--symbols` compares every symbol with a copy of the guest's `/proc/kallsyms`, `--text` compares the first 16 bytes
 //! after the fentry site of every Nth function with the guest's memory, `--stacks` looks for every frame of a copy of the guest's
 //! `/proc/PID/stack` (each after a line `STACK PID`), `--corrupt` scans N times with damaged memory. For each FUNCTION
-//! it says who is in it. `--brief` says only that, and where the vCPUs are.
+//! it says who is in it. `--brief` says only that, and where the vCPUs are. `--log` compares the guest's log with a copy of its
+//! console, `--modules` the modules' symbols with a copy of its `/proc/kallsyms`; `-` instead of a file shows them. `--type` shows
+//! a type as C, or where a member lies (`task_struct.thread.sp`).
 #![expect(clippy::print_stdout, reason = "its output is what it is for")]
+
+mod views;
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -40,6 +44,9 @@ struct Options {
     text: Option<usize>,
     stacks: Option<String>,
     corrupt: u64,
+    log: Option<String>,
+    modules: Option<String>,
+    types: Vec<String>,
     functions: Vec<String>,
 }
 
@@ -55,6 +62,9 @@ fn options() -> Result<Options, Box<dyn Error>> {
             "--text" => options.text = Some(value()?.parse()?),
             "--stacks" => options.stacks = Some(value()?),
             "--corrupt" => options.corrupt = value()?.parse()?,
+            "--log" => options.log = Some(value()?),
+            "--modules" => options.modules = Some(value()?),
+            "--type" => options.types.push(value()?),
             "--brief" => options.brief = true,
             "--tasks" => options.tasks = true,
             _ => options.functions.push(arg),
@@ -72,6 +82,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let image = Arc::new(Image::parse(Arc::new(vmlinux))?);
     let dump = Dump::parse(Arc::new(std::fs::read(&options.dump)?))?;
     let kernel = Kernel::locate(image.clone(), &dump, dump.vcpus())?;
+    if views::show(&options, &kernel, &dump)? {
+        return Ok(());
+    }
     if options.brief {
         return brief(&kernel, &dump, &options.functions);
     }

@@ -1,0 +1,199 @@
+//! What of a recorded guest can be shown, or compared with what the guest said itself.
+
+use std::error::Error;
+use std::time::Instant;
+
+use patcher::guest::dump::Dump;
+use patcher::kernel::locate::Kernel;
+use patcher::kernel::{log, modules};
+
+use super::Options;
+
+/// Shows what `options` ask for, and says whether they asked for anything that is shown here.
+pub(super) fn show(
+    options: &Options,
+    kernel: &Kernel,
+    dump: &Dump,
+) -> Result<bool, Box<dyn Error>> {
+    let mut shown = false;
+    if let Some(path) = &options.log {
+        show_log(kernel, dump, path)?;
+        shown = true;
+    }
+    if let Some(path) = &options.modules {
+        show_modules(kernel, dump, path)?;
+        shown = true;
+    }
+    for name in &options.types {
+        show_type(kernel, name)?;
+        shown = true;
+    }
+    Ok(shown)
+}
+
+/// `struct task_struct` as C, or where `task_struct.thread.sp` lies.
+fn show_type(kernel: &Kernel, name: &str) -> Result<(), Box<dyn Error>> {
+    let types = kernel.image().types();
+    let start = Instant::now();
+    if let Some((of, path)) = name.split_once('.') {
+        let member = types.member(of, path)?;
+        println!("{name}: {member:?} ({:?})", start.elapsed());
+        return Ok(());
+    }
+    for layout in types.layouts(name)? {
+        print!("{layout}");
+    }
+    println!("{:?}", start.elapsed());
+    Ok(())
+}
+
+/// The lines that the guest's console shows of its log.
+fn console_lines(log: &log::Log, level: u8) -> Vec<String> {
+    let records = log
+        .records
+        .iter()
+        .filter(|record| record.level < level && !record.open);
+    let lines = records.flat_map(|record| {
+        let microseconds = record.nanoseconds / 1000;
+        let (seconds, rest) = (microseconds / 1_000_000, microseconds % 1_000_000);
+        let prefix = format!("[{seconds:5}.{rest:06}] ");
+        let lines: Vec<String> = record
+            .text
+            .split('\n')
+            .map(|line| format!("{prefix}{line}"))
+            .collect();
+        lines
+    });
+    lines.collect()
+}
+
+fn show_log(kernel: &Kernel, dump: &Dump, path: &str) -> Result<(), Box<dyn Error>> {
+    let start = Instant::now();
+    let log = log::read(kernel, dump)?;
+    let took = start.elapsed();
+    let level = log.console_level.unwrap_or(8);
+    println!(
+        "log: {} records, {} bytes, unwritten {:?}, console level {level}, read in {took:?}",
+        log.records.len(),
+        log.records
+            .iter()
+            .map(|record| record.text.len())
+            .sum::<usize>(),
+        log.unwritten
+    );
+    if path == "-" {
+        console_lines(&log, 8)
+            .iter()
+            .for_each(|line| println!("{line}"));
+        return Ok(());
+    }
+    let text = std::fs::read(path)?;
+    let text = String::from_utf8_lossy(&text);
+    let guest: Vec<&str> = text
+        .lines()
+        .map(|line| line.trim_end_matches('\r'))
+        .filter(|line| line.starts_with('[') && line.get(13..15) == Some("] "))
+        .collect();
+    let ours = console_lines(&log, level);
+    let last = &ours[ours.len().saturating_sub(guest.len())..];
+    println!(
+        "{} lines on the console, {} here: {}",
+        guest.len(),
+        ours.len(),
+        if last == guest {
+            "the same"
+        } else {
+            "DIFFERENT"
+        }
+    );
+    for (guest, ours) in guest
+        .iter()
+        .zip(last)
+        .filter(|(guest, ours)| guest != ours)
+        .take(3)
+    {
+        println!("  there {guest}\n  here  {ours}");
+    }
+    Ok(())
+}
+
+fn show_modules(kernel: &Kernel, dump: &Dump, path: &str) -> Result<(), Box<dyn Error>> {
+    let start = Instant::now();
+    let modules = modules::read(kernel, dump)?;
+    let mut ours = Vec::new();
+    for module in &modules {
+        for symbol in module.symbols(kernel, dump)? {
+            ours.push(format!(
+                "{:016x} {} {}\t[{}]",
+                symbol.address.0,
+                char::from(symbol.kind),
+                symbol.name,
+                module.name
+            ));
+        }
+    }
+    println!(
+        "{} modules, {} symbols, read in {:?}",
+        modules.len(),
+        ours.len(),
+        start.elapsed()
+    );
+    for module in &modules {
+        println!("{}", modules_line(module));
+    }
+    if path == "-" {
+        return Ok(());
+    }
+    let text = std::fs::read_to_string(path)?;
+    // What follows the modules' symbols there are the kernel's own makings, in brackets of double underscores.
+    let guest: Vec<&str> = text
+        .lines()
+        .filter(|line| {
+            line.contains('[') && !line.contains("\t[__builtin__") && !line.contains("\t[bpf]")
+        })
+        .collect();
+    println!(
+        "{} symbols of modules in the guest, {} here: {}",
+        guest.len(),
+        ours.len(),
+        if guest == ours {
+            "the same"
+        } else {
+            "DIFFERENT"
+        }
+    );
+    for (guest, ours) in guest
+        .iter()
+        .zip(&ours)
+        .filter(|(guest, ours)| guest != ours)
+        .take(5)
+    {
+        println!("  there {guest}\n  here  {ours}");
+    }
+    Ok(())
+}
+
+/// The line of `/proc/modules`.
+fn modules_line(module: &modules::Module) -> String {
+    let mut users: String = module.users.iter().map(|user| format!("{user},")).collect();
+    if module.permanent {
+        users.push_str("[permanent],");
+    }
+    if users.is_empty() {
+        users.push('-');
+    }
+    let state = match module.state {
+        modules::ModuleState::Live => "Live",
+        modules::ModuleState::Coming => "Loading",
+        modules::ModuleState::Going => "Unloading",
+        modules::ModuleState::Unformed => "Unformed",
+    };
+    let text = module.parts.first().map_or(0, |(_, range)| range.start.0);
+    let taints = if module.taints.is_empty() {
+        String::new()
+    } else {
+        format!(" ({})", module.taints)
+    };
+    let (name, size, references) = (&module.name, module.size, module.references);
+    format!("{name} {size} {references} {users} {state} {text:#x}{taints}")
+}
