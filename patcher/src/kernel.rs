@@ -16,6 +16,7 @@ pub mod locate;
 pub mod log;
 pub(crate) mod memory;
 pub mod modules;
+pub mod names;
 pub mod payload;
 pub mod relocs;
 pub(crate) mod running;

@@ -1,14 +1,15 @@
 //! Looks into a recorded guest: its kernel, tasks, stacks and text, and how long looking took.
 //!
 //! `cargo run --release --example inspect -- --kernel BZIMAGE --dump CORE [--tasks] [--symbols FILE] [--text N] [--stacks FILE]
-//! [--corrupt N] [--brief] [--log FILE] [--modules FILE] [--type NAME] [FUNCTION...]`
+//! [--corrupt N] [--brief] [--log FILE] [--modules FILE] [--type NAME] [--name NAME]
+//! [FUNCTION...]`
 //!
 //! `--symbols` compares every symbol with a copy of the guest's `/proc/kallsyms`, `--text` compares the first 16 bytes
 //! after the fentry site of every Nth function with the guest's memory, `--stacks` looks for every frame of a copy of the guest's
 //! `/proc/PID/stack` (each after a line `STACK PID`), `--corrupt` scans N times with damaged memory. For each FUNCTION
 //! it says who is in it. `--brief` says only that, and where the vCPUs are. `--log` compares the guest's log with a copy of its
 //! console, `--modules` the modules' symbols with a copy of its `/proc/kallsyms`; `-` instead of a file shows them. `--type` shows
-//! a type as C, or where a member lies (`task_struct.thread.sp`).
+//! a type as C, or where a member lies (`task_struct.thread.sp`), `--name` all symbols of a name, or what is at an address (`0x...`).
 #![expect(clippy::print_stdout, reason = "its output is what it is for")]
 
 mod views;
@@ -47,6 +48,7 @@ struct Options {
     log: Option<String>,
     modules: Option<String>,
     types: Vec<String>,
+    names: Vec<String>,
     functions: Vec<String>,
 }
 
@@ -64,6 +66,7 @@ fn options() -> Result<Options, Box<dyn Error>> {
             "--corrupt" => options.corrupt = value()?.parse()?,
             "--log" => options.log = Some(value()?),
             "--modules" => options.modules = Some(value()?),
+            "--name" => options.names.push(value()?),
             "--type" => options.types.push(value()?),
             "--brief" => options.brief = true,
             "--tasks" => options.tasks = true,
@@ -271,6 +274,24 @@ fn compare_symbols(kernel: &Kernel, path: &str) -> Result<(), Box<dyn Error>> {
     {
         println!("  {guest:x?} there, {ours:x?} here");
     }
+    // Every address is found: at, in the middle of, and at the last byte of each symbol.
+    let (mut tried, mut wrong) = (0, 0);
+    for symbol in kernel
+        .image()
+        .symbols()
+        .iter()
+        .filter(|symbol| symbol.size > 0)
+    {
+        for offset in [0, symbol.size / 2, symbol.size - 1] {
+            let at = LinkAddr(symbol.address.0 + offset);
+            let found = kernel.image().symbols().containing(at);
+            tried += 1;
+            wrong += u32::from(found.is_none_or(|(found, at)| {
+                (found.address, found.size, at) != (symbol.address, symbol.size, offset)
+            }));
+        }
+    }
+    println!("{tried} addresses looked up, {wrong} wrong");
     // Every name is found by itself, at its address.
     let symbols = kernel.image().symbols();
     let mut positions: BTreeMap<&str, usize> = BTreeMap::new();

@@ -3,8 +3,10 @@
 use std::error::Error;
 use std::time::Instant;
 
+use patcher::addr::Gva;
 use patcher::guest::dump::Dump;
 use patcher::kernel::locate::Kernel;
+use patcher::kernel::names::Names;
 use patcher::kernel::{log, modules};
 
 use super::Options;
@@ -22,6 +24,10 @@ pub(super) fn show(
     }
     if let Some(path) = &options.modules {
         show_modules(kernel, dump, path)?;
+        shown = true;
+    }
+    if !options.names.is_empty() {
+        show_names(kernel, dump, &options.names)?;
         shown = true;
     }
     for name in &options.types {
@@ -44,6 +50,23 @@ fn show_type(kernel: &Kernel, name: &str) -> Result<(), Box<dyn Error>> {
         print!("{layout}");
     }
     println!("{:?}", start.elapsed());
+    Ok(())
+}
+
+/// What is at an address, and which symbols a name has.
+fn show_names(kernel: &Kernel, dump: &Dump, asked: &[String]) -> Result<(), Box<dyn Error>> {
+    let start = Instant::now();
+    let names = Names::read(kernel, dump)?;
+    println!("names read in {:?}", start.elapsed());
+    for name in asked {
+        let start = Instant::now();
+        if let Some(hex) = name.strip_prefix("0x") {
+            println!("{name}: {:?}", names.at(Gva(u64::from_str_radix(hex, 16)?)));
+        } else {
+            println!("{name}: {:#x?}", names.find(name));
+        }
+        println!("{:?}", start.elapsed());
+    }
     Ok(())
 }
 

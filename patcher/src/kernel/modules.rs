@@ -350,4 +350,4 @@ fn taint_letters(kernel: &Kernel) -> Result<Vec<u8>, ModuleError> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

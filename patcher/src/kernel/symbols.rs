@@ -14,6 +14,8 @@ use crate::addr::LinkAddr;
 
 pub use super::kallsyms::KallsymsError;
 
+/// Neighbours of the same name that are passed by in search of another.
+const MOST_NEIGHBOURS: usize = 16;
 /// Longest list of alternatives in an error.
 const NEAR_NAMES: usize = 5;
 
@@ -26,10 +28,34 @@ pub struct Symbol {
     pub address: LinkAddr,
     /// The letter that nm(1) gives it: `T` and `t` are code.
     pub kind: u8,
-    /// Bytes to the next symbol's address, padding included; zero for the last one.
+    /// Bytes to the next symbol's address, padding included; zero for the last one in the image, and below it.
     pub size: u64,
     /// The address is an offset into per-CPU areas (or another absolute value), and does not move with the kernel.
     pub percpu: bool,
+}
+
+/// What a symbol's address means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Space {
+    /// It is in the image, and moves with it.
+    Image,
+    /// It is an offset into each CPU's area.
+    PerCpu,
+    /// It is a value that means itself.
+    Absolute,
+}
+
+/// One of several symbols of one name, with what tells it from the others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Namesake {
+    /// Its position among them, from 1, in the order of addresses.
+    pub position: usize,
+    /// Itself.
+    pub symbol: Symbol,
+    /// The nearest symbol of another name below it: symbols of one source file lie together.
+    pub before: Option<String>,
+    /// The nearest symbol of another name above it.
+    pub after: Option<String>,
 }
 
 /// Why a name does not give one symbol.
@@ -168,6 +194,40 @@ impl Symbols {
         index.map(|index| self.symbol(*index)).ok_or_else(none)
     }
 
+    /// All symbols called `name`, each with its neighbours, in the order of addresses; none is an empty answer.
+    #[must_use]
+    pub fn namesakes(&self, name: &str) -> Vec<Namesake> {
+        let other = |index: &usize| {
+            let neighbour = self.symbol(*index).name;
+            (neighbour != name).then_some(neighbour)
+        };
+        let indices = self.indices(name);
+        let of = |(at, index): (usize, &usize)| Namesake {
+            position: at + 1,
+            symbol: self.symbol(*index),
+            before: (0..*index)
+                .rev()
+                .take(MOST_NEIGHBOURS)
+                .find_map(|at| other(&at)),
+            after: (index + 1..self.tables.count)
+                .take(MOST_NEIGHBOURS)
+                .find_map(|at| other(&at)),
+        };
+        indices.iter().enumerate().map(of).collect()
+    }
+
+    /// What the address of `symbol`, one of these, means.
+    #[must_use]
+    pub fn space(&self, symbol: &Symbol) -> Space {
+        // Per-CPU symbols are linked from zero on; that is no address of the image.
+        let end = self.lookup("__per_cpu_end").map(|end| end.address);
+        match end {
+            _ if !symbol.percpu => Space::Image,
+            Ok(end) if symbol.address <= end => Space::PerCpu,
+            _ => Space::Absolute,
+        }
+    }
+
     /// Whether any symbol is called `name`.
     #[must_use]
     pub fn has(&self, name: &str) -> bool {
@@ -233,10 +293,11 @@ impl Symbols {
             .map_or((0, &[][..]), |(kind, name)| (*kind, name));
         let address = self.address(index);
         let next = self.partition_point_from(index, address);
-        let size = if next < self.tables.count {
-            self.address(next).wrapping_sub(address)
-        } else {
-            0
+        // What lies below the image does not reach up to it.
+        let same_space = |next: u64| (next < IMAGE_BASE) == (address < IMAGE_BASE);
+        let size = match (next < self.tables.count).then(|| self.address(next)) {
+            Some(next) if same_space(next) => next.wrapping_sub(address),
+            _ => 0,
         };
         Symbol {
             name: String::from_utf8_lossy(name).into_owned(),
@@ -436,7 +497,7 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::{KallsymsError, LinkAddr, Section, SymbolError, Symbols};
+    use super::{KallsymsError, LinkAddr, Section, Space, SymbolError, Symbols};
     use crate::kernel::testing::{FORMS, Form, TEXT, kallsyms, symbols};
 
     fn parse(bytes: Vec<u8>) -> Result<Symbols, KallsymsError> {
@@ -522,6 +583,56 @@ mod tests {
         check("vcitim", "victim");
         check("victim.constprop.0", "victim");
         check("per_cpu_offset", "__per_cpu_offset");
+    }
+
+    #[test]
+    fn namesakes_are_told_apart_by_their_neighbours() {
+        for form in FORMS {
+            let found = of(form);
+            let seen: Vec<_> = found
+                .namesakes("twin")
+                .into_iter()
+                .map(|twin| {
+                    (
+                        twin.position,
+                        twin.symbol.address.0 - TEXT,
+                        twin.before,
+                        twin.after,
+                    )
+                })
+                .collect();
+            let (before, after) = ("victim".to_owned(), "thread_stack_free_rcu".to_owned());
+            let want = [
+                (1, 0x340, Some(before.clone()), Some(after.clone())),
+                (2, 0x380, Some(before), Some(after)),
+            ];
+            assert_eq!(seen, want, "{form:?}");
+            assert_eq!(found.namesakes("triplet"), []);
+        }
+    }
+
+    #[test]
+    fn what_lies_below_the_image_is_per_cpu_or_absolute() {
+        let mut all = symbols(Form::New);
+        let last = all
+            .iter()
+            .position(|(.., name)| name == "__per_cpu_end")
+            .unwrap();
+        all.insert(last + 1, (0x5000, 'A', "a_value".to_owned()));
+        let found = parse(kallsyms(Form::New, &all)).unwrap();
+        let space = |name: &str| found.space(&found.lookup(name).unwrap());
+        assert_eq!(space("pcpu_hot"), Space::PerCpu);
+        assert_eq!(space("a_value"), Space::Absolute);
+        assert_eq!(space("victim"), Space::Image);
+        // The last of them does not reach up to the image.
+        assert_eq!(found.lookup("a_value").unwrap().size, 0);
+        assert_eq!(found.containing(LinkAddr(0x5001)), None);
+        assert_eq!(
+            found
+                .containing(LinkAddr(0x21))
+                .map(|(symbol, at)| (symbol.name, at)),
+            Some(("cea_exception_stacks".to_owned(), 1))
+        );
     }
 
     #[test]

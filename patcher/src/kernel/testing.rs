@@ -55,7 +55,8 @@ pub(crate) fn symbols(form: Form) -> Vec<Sym> {
         ],
     };
     percpu.iter().for_each(|(at, name)| add(*at, 'A', name));
-    add(0x90, 'A', "end_of_percpu");
+    add(0x90, 'A', "behind_cached_stacks");
+    add(0x180, 'A', "__per_cpu_end");
     for (offset, name) in [
         (0, "_text"),
         (0x80, "__entry_text_start"),

@@ -14,16 +14,16 @@ const RO: u64 = 0x200;
 const SEALED: u64 = 0x400;
 const DATA: u64 = 0x600;
 
-struct Fixture {
-    guest: TinyGuest,
+pub(crate) struct Fixture {
+    pub(crate) guest: TinyGuest,
     alpha: u64,
     beta: u64,
     /// The memory of `alpha`.
-    memory: u64,
+    pub(crate) memory: u64,
 }
 
 /// Two modules: `alpha`, with symbols, which is used by `beta`.
-fn fixture(form: Form) -> Fixture {
+pub(crate) fn fixture(form: Form) -> Fixture {
     let mut guest = TinyGuest::new(form, 4);
     let head = guest.at("modules");
     let (alpha, beta) = (guest.object(at::SIZE), guest.object(at::SIZE));
