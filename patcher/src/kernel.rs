@@ -7,6 +7,7 @@ pub mod arena;
 pub mod boot;
 pub(crate) mod btf;
 pub(crate) mod bytes;
+pub mod changed;
 pub mod flux;
 pub(crate) mod gather;
 pub mod image;

@@ -1,7 +1,7 @@
 //! Looks into a recorded guest: its kernel, tasks, stacks and text, and how long looking took.
 //!
 //! `cargo run --release --example inspect -- --kernel BZIMAGE --dump CORE [--tasks] [--symbols FILE] [--text N] [--stacks FILE]
-//! [--corrupt N] [--brief] [--log FILE] [--modules FILE] [--type NAME] [--name NAME]
+//! [--corrupt N] [--brief] [--log FILE] [--modules FILE] [--type NAME] [--name NAME] [--changed] [--flip N]
 //! [FUNCTION...]`
 //!
 //! `--symbols` compares every symbol with a copy of the guest's `/proc/kallsyms`, `--text` compares the first 16 bytes
@@ -9,7 +9,8 @@
 //! `/proc/PID/stack` (each after a line `STACK PID`), `--corrupt` scans N times with damaged memory. For each FUNCTION
 //! it says who is in it. `--brief` says only that, and where the vCPUs are. `--log` compares the guest's log with a copy of its
 //! console, `--modules` the modules' symbols with a copy of its `/proc/kallsyms`; `-` instead of a file shows them. `--type` shows
-//! a type as C, or where a member lies (`task_struct.thread.sp`), `--name` all symbols of a name, or what is at an address (`0x...`).
+//! a type as C, or where a member lies (`task_struct.thread.sp`), `--name` all symbols of a name, or what is at an address (`0x...`),
+//! `--changed` compares all text with what must be there, `--flip` the same with N bits flipped.
 #![expect(clippy::print_stdout, reason = "its output is what it is for")]
 
 mod views;
@@ -49,6 +50,8 @@ struct Options {
     modules: Option<String>,
     types: Vec<String>,
     names: Vec<String>,
+    changed: bool,
+    flip: u64,
     functions: Vec<String>,
 }
 
@@ -66,6 +69,8 @@ fn options() -> Result<Options, Box<dyn Error>> {
             "--corrupt" => options.corrupt = value()?.parse()?,
             "--log" => options.log = Some(value()?),
             "--modules" => options.modules = Some(value()?),
+            "--changed" => options.changed = true,
+            "--flip" => options.flip = value()?.parse()?,
             "--name" => options.names.push(value()?),
             "--type" => options.types.push(value()?),
             "--brief" => options.brief = true,

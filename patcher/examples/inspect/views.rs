@@ -1,13 +1,15 @@
 //! What of a recorded guest can be shown, or compared with what the guest said itself.
 
+use std::collections::BTreeMap;
 use std::error::Error;
 use std::time::Instant;
 
-use patcher::addr::Gva;
+use patcher::addr::{Gpa, Gva, LinkAddr};
 use patcher::guest::dump::Dump;
+use patcher::guest::{GuestError, ReadPhys};
 use patcher::kernel::locate::Kernel;
 use patcher::kernel::names::Names;
-use patcher::kernel::{log, modules};
+use patcher::kernel::{changed, log, modules};
 
 use super::Options;
 
@@ -24,6 +26,13 @@ pub(super) fn show(
     }
     if let Some(path) = &options.modules {
         show_modules(kernel, dump, path)?;
+        shown = true;
+    }
+    if options.changed {
+        show_changed(kernel, dump)?;
+        if options.flip > 0 {
+            flip(kernel, dump, options.flip)?;
+        }
         shown = true;
     }
     if !options.names.is_empty() {
@@ -50,6 +59,91 @@ fn show_type(kernel: &Kernel, name: &str) -> Result<(), Box<dyn Error>> {
         print!("{layout}");
     }
     println!("{:?}", start.elapsed());
+    Ok(())
+}
+
+/// All text, compared with what must be there.
+fn show_changed(kernel: &Kernel, dump: &Dump) -> Result<(), Box<dyn Error>> {
+    let start = Instant::now();
+    let summary = changed::compare(kernel, dump, &[], |_| ())?;
+    println!(
+        "{} bytes of text compared in {:?}",
+        summary.compared,
+        start.elapsed()
+    );
+    for (cause, count) in &summary.causes {
+        println!("{cause:?}: {} places, {} bytes", count.places, count.bytes);
+    }
+    for change in summary.unexplained.iter().take(40) {
+        println!("{change:02x?}");
+    }
+    Ok(())
+}
+
+/// A guest with some bits of its text flipped.
+struct Flipped<'a> {
+    dump: &'a Dump,
+    at: BTreeMap<Gpa, u8>,
+}
+
+impl ReadPhys for Flipped<'_> {
+    fn read_phys(&self, at: Gpa, buf: &mut [u8]) -> Result<(), GuestError> {
+        self.dump.read_phys(at, buf)?;
+        let end = Gpa(at.0 + buf.len() as u64);
+        for (place, bit) in self.at.range(at..end) {
+            buf[usize::try_from(place.0 - at.0).unwrap_or(0)] ^= 1 << bit;
+        }
+        Ok(())
+    }
+}
+
+/// Every bit that is flipped somewhere in the text is noticed: the comparison names it, or refuses.
+fn flip(kernel: &Kernel, dump: &Dump, count: u64) -> Result<(), Box<dyn Error>> {
+    let text = kernel
+        .image()
+        .sections()
+        .iter()
+        .find(|section| section.name == ".text");
+    let text = text.ok_or("no .text")?.range.clone();
+    let step = (text.end.0 - text.start.0) / count.max(1);
+    let (mut guest, mut flipped) = (
+        Flipped {
+            dump,
+            at: BTreeMap::new(),
+        },
+        Vec::new(),
+    );
+    let mut random = 12345_u64;
+    for index in 0..count {
+        random = random
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        let at = kernel.runtime(LinkAddr(
+            text.start.0 + index * step + (random >> 33) % step,
+        ));
+        guest
+            .at
+            .insert(kernel.translate(dump, at)?, u8::try_from(random >> 61)?);
+        flipped.push(at);
+    }
+    let mut seen = Vec::new();
+    let result = changed::compare(kernel, &guest, &[], |change| {
+        if change.cause == changed::Cause::Unexplained {
+            seen.push(change.range.clone());
+        }
+    });
+    let missed: Vec<Gva> = flipped
+        .into_iter()
+        .filter(|at| !seen.iter().any(|range| range.contains(at)))
+        .collect();
+    match result {
+        Ok(_) => println!(
+            "{count} bits flipped, {} not noticed: {:?}",
+            missed.len(),
+            missed.iter().take(9).collect::<Vec<_>>()
+        ),
+        Err(error) => println!("{count} bits flipped, refused: {error}"),
+    }
     Ok(())
 }
 

@@ -50,6 +50,18 @@ impl Kernel {
         guest: &R,
         range: &Range<Gva>,
     ) -> Result<Vec<Gva>, KernelError> {
+        let probes = self.kprobes(guest)?.into_iter().map(|(at, _)| at);
+        let touches = |at: &Gva| *at < range.end && range.start.0 < at.0.saturating_add(OPTIMIZED);
+        let mut found: Vec<Gva> = probes.filter(touches).collect();
+        found.sort_unstable();
+        Ok(found)
+    }
+
+    /// Address and `struct kprobe` of each of the guest's kprobes.
+    pub(crate) fn kprobes<R: ReadPhys + ?Sized>(
+        &self,
+        guest: &R,
+    ) -> Result<Vec<(Gva, Gva)>, KernelError> {
         const TABLE: &str = "kprobe_table";
         let mut found = Vec::new();
         if !self.image().symbols().has(TABLE) {
@@ -75,13 +87,10 @@ impl Kernel {
                 left = left.checked_sub(1).ok_or(unsound)?;
                 let probe = Gva(node.wrapping_sub(link));
                 let at = Gva(self.read_u64(guest, Gva(probe.0.wrapping_add(address)))?);
-                if at < range.end && range.start.0 < at.0.saturating_add(OPTIMIZED) {
-                    found.push(at);
-                }
+                found.push((at, probe));
                 node = self.read_u64(guest, Gva(node))?;
             }
         }
-        found.sort_unstable();
         Ok(found)
     }
 }

@@ -60,6 +60,24 @@ pub struct Site {
     pub range: Range<LinkAddr>,
 }
 
+/// One entry of a table.
+pub(crate) struct Entry<'a> {
+    pub(crate) site: Site,
+    /// Where the entry itself is: its distances are relative to their own fields.
+    pub(crate) at: LinkAddr,
+    pub(crate) bytes: &'a [u8],
+    /// The table's name: its section, or the symbol at its beginning.
+    pub(crate) table: &'a str,
+}
+
+impl Entry<'_> {
+    /// What the signed 32-bit distance at offset `field` leads to.
+    pub(crate) fn relative(&self, field: u64) -> Option<LinkAddr> {
+        let distance = le_i32(self.bytes, usize::try_from(field).ok()?)?;
+        self.at.checked_add(field)?.checked_offset(distance.into())
+    }
+}
+
 /// Why the tables cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum SitesError {
@@ -215,6 +233,25 @@ impl Sites {
         table: &'a Table,
         range: &Range<LinkAddr>,
     ) -> impl Iterator<Item = Site> + use<'a> {
+        self.entries_of(table, range).map(|entry| entry.site)
+    }
+
+    /// The entries of `kind` whose sites share at least one byte with `range`, in the order of their tables.
+    pub(crate) fn entries<'a>(
+        &'a self,
+        kind: SiteKind,
+        range: &Range<LinkAddr>,
+    ) -> impl Iterator<Item = Entry<'a>> + use<'a> {
+        let range = range.clone();
+        let tables = self.tables.iter().filter(move |table| table.kind == kind);
+        tables.flat_map(move |table| self.entries_of(table, &range))
+    }
+
+    fn entries_of<'a>(
+        &'a self,
+        table: &'a Table,
+        range: &Range<LinkAddr>,
+    ) -> impl Iterator<Item = Entry<'a>> + use<'a> {
         let data = (*self.bytes).as_ref();
         let range = range.clone();
         // A kernel has some hundred thousand entries: each is turned away by one addition and one comparison.
@@ -241,9 +278,14 @@ impl Sites {
                 return None;
             }
             let end = LinkAddr(start.checked_add(self.site_len(table, entry, start))?);
-            (range.start < end).then_some(Site {
-                kind: table.kind,
-                range: LinkAddr(start)..end,
+            (range.start < end).then_some(Entry {
+                site: Site {
+                    kind: table.kind,
+                    range: LinkAddr(start)..end,
+                },
+                at: LinkAddr(here.wrapping_sub(at as u64)),
+                bytes: entry,
+                table: &table.name,
             })
         })
     }

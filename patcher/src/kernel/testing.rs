@@ -1,6 +1,7 @@
 //! A kernel made up for tests: an ELF image with kallsyms, BTF, patch sites and relocations in either of their forms.
 
 pub(crate) mod guest;
+pub(crate) mod patched;
 pub(crate) mod views;
 
 use std::collections::BTreeMap;
@@ -79,7 +80,10 @@ pub(crate) fn symbols(form: Form) -> Vec<Sym> {
             &format!("filler_{index:03}_of_many"),
         )
     });
-    for (offset, name) in DATA_SYMBOLS {
+    for (offset, name) in patched::TEXT_SYMBOLS {
+        add(TEXT + offset, 'T', name);
+    }
+    for (offset, name) in DATA_SYMBOLS.iter().chain(&patched::DATA_SYMBOLS) {
         let absent = match form {
             Form::New => *name == "vmap_area_list",
             _ => name.contains("vmap_nodes") || *name == "fgraph_array",
@@ -308,6 +312,7 @@ pub(crate) fn btf(form: Form) -> Vec<u8> {
     text_types(&mut btf, basic);
     views::module_types(&mut btf, form, basic);
     views::log_types(&mut btf, basic);
+    patched::types(&mut btf, form, basic);
     if form == Form::New {
         btf.structure(
             "pcpu_hot",
@@ -397,17 +402,16 @@ fn stack_types(btf: &mut Btf, (_, long, byte, list): Basic) {
     );
 }
 
-fn text_types(btf: &mut Btf, (int, long, byte, _): Basic) {
+fn text_types(btf: &mut Btf, (int, long, _, _): Basic) {
     btf.structure("mutex", 32, &[("owner", long, 0)]);
     btf.structure("bp_patching_desc", 16, &[("refs", int, 12)]);
     let hash = btf.structure("hlist_node", 16, &[("next", long, 0)]);
-    btf.structure("kprobe", 64, &[("hlist", hash, 0), ("addr", long, 40)]);
-    btf.structure("bug_entry", 12, &[("bug_addr_disp", int, 0)]);
     btf.structure(
-        "alt_instr",
-        14,
-        &[("instr_offset", int, 0), ("instrlen", byte, 12)],
+        "kprobe",
+        64,
+        &[("hlist", hash, 0), ("addr", long, 40), ("flags", int, 48)],
     );
+    btf.structure("bug_entry", 12, &[("bug_addr_disp", int, 0)]);
     btf.structure(
         "exception_table_entry",
         12,
@@ -456,6 +460,7 @@ pub(crate) fn text() -> Vec<u8> {
             0xe8, 0x40, 0, 0, 0, 0x55, 0x48, 0x89, 0xe5, 0x41, 0x54, 0x41, 0x5c, 0x5d, 0xc3,
         ],
     );
+    patched::text(&mut text);
     text
 }
 
@@ -466,6 +471,7 @@ fn data() -> Vec<u8> {
     data[0x3e08..0x3e10].copy_from_slice(&(TEXT + 0x440).to_le_bytes());
     // The first taint is a module's, the second is not, the third is.
     data[0x3730..0x3739].copy_from_slice(b"PG\x01S \x00O \x01");
+    patched::data(&mut data);
     data
 }
 
@@ -504,7 +510,7 @@ pub(crate) fn parts(form: Form) -> Vec<Part> {
     };
     let returns = RODATA + 0x8_0000;
     let bugs = RODATA + 0x8_1000;
-    vec![
+    let mut all = vec![
         Part {
             name: ".text",
             at: TEXT,
@@ -521,7 +527,9 @@ pub(crate) fn parts(form: Form) -> Vec<Part> {
             relative(returns, 4, &[TEXT + 0x310]),
         ),
         part("__bug_table", bugs, relative(bugs, 12, &[TEXT + 0x308])),
-    ]
+    ];
+    all.extend(patched::parts(form));
+    all
 }
 
 /// The ELF file: `parts`, and relocations of `[64-bit, inverse 32-bit, 32-bit]` sites behind it.

@@ -28,6 +28,7 @@ pub(super) enum Len {
 
 #[derive(Debug)]
 pub(super) struct Table {
+    pub(super) name: String,
     pub(super) kind: SiteKind,
     pub(super) file: Range<usize>,
     pub(super) address: u64,
@@ -76,6 +77,7 @@ impl Shape {
         }
         let file = file.start..file.start + whole;
         Ok(Table {
+            name: name.to_owned(),
             kind: self.kind,
             file,
             address,
