@@ -4,6 +4,7 @@
 //! pause guard. Translation of guest-virtual addresses is not here: it is this crate's own.
 //! Three implementations exist: the KVM virtual machine, a recorded guest, and the fake guest of the tests.
 
+pub mod core;
 pub mod counted;
 pub mod dump;
 pub mod fake;

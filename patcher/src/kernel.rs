@@ -30,3 +30,4 @@ pub(crate) mod testing;
 pub mod text;
 pub mod types;
 pub(crate) mod vmap;
+pub mod vmcoreinfo;

@@ -1,7 +1,7 @@
 //! Looks into a recorded guest: its kernel, tasks, stacks and text, and how long looking took.
 //!
 //! `cargo run --release --example inspect -- --kernel BZIMAGE --dump CORE [--tasks] [--symbols FILE] [--text N] [--stacks FILE]
-//! [--corrupt N] [--brief] [--log FILE] [--modules FILE] [--type NAME] [--name NAME] [--changed] [--flip N]
+//! [--corrupt N] [--brief] [--log FILE] [--modules FILE] [--type NAME] [--name NAME] [--changed] [--flip N] [--write CORE]
 //! [FUNCTION...]`
 //!
 //! `--symbols` compares every symbol with a copy of the guest's `/proc/kallsyms`, `--text` compares the first 16 bytes
@@ -11,6 +11,7 @@
 //! console, `--modules` the modules' symbols with a copy of its `/proc/kallsyms`; `-` instead of a file shows them. `--type` shows
 //! a type as C, or where a member lies (`task_struct.thread.sp`), `--name` all symbols of a name, or what is at an address (`0x...`),
 //! `--changed` compares all text with what must be there, `--flip` the same with N bits flipped.
+//! `--write` writes the guest as a core file anew.
 #![expect(clippy::print_stdout, reason = "its output is what it is for")]
 
 mod views;
@@ -51,6 +52,7 @@ struct Options {
     types: Vec<String>,
     names: Vec<String>,
     changed: bool,
+    write: Option<String>,
     flip: u64,
     functions: Vec<String>,
 }
@@ -71,6 +73,7 @@ fn options() -> Result<Options, Box<dyn Error>> {
             "--modules" => options.modules = Some(value()?),
             "--changed" => options.changed = true,
             "--flip" => options.flip = value()?.parse()?,
+            "--write" => options.write = Some(value()?),
             "--name" => options.names.push(value()?),
             "--type" => options.types.push(value()?),
             "--brief" => options.brief = true,

@@ -2,11 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::error::Error;
+use std::fs::File;
+use std::io::BufWriter;
+use std::ops::Range;
+use std::sync::Arc;
 use std::time::Instant;
 
 use patcher::addr::{Gpa, Gva, LinkAddr};
 use patcher::guest::dump::Dump;
-use patcher::guest::{GuestError, ReadPhys};
+use patcher::guest::{GuestError, ReadPhys, Registers, core};
 use patcher::kernel::locate::Kernel;
 use patcher::kernel::names::Names;
 use patcher::kernel::{changed, log, modules};
@@ -26,6 +30,10 @@ pub(super) fn show(
     }
     if let Some(path) = &options.modules {
         show_modules(kernel, dump, path)?;
+        shown = true;
+    }
+    if let Some(path) = &options.write {
+        write_core(kernel, dump, path)?;
         shown = true;
     }
     if options.changed {
@@ -59,6 +67,37 @@ fn show_type(kernel: &Kernel, name: &str) -> Result<(), Box<dyn Error>> {
         print!("{layout}");
     }
     println!("{:?}", start.elapsed());
+    Ok(())
+}
+
+/// Writes the guest as a core file anew.
+fn write_core(kernel: &Kernel, dump: &Dump, path: &str) -> Result<(), Box<dyn Error>> {
+    let memory: Vec<Range<Gpa>> = dump.memory().collect();
+    let own = kernel.vmcoreinfo(dump)?;
+    let start = Instant::now();
+    let scanned = core::find_vmcoreinfo(dump, &memory);
+    println!(
+        "VMCOREINFO of {:?} bytes; by scanning {} ({:?})",
+        own.as_ref().map(Vec::len),
+        if scanned == own {
+            "the same"
+        } else {
+            "DIFFERENT"
+        },
+        start.elapsed()
+    );
+    let start = Instant::now();
+    let mut file = BufWriter::new(File::create(path)?);
+    let contents = core::Contents {
+        memory: &memory,
+        arena: &dump.arena().unwrap_or(Gpa(0)..Gpa(0)),
+        vmcoreinfo: own.as_deref(),
+    };
+    core::write_contents(&mut file, dump, &contents)?;
+    println!("written in {:?}", start.elapsed());
+    let again = Dump::parse(Arc::new(std::fs::read(path)?))?;
+    let same = again.vcpus() == dump.vcpus() && again.memory().eq(dump.memory());
+    println!("read back: {}", if same { "the same" } else { "DIFFERENT" });
     Ok(())
 }
 

@@ -1,36 +1,21 @@
 //! A recorded guest: its physical memory and the registers of its vCPUs, in an ELF core file. It can only be read.
 //!
-//! Each `PT_LOAD` segment is memory at its physical address. Registers are in a note of our own, named `EXOPATCH`
-//! (type 1, one for each vCPU, in order); notes named `QEMU` (its `dump-guest-memory`) are understood as well, and an
-//! `NT_PRSTATUS` note for each vCPU is written for other tools. All numbers are little-endian.
+//! Each `PT_LOAD` segment is memory at its physical address. Registers are in notes of our own, as [`super::core`] writes
+//! them; notes named `QEMU` (its `dump-guest-memory`) are understood where those are absent. All numbers are little-endian.
 
 use std::fmt;
-use std::io::{self, Write};
 use std::ops::Range;
 
+pub use super::core::write;
+use super::core::{
+    EXOPATCH, NOTE_ARENA, NOTE_VCPU, PHDR, PT_LOAD, PT_NOTE, QEMU, QEMU_CONTROL, QEMU_SEGMENT,
+    QEMU_SEGMENTS,
+};
 use super::{GuestError, ReadPhys, Registers, Vcpu, VcpuState};
 use crate::addr::Gpa;
 use crate::kernel::bytes::{le_u16, le_u32, le_u64};
 use crate::kernel::image::Bytes;
 
-const NOTE_NAME: &[u8; 12] = b"EXOPATCH\0\0\0\0";
-const NAME_LEN: u32 = 9;
-/// Registers of one vCPU.
-const NOTE_VCPU: u32 = 1;
-/// First and past-the-end address of the arena.
-const NOTE_ARENA: u32 = 2;
-const NT_PRSTATUS: u32 = 1;
-const PT_LOAD: u32 = 1;
-const PT_NOTE: u32 = 4;
-const EHDR: usize = 64;
-const PHDR: usize = 56;
-const VCPU_WORDS: usize = 27;
-/// `struct elf_prstatus` of x86-64.
-const PRSTATUS: usize = 336;
-/// Where QEMU's note has its registers, its segments and its control registers.
-const QEMU_SEGMENTS: usize = 152;
-const QEMU_CONTROL: usize = QEMU_SEGMENTS + 10 * QEMU_SEGMENT;
-const QEMU_SEGMENT: usize = 24;
 /// Long mode active and enabled, no-execute and `syscall` enabled: QEMU's note lacks the register.
 const EFER_KERNEL: u64 = 1 << 11 | 1 << 10 | 1 << 8 | 1;
 
@@ -214,45 +199,18 @@ impl Notes {
                 return;
             };
             match (name, kind) {
-                (b"EXOPATCH\0", NOTE_VCPU) => self.ours.extend(vcpu_of(desc)),
-                (b"EXOPATCH\0", NOTE_ARENA) => {
+                (EXOPATCH, NOTE_VCPU) => self.ours.extend(vcpu_of(desc)),
+                (EXOPATCH, NOTE_ARENA) => {
                     self.arena = le_u64(desc, 0)
                         .zip(le_u64(desc, 8))
                         .map(|(start, end)| Gpa(start)..Gpa(end));
                 }
-                (b"QEMU\0", 0) => self.qemu.extend(vcpu_of_qemu(desc)),
+                (QEMU, 0) => self.qemu.extend(vcpu_of_qemu(desc)),
                 _ => {}
             }
             at = end.next_multiple_of(4);
         }
     }
-}
-
-/// The words of our note: state, general registers, instruction pointer, flags, privilege level, CR0, CR3, CR4,
-/// EFER, interrupt table, GS base, pending event.
-fn words_of(vcpu: &Vcpu) -> [u64; VCPU_WORDS] {
-    let state = match vcpu.state {
-        VcpuState::Running => 0,
-        VcpuState::Halted => 1,
-        VcpuState::Offline => 2,
-    };
-    let mut words = [0; VCPU_WORDS];
-    words[0] = state;
-    words[1..17].copy_from_slice(&vcpu.gpr);
-    let rest = [
-        vcpu.rip,
-        vcpu.rflags,
-        u64::from(vcpu.cpl),
-        vcpu.cr0,
-        vcpu.cr3,
-        vcpu.cr4,
-        vcpu.efer,
-        vcpu.idt_base,
-        vcpu.gs_base,
-        u64::from(vcpu.event_pending),
-    ];
-    words[17..].copy_from_slice(&rest);
-    words
 }
 
 fn vcpu_of(desc: &[u8]) -> Option<Vcpu> {
@@ -313,113 +271,6 @@ fn vcpu_of_qemu(desc: &[u8]) -> Option<Vcpu> {
         gs_base: base(4)?,
         event_pending: false,
     })
-}
-
-/// Writes `guest` as a core file: its registers, its `arena`, and the ranges `memory` of its physical memory.
-///
-/// # Errors
-/// When `out` fails, or the guest's memory cannot be read where `memory` says it is.
-pub fn write<G: ReadPhys + Registers>(
-    out: &mut impl Write,
-    guest: &G,
-    memory: &[Range<Gpa>],
-    arena: &Range<Gpa>,
-) -> io::Result<()> {
-    let notes = notes(guest.vcpus(), arena);
-    let headers = EHDR + PHDR * (memory.len() + 1);
-    out.write_all(&elf_header(memory.len() + 1)?)?;
-    out.write_all(&program_header(PT_NOTE, headers, 0, notes.len() as u64))?;
-    let mut at = (headers + notes.len()).next_multiple_of(4096);
-    let padding = at - headers - notes.len();
-    let lengths = memory
-        .iter()
-        .map(|range| range.end.offset_from(range.start).unwrap_or(0));
-    for (range, len) in memory.iter().zip(lengths) {
-        out.write_all(&program_header(PT_LOAD, at, range.start.0, len))?;
-        at = at.saturating_add(usize::try_from(len).unwrap_or(usize::MAX));
-    }
-    out.write_all(&notes)?;
-    out.write_all(&vec![0; padding])?;
-    let mut buf = vec![0; 1 << 20];
-    for range in memory {
-        let mut next = range.start;
-        while let Some(left) = range.end.offset_from(next).filter(|left| *left > 0) {
-            let len = usize::try_from(left).unwrap_or(usize::MAX).min(buf.len());
-            guest
-                .read_phys(next, &mut buf[..len])
-                .map_err(io::Error::other)?;
-            out.write_all(&buf[..len])?;
-            next = Gpa(next.0 + len as u64);
-        }
-    }
-    out.flush()
-}
-
-fn elf_header(segments: usize) -> io::Result<[u8; EHDR]> {
-    let segments = u16::try_from(segments).map_err(io::Error::other)?;
-    let mut header = [0; EHDR];
-    header[..7].copy_from_slice(b"\x7fELF\x02\x01\x01");
-    // Core file, x86-64, version 1; program headers follow.
-    header[16..20].copy_from_slice(&[4, 0, 62, 0]);
-    header[20] = 1;
-    header[32] = 64;
-    header[52..54].copy_from_slice(&[64, 0]);
-    header[54..56].copy_from_slice(&[56, 0]);
-    header[56..58].copy_from_slice(&segments.to_le_bytes());
-    Ok(header)
-}
-
-fn program_header(kind: u32, file: usize, memory: u64, len: u64) -> [u8; PHDR] {
-    let mut header = [0; PHDR];
-    header[..4].copy_from_slice(&kind.to_le_bytes());
-    header[8..16].copy_from_slice(&(file as u64).to_le_bytes());
-    header[24..32].copy_from_slice(&memory.to_le_bytes());
-    header[32..40].copy_from_slice(&len.to_le_bytes());
-    header[40..48].copy_from_slice(&len.to_le_bytes());
-    header
-}
-
-fn notes(vcpus: &[Vcpu], arena: &Range<Gpa>) -> Vec<u8> {
-    let mut notes = Vec::new();
-    let mut note = |name: &[u8], name_len: u32, kind: u32, desc: &[u8]| {
-        let len = u32::try_from(desc.len()).unwrap_or(u32::MAX);
-        [name_len, len, kind]
-            .iter()
-            .for_each(|word| notes.extend_from_slice(&word.to_le_bytes()));
-        notes.extend_from_slice(name);
-        notes.extend_from_slice(desc);
-    };
-    for (index, vcpu) in vcpus.iter().enumerate() {
-        note(b"CORE\0\0\0\0", 5, NT_PRSTATUS, &prstatus(index, vcpu));
-    }
-    for vcpu in vcpus {
-        note(
-            NOTE_NAME,
-            NAME_LEN,
-            NOTE_VCPU,
-            words_of(vcpu).map(u64::to_le_bytes).as_flattened(),
-        );
-    }
-    let bounds = [arena.start.0, arena.end.0].map(u64::to_le_bytes);
-    note(NOTE_NAME, NAME_LEN, NOTE_ARENA, bounds.as_flattened());
-    notes
-}
-
-/// `struct elf_prstatus`, with the vCPU's number as thread id.
-fn prstatus(index: usize, vcpu: &Vcpu) -> [u8; PRSTATUS] {
-    // r15 to r12, rbp, rbx, r11 to r8, rax, rcx, rdx, rsi, rdi; by encoding order.
-    const ORDER: [usize; 15] = [15, 14, 13, 12, 5, 3, 11, 10, 9, 8, 0, 1, 2, 6, 7];
-    let mut desc = [0; PRSTATUS];
-    let mut put = |at: usize, value: u64| desc[at..at + 8].copy_from_slice(&value.to_le_bytes());
-    put(32, index as u64 + 1);
-    for (slot, register) in ORDER.iter().enumerate() {
-        put(112 + slot * 8, vcpu.gpr[*register]);
-    }
-    put(112 + 16 * 8, vcpu.rip);
-    put(112 + 18 * 8, vcpu.rflags);
-    put(112 + 19 * 8, vcpu.rsp());
-    put(112 + 22 * 8, vcpu.gs_base);
-    desc
 }
 
 #[cfg(test)]

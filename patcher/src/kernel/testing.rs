@@ -123,6 +123,8 @@ pub(crate) const DATA_SYMBOLS: &[(u64, &str)] = &[
     (0x3710, "prb"),
     (0x3720, "console_printk"),
     (0x3730, "taint_flags"),
+    (0x3740, "vmcoreinfo_data"),
+    (0x3748, "vmcoreinfo_size"),
     (0x3e00, "__start_mcount_loc"),
     (0x3e10, "__stop_mcount_loc"),
     (0x3f00, "_end"),
