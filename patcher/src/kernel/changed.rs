@@ -4,9 +4,10 @@
 //! it at boot, as its tables and its processor say; and what it switches since, by the keys as they are now. What
 //! is there must be that, byte for byte; only NOPs may be of any encoding, since kernels differ in how they choose it.
 //! A mechanism that is in use and not known here is an error, never a difference that is passed by.
-//! Sources: kernel `arch/x86/kernel/{alternative,jump_label,static_call,ftrace}.c`, `arch/x86/kernel/kprobes/core.c`.
+//! Sources: kernel `arch/x86/kernel/{alternative,callthunks,jump_label,static_call,ftrace}.c`, `arch/x86/kernel/kprobes/core.c`.
 
 mod boot;
+mod counted;
 mod facts;
 mod moved;
 mod same;
@@ -47,6 +48,8 @@ pub enum Cause {
     Retpoline,
     /// A return, as the mitigations demand.
     ReturnThunk,
+    /// A call that is counted as a mitigation, or the code that counts.
+    CallThunk,
     /// A `lock` prefix dropped on a machine with one CPU.
     SmpLock,
     /// An `endbr64` that no indirect branch may lead to any more.

@@ -29,6 +29,12 @@ const ABSENT_IN_NUMBER: u16 = 1 << 15;
 const ABSENT: u16 = 1;
 const DIRECT_CALL: u16 = 2;
 
+/// Registers by number.
+pub(super) const REGISTERS: [&str; 16] = [
+    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13",
+    "r14", "r15",
+];
+
 /// A branch with `opcode`, whose distance follows, at `at` to `to`.
 pub(super) fn branch(opcode: &[u8], at: Gva, to: Gva) -> Vec<u8> {
     let end = at.0.wrapping_add(opcode.len() as u64 + 4);
@@ -47,12 +53,8 @@ fn target(bytes: &[u8], at: LinkAddr) -> Option<LinkAddr> {
 
 /// The thunks of indirect branches, with their registers' numbers.
 pub(super) fn thunks(kernel: &Kernel) -> Result<HashMap<LinkAddr, u8>, SymbolError> {
-    let names = [
-        "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12",
-        "r13", "r14", "r15",
-    ];
     let mut thunks = HashMap::new();
-    for (number, name) in (0..).zip(names) {
+    for (number, name) in (0..).zip(REGISTERS) {
         let symbol = kernel
             .image()
             .symbols()
@@ -66,6 +68,7 @@ pub(super) fn thunks(kernel: &Kernel) -> Result<HashMap<LinkAddr, u8>, SymbolErr
 pub(super) fn apply(facts: &Facts<'_>, window: &mut Window<'_>) -> Result<(), ChangedError> {
     apply_first(facts, window)?;
     alternatives(facts, window)?;
+    calls(facts, window);
     seals(facts, window)?;
     locks(facts, window);
     constants(facts, window)
@@ -162,6 +165,15 @@ pub(super) fn retpoline(
     }
     match form {
         RetpolineForm::Thunk => return Some(old.to_vec()),
+        RetpolineForm::Counted => {
+            let thunk = *facts.counting.as_ref()?.thunks.get(&(call, register))?;
+            let opcode = old.get(..old.len() - 4)?;
+            return Some(branch(
+                opcode,
+                facts.kernel.runtime(at),
+                facts.kernel.runtime(thunk),
+            ));
+        }
         RetpolineForm::Fenced => new.extend([0x0f, 0xae, 0xe8]),
         RetpolineForm::Direct => {}
     }
@@ -299,6 +311,27 @@ fn direct_call(facts: &Facts<'_>, at: LinkAddr, old: &[u8]) -> Result<Vec<u8>, C
         return Ok(Vec::new());
     }
     Ok(branch(&[CALL], here, operation))
+}
+
+/// Calls that are counted go to where that is done.
+fn calls(facts: &Facts<'_>, window: &mut Window<'_>) {
+    let Some(counting) = &facts.counting else {
+        return;
+    };
+    for kind in [SiteKind::Call, SiteKind::Alternative] {
+        for entry in entries(facts, kind, window) {
+            let at = entry.site.range.start;
+            let call = at.range(5).and_then(|range| window.get(&range));
+            let Some(call @ [CALL, ..]) = call else {
+                continue;
+            };
+            let to = target(call, at).and_then(|to| counting.entry(facts.kernel, to));
+            if let Some(to) = to.map(|to| facts.kernel.runtime(to)) {
+                let call = branch(&[CALL], facts.kernel.runtime(at), to);
+                window.put(at, &call, Cause::CallThunk);
+            }
+        }
+    }
 }
 
 fn seals(facts: &Facts<'_>, window: &mut Window<'_>) -> Result<(), ChangedError> {

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
+use super::counted::Counting;
 use super::window::Window;
 use super::{ChangedError, boot};
 use crate::addr::{Gva, LinkAddr};
@@ -37,6 +38,8 @@ pub(super) enum RetpolineForm {
     Fenced,
     /// To an indirect branch.
     Direct,
+    /// To a thunk that counts.
+    Counted,
 }
 
 /// How one kprobe shows.
@@ -55,6 +58,7 @@ pub(super) struct Facts<'a> {
     pub(super) retpolines: RetpolineForm,
     /// The thunks of indirect branches: where, and the register's number.
     pub(super) thunks: HashMap<LinkAddr, u8>,
+    pub(super) counting: Option<Counting>,
     pub(super) locks_dropped: bool,
     pub(super) seal: Option<[u8; 4]>,
     /// The processor's features, a bit each.
@@ -82,9 +86,11 @@ impl<'a> Facts<'a> {
     ) -> Result<Self, ChangedError> {
         let symbols = kernel.image().symbols();
         let its = symbols.optional("its_return_thunk")?;
+        let returns = kernel.return_form(guest)?;
         let mut facts = Self {
             kernel,
-            returns: kernel.return_form(guest)?,
+            returns,
+            counting: Counting::of(kernel, returns)?,
             its_thunk: its.map(|thunk| kernel.runtime(thunk.address)),
             retpolines: RetpolineForm::Thunk,
             thunks: boot::thunks(kernel)?,
@@ -99,7 +105,6 @@ impl<'a> Facts<'a> {
             constants: constants(kernel, memory)?,
             trampolines: trampolines(kernel),
         };
-        facts.no_counting()?;
         let text = super::text(kernel)?;
         let alone = |kind| alone(kernel, kind, &text);
         facts.retpolines = facts.retpoline_form(memory, &alone(SiteKind::Retpoline))?;
@@ -125,31 +130,16 @@ impl<'a> Facts<'a> {
         Ok(facts)
     }
 
-    /// Counting calls as a mitigation changes every call: that is not known here.
-    fn no_counting(&self) -> Result<(), ChangedError> {
-        let counting = self
-            .kernel
-            .image()
-            .symbols()
-            .optional("call_depth_return_thunk")?;
-        let counting = counting.map(|thunk| self.kernel.runtime(thunk.address));
-        match self.returns {
-            ReturnForm::Jump(at) if Some(at) == counting => Err(ChangedError::Unknown {
-                what: "counting of calls (retbleed=stuff)",
-                at,
-                value: Vec::new(),
-            }),
-            _ => Ok(()),
-        }
-    }
-
     fn retpoline_form<R: ReadPhys + ?Sized>(
         &self,
         memory: &Memory<'_, R>,
         sites: &[Site],
     ) -> Result<RetpolineForm, ChangedError> {
-        use RetpolineForm::{Direct, Fenced, Thunk};
+        use RetpolineForm::{Counted, Direct, Fenced, Thunk};
         let mut forms = vec![Thunk, Fenced, Direct];
+        if self.counting.is_some() {
+            forms.push(Counted);
+        }
         for site in sites {
             let image = self
                 .kernel

@@ -40,8 +40,10 @@ pub(super) fn moved(code: &[u8], from: LinkAddr, to: LinkAddr) -> Option<Vec<u8>
         let at = start + offset;
         let bytes = result.get_mut(at..at + 4)?;
         let old = i32::from_le_bytes(bytes.try_into().ok()?);
-        let new = i64::from(old).wrapping_add(distance.cast_signed());
-        bytes.copy_from_slice(&i32::try_from(new).ok()?.to_le_bytes());
+        // Distances wrap: what is reached may be a CPU's variable, near zero.
+        let [a, b, c, d, ..] = distance.to_le_bytes();
+        let new = old.wrapping_add(i32::from_le_bytes([a, b, c, d]));
+        bytes.copy_from_slice(&new.to_le_bytes());
     }
     Some(result)
 }

@@ -23,6 +23,7 @@ const CALL: u8 = 0xe8;
 const JMP: u8 = 0xe9;
 const JMP_SHORT: u8 = 0xeb;
 const INT3: u8 = 0xcc;
+const NOP: u8 = 0x90;
 /// Low bits of a key: the branch is taken unless it is switched on; the call is a tail call; its code is freed after boot.
 const TAKEN: u64 = 1;
 const TAIL: u64 = 1;
@@ -34,6 +35,7 @@ pub(super) fn apply<R: ReadPhys + ?Sized>(
     window: &mut Window<'_>,
 ) -> Result<(), ChangedError> {
     let switch = Switch { facts, memory };
+    switch.counting(window)?;
     switch.branches(window)?;
     switch.calls(window)?;
     switch.trampolines(window)?;
@@ -55,6 +57,36 @@ impl<R: ReadPhys + ?Sized> Switch<'_, R> {
         let mut bytes = [0; N];
         self.memory.read(self.runtime(at), &mut bytes)?;
         Ok(bytes)
+    }
+
+    /// The code that counts calls stands wherever it was once called.
+    fn counting(&self, window: &mut Window<'_>) -> Result<(), ChangedError> {
+        let Some(counting) = &self.facts.counting else {
+            return Ok(());
+        };
+        let len = window.range.end.0 - window.range.start.0;
+        let mut live = vec![0; usize::try_from(len).unwrap_or(0)];
+        self.memory
+            .read(self.runtime(window.range.start), &mut live)?;
+        for (offset, code) in (0..).zip(live.windows(counting.len())) {
+            let pad = LinkAddr(window.range.start.0.wrapping_add(offset));
+            let room = pad
+                .range(counting.len() as u64)
+                .and_then(|range| window.get(&range));
+            let free = room.is_some_and(|room| room.iter().all(|byte| *byte == NOP));
+            if free && counting.code_at(pad).as_deref() == Some(code) {
+                window.put(pad, code, Cause::CallThunk);
+            }
+        }
+        Ok(())
+    }
+
+    /// Where a call of `function` goes.
+    fn entry(&self, function: Gva) -> Result<Gva, ChangedError> {
+        match &self.facts.counting {
+            Some(counting) => counting.entry_of(self.facts.kernel, self.memory, function),
+            None => Ok(function),
+        }
     }
 
     fn branches(&self, window: &mut Window<'_>) -> Result<(), ChangedError> {
@@ -116,6 +148,7 @@ impl<R: ReadPhys + ?Sized> Switch<'_, R> {
             (true, ..) => branch(&[JMP], here, function),
             (false, Gva(0), _) => NOP5.to_vec(),
             (false, ..) => {
+                let called = branch(&[CALL], here, self.entry(function)?);
                 let zero = self
                     .facts
                     .kernel
@@ -123,14 +156,13 @@ impl<R: ReadPhys + ?Sized> Switch<'_, R> {
                     .symbols()
                     .optional("__static_call_return0")?;
                 let zero = zero.map(|zero| self.runtime(zero.address));
-                let live = self.live(at)?;
-                match zero == Some(function) {
-                    true => ZERO
-                        .into_iter()
-                        .find(|form| *form == live)
-                        .unwrap_or(ZERO[0])
-                        .to_vec(),
-                    false => branch(&[CALL], here, function),
+                let live: [u8; 5] = self.live(at)?;
+                // Once calls are counted the kernel no longer sees that it is that function.
+                if zero != Some(function) || self.facts.counting.is_some() && live == *called {
+                    called
+                } else {
+                    let form = ZERO.into_iter().find(|form| *form == live);
+                    form.unwrap_or(ZERO[0]).to_vec()
                 }
             }
         })
@@ -221,7 +253,11 @@ impl<R: ReadPhys + ?Sized> Switch<'_, R> {
         let current = Gva(self.memory.u64(self.runtime(current.address))?);
         for name in ["ftrace_call", "ftrace_regs_call"] {
             if let Some(site) = image.symbols().optional(name)? {
-                let code = branch(&[CALL], self.runtime(site.address), current);
+                let mut code = branch(&[CALL], self.runtime(site.address), current);
+                let counted = branch(&[CALL], self.runtime(site.address), self.entry(current)?);
+                if self.live::<5>(site.address)? == *counted {
+                    code = counted;
+                }
                 window.put(site.address, &code, Cause::Tracer);
             }
         }

@@ -6,8 +6,9 @@ use super::{Cause, Change, ChangedError, Summary, compare};
 use crate::addr::Gva;
 use crate::kernel::testing::guest::{SLIDE, TinyGuest};
 use crate::kernel::testing::patched::{
-    ABSENT, CONSTANT, ENDBR, FENCE, JUMP_LABEL, LOCK, MOVED, NOTHING, OPERATION, PLAIN, PRESENT,
-    RETPOLINE, STATIC_CALL, TARGET, TRACER, TRAMPOLINE, branch,
+    ABSENT, CALL, CONSTANT, COUNT, COUNT_AT, COUNTED, COUNTING_RETURN, COUNTING_THUNK, ENDBR,
+    FENCE, JUMP_LABEL, LOCK, MOVED, NOTHING, OPERATION, PLAIN, PRESENT, RETPOLINE, STATIC_CALL,
+    TARGET, TRACER, TRAMPOLINE, branch,
 };
 use crate::kernel::testing::{FORMS, Form, TEXT};
 
@@ -266,6 +267,74 @@ fn tracing_and_probes_explain_what_they_wrote() {
         &|guest| guest.put_bytes(PLAIN + SLIDE, &[0xcc]),
         PLAIN,
         Some(Cause::Unexplained),
+    );
+}
+
+/// Makes the kernel count its calls.
+fn counting(guest: &mut TinyGuest) {
+    let thunk = guest.at("x86_return_thunk");
+    guest.put(thunk, COUNTING_RETURN + SLIDE);
+    let pad = COUNTED - COUNT.len() as u64;
+    let mut code = COUNT;
+    let distance = COUNT_AT.wrapping_sub(pad) + 0x10;
+    code[4..8].copy_from_slice(&distance.to_le_bytes()[..4]);
+    let mut write = |at: u64, bytes: &[u8]| guest.put_bytes(at + SLIDE, bytes);
+    write(VICTIM + 16, &branch(0xe9, VICTIM + 16, COUNTING_RETURN));
+    write(RETPOLINE, &branch(0xe8, RETPOLINE, COUNTING_THUNK));
+    write(CALL, &branch(0xe8, CALL, pad));
+    write(pad, &code);
+}
+
+#[test]
+fn counted_calls_go_where_they_are_counted() {
+    let pad = COUNTED - COUNT.len() as u64;
+    check("a call", &counting, CALL + 1, Some(Cause::CallThunk));
+    check(
+        "the code that counts",
+        &counting,
+        pad,
+        Some(Cause::CallThunk),
+    );
+    check(
+        "an indirect call",
+        &counting,
+        RETPOLINE + 1,
+        Some(Cause::Retpoline),
+    );
+    let past = |guest: &mut TinyGuest| {
+        counting(guest);
+        guest.put_bytes(CALL + SLIDE, &branch(0xe8, CALL, COUNTED));
+    };
+    check("a call past it", &past, CALL + 1, Some(Cause::Unexplained));
+    let never = |guest: &mut TinyGuest| guest.put_bytes(CALL + SLIDE, &branch(0xe8, CALL, pad));
+    check(
+        "a call that is not to be counted",
+        &never,
+        CALL + 1,
+        Some(Cause::Unexplained),
+    );
+    let other = |guest: &mut TinyGuest| {
+        counting(guest);
+        guest.put_bytes(pad + SLIDE + 8, &[6]);
+    };
+    check(
+        "code that counts otherwise",
+        &other,
+        pad + 8,
+        Some(Cause::Unexplained),
+    );
+    let called = |guest: &mut TinyGuest| {
+        counting(guest);
+        let key = guest.at("__SCK__made");
+        guest.put(key, COUNTED + SLIDE);
+        guest.put_bytes(STATIC_CALL + SLIDE, &branch(0xe8, STATIC_CALL, pad));
+        guest.put_bytes(TRAMPOLINE + SLIDE, &branch(0xe9, TRAMPOLINE, COUNTED));
+    };
+    check(
+        "a static call",
+        &called,
+        STATIC_CALL + 1,
+        Some(Cause::StaticCall),
     );
 }
 

@@ -20,6 +20,14 @@ pub(crate) const TARGET: u64 = PATCHED + 0x40;
 pub(crate) const TRAMPOLINE: u64 = TEXT + 0x3600;
 pub(crate) const TRACER: u64 = TEXT + 0x3620;
 pub(crate) const THUNK: u64 = TEXT + 0x3640;
+/// A function with room for code that counts its calls, and a call of it.
+pub(crate) const COUNTED: u64 = TEXT + 0x36c0;
+pub(crate) const CALL: u64 = PATCHED + 0x80;
+pub(crate) const COUNTING_RETURN: u64 = TEXT + 0x3690;
+pub(crate) const COUNTING_THUNK: u64 = TEXT + 0x36a0;
+/// The code that counts: it reaches a CPU's variable relative to itself.
+pub(crate) const COUNT: [u8; 9] = [0x65, 0x48, 0xc1, 0x3d, 0x10, 0, 0, 0, 5];
+pub(crate) const COUNT_AT: u64 = DATA + 0x38e8;
 pub(crate) const NOTHING: u64 = TEXT + 0x3660;
 /// The feature that the first alternative asks for, and that whose absence the second asks for.
 pub(crate) const PRESENT: u16 = 33;
@@ -27,7 +35,7 @@ pub(crate) const ABSENT: u16 = 34;
 
 const REPLACEMENTS: u64 = RODATA + 0x9_0000;
 
-pub(super) const TEXT_SYMBOLS: [(u64, &str); 9] = [
+pub(super) const TEXT_SYMBOLS: [(u64, &str); 12] = [
     (0x3600, "__SCT__made"),
     (0x3620, "ftrace_caller"),
     (0x3640, "__x86_indirect_thunk_rax"),
@@ -35,11 +43,14 @@ pub(super) const TEXT_SYMBOLS: [(u64, &str); 9] = [
     (0x3660, "nop_func"),
     (0x3680, "paravirt_BUG"),
     (0x3680, "BUG_func"),
+    (0x3690, "call_depth_return_thunk"),
+    (0x36a0, "__x86_indirect_call_thunk_rax"),
+    (0x36c0, "counted"),
     (0x3700, "patched"),
     (0x3f00, "_etext"),
 ];
 
-pub(super) const DATA_SYMBOLS: [(u64, &str); 14] = [
+pub(super) const DATA_SYMBOLS: [(u64, &str); 16] = [
     (0x3800, "__start___jump_table"),
     (0x3810, "__stop___jump_table"),
     (0x3820, "__start_static_call_sites"),
@@ -54,6 +65,8 @@ pub(super) const DATA_SYMBOLS: [(u64, &str); 14] = [
     (0x38c0, "made_pointer"),
     (0x38d0, "ftrace_list_end"),
     (0x38e0, "behind_ftrace"),
+    (0x38e8, "skl_call_thunk_template"),
+    (0x38f1, "skl_call_thunk_tail"),
 ];
 
 /// The types that `kernel/changed` asks about.
@@ -138,6 +151,8 @@ pub(super) fn text(text: &mut [u8]) {
     put(OPERATION + 2, &distance(OPERATION + 6, DATA + 0x3888));
     put(PLAIN, &[0x55]);
     put(CONSTANT - 2, &[0x48, 0xb8, 1, 2, 3, 4, 5, 6, 7, 8]);
+    put(COUNTED - 16, &[0x90; 16]);
+    put(CALL, &branch(0xe8, CALL, COUNTED));
     put(TRAMPOLINE, &branch(0xe9, TRAMPOLINE, NOTHING));
     put(TRAMPOLINE + 5, &[0x0f, 0xb9, 0xcc]);
 }
@@ -152,6 +167,7 @@ pub(super) fn data(data: &mut [u8]) {
         0x3808,
         &(DATA + 0x3840).wrapping_sub(jump + 8).to_le_bytes(),
     );
+    put(0x38e8, &COUNT);
     let call = DATA + 0x3820;
     put(0x3820, &distance(call, STATIC_CALL));
     put(0x3824, &distance(call + 4, DATA + 0x3830));
@@ -199,6 +215,7 @@ pub(super) fn parts(form: Form) -> Vec<Part> {
         },
         part(".altinstructions", table, alternatives),
         part(".retpoline_sites", at(0), relative(at(0), 4, &[RETPOLINE])),
+        part(".call_sites", at(4), relative(at(4), 4, &[CALL])),
         part(".smp_locks", at(1), relative(at(1), 4, &[LOCK])),
         part(".ibt_endbr_seal", at(2), relative(at(2), 4, &[ENDBR])),
     ];
