@@ -7,13 +7,13 @@ use crate::kernel::testing::guest::TinyGuest;
 use crate::kernel::testing::{FORMS, Form};
 
 const COUNT_BITS: u64 = 3;
-const SIZE_BITS: u64 = 7;
+const SIZE_BITS: u64 = 8;
 const RESERVED: u64 = 0;
 const COMMITTED: u64 = 1;
 const FINALIZED: u64 = 2;
 const REUSABLE: u64 = 3;
 
-/// A ring being filled: eight descriptors, 128 bytes of texts.
+/// A ring being filled: eight descriptors, 256 bytes of texts.
 struct Ring {
     guest: TinyGuest,
     at: u64,
@@ -28,7 +28,7 @@ impl Ring {
     fn new(form: Form, oldest: u64, newest: u64) -> Self {
         let mut guest = TinyGuest::new(form, 4);
         let (at, descriptors) = (guest.object(72), guest.object(8 * 24));
-        let (infos, texts) = (guest.object(8 * 88), guest.object(128));
+        let (infos, texts) = (guest.object(8 * 88), guest.object(256));
         let pointer = guest.at("prb");
         guest.put(pointer, at);
         let console = guest.at("console_printk");
@@ -76,10 +76,10 @@ impl Ring {
     fn record(&mut self, number: u64, state: u64, text: &str) {
         let len = 8 + (text.len() as u64).next_multiple_of(8);
         let begin = self.position;
-        let (block, next) = if begin % 128 + len <= 128 {
-            (begin % 128, begin + len)
+        let (block, next) = if begin % 256 + len <= 256 {
+            (begin % 256, begin + len)
         } else {
-            (0, begin.next_multiple_of(128) + len)
+            (0, begin.next_multiple_of(256) + len)
         };
         self.guest.put(self.texts + block, number);
         self.guest
@@ -95,16 +95,18 @@ impl Ring {
     }
 }
 
-/// Six records, the third of which wraps around the end of the texts.
+/// A record that is gone, and three: the last begins at the start of the texts again, over the first.
 fn sample(form: Form) -> Ring {
     let mut ring = Ring::new(form, 20, 27);
     for (number, text) in [
-        (20, "zero"),
-        (21, "a line of forty bytes, exactly as it was"),
-        (22, "one that has to begin at the start again"),
+        (20, "g".repeat(64)),
+        (21, "a".repeat(80)),
+        (22, "b".repeat(77)),
+        (23, "c".repeat(40)),
     ] {
-        ring.record(number, FINALIZED, text);
+        ring.record(number, FINALIZED, &text);
     }
+    ring.descriptor(20, REUSABLE, 1, 1);
     ring
 }
 
@@ -112,48 +114,43 @@ fn sample(form: Form) -> Ring {
 fn records_are_read_whatever_state_they_are_in() {
     for form in FORMS {
         let mut ring = sample(form);
-        ring.descriptor(20, REUSABLE, 1, 1);
-        ring.record(23, COMMITTED, "not yet");
-        ring.descriptor(24, FINALIZED, 3, 3);
-        ring.info(24, 0, 4, 0x8000_0002);
-        ring.descriptor(25, FINALIZED, 1, 1);
-        ring.info(25, 17, 4, 77);
-        ring.descriptor(26, RESERVED, 0, 0);
-        ring.descriptor(27 - 8, REUSABLE, 0, 0);
+        ring.record(24, COMMITTED, "not yet");
+        ring.descriptor(25, FINALIZED, 3, 3);
+        ring.info(25, 0, 4, 0x8000_0002);
+        ring.descriptor(26, FINALIZED, 1, 1);
+        ring.info(26, 17, 4, 77);
+        ring.descriptor(27, RESERVED, 0, 0);
         let log = ring.log().unwrap();
-        let texts: Vec<&str> = log
+        let texts: Vec<String> = log
             .records
             .iter()
-            .map(|record| record.text.as_str())
+            .map(|record| record.text.clone())
             .collect();
-        assert_eq!(
-            texts,
-            [
-                "a line of forty bytes, exactly as it was",
-                "one that has to begin at the start again",
-                "not yet",
-                "",
-                ""
-            ],
-            "{form:?}"
-        );
+        let want = [
+            "a".repeat(80),
+            "b".repeat(77),
+            "c".repeat(40),
+            "not yet".to_owned(),
+            String::new(),
+            String::new(),
+        ];
+        assert_eq!(texts, want, "{form:?}");
         let flags: Vec<(u64, u8, bool, bool)> = log
             .records
             .iter()
             .map(|record| (record.seq, record.level, record.open, record.lost_text))
             .collect();
+        let want = [
+            (1021, 6, false, false),
+            (1022, 6, false, false),
+            (1023, 6, false, false),
+            (1024, 6, true, false),
+            (1025, 4, false, false),
+            (1026, 4, false, true),
+        ];
+        assert_eq!(flags, want);
         assert_eq!(
-            flags,
-            [
-                (1021, 6, false, false),
-                (1022, 6, false, false),
-                (1023, 6, true, false),
-                (1024, 4, false, false),
-                (1025, 4, false, true)
-            ]
-        );
-        assert_eq!(
-            (log.records[0].caller, log.records[3].caller),
+            (log.records[0].caller, log.records[4].caller),
             (Caller::Task(1), Caller::Cpu(2))
         );
         assert_eq!(
@@ -164,14 +161,14 @@ fn records_are_read_whatever_state_they_are_in() {
             log.records[0].device,
             ("pci".to_owned(), "0000:00".to_owned())
         );
-        assert_eq!(
-            log.unwritten,
-            [
-                (26, Unwritten::BeingWritten),
-                (27, Unwritten::BeingReserved)
-            ]
-        );
+        assert_eq!(log.unwritten, [(27, Unwritten::BeingWritten)]);
         assert_eq!(log.console_level, Some(7));
+        // The number is taken, the descriptor is not yet.
+        ring.descriptor(27 - 8, REUSABLE, 0, 0);
+        assert_eq!(
+            ring.log().unwrap().unwritten,
+            [(27, Unwritten::BeingReserved)]
+        );
     }
 }
 
@@ -179,7 +176,7 @@ fn records_are_read_whatever_state_they_are_in() {
 fn what_the_kernel_would_not_do_is_refused_by_name() {
     let check = |damage: &dyn Fn(&mut Ring), want: &str| {
         let mut ring = sample(Form::New);
-        for number in 23..28 {
+        for number in 24..28 {
             ring.descriptor(number, REUSABLE, 0, 0);
         }
         damage(&mut ring);
@@ -207,23 +204,23 @@ fn what_the_kernel_would_not_do_is_refused_by_name() {
     );
     check(&|ring| ring.guest.put(ring.at + 8, 0), "cannot be read");
     check(
-        &|ring| ring.descriptor(21 + 8, FINALIZED, 16, 64),
+        &|ring| ring.descriptor(21 + 8, FINALIZED, 72, 160),
         "descriptor with another's number",
     );
     check(
-        &|ring| ring.descriptor(21, FINALIZED, 16, 16 + 256),
+        &|ring| ring.descriptor(21, FINALIZED, 72, 72 + 512),
         "whose text is nowhere",
     );
     check(
-        &|ring| ring.descriptor(21, FINALIZED, 20, 64),
+        &|ring| ring.descriptor(21, FINALIZED, 76, 160),
         "does not fit its place",
     );
     check(
-        &|ring| ring.descriptor(21, FINALIZED, 16, 56),
+        &|ring| ring.descriptor(21, FINALIZED, 72, 152),
         "does not fit its place",
     );
     check(
-        &|ring| ring.guest.put(ring.texts + 16, 20),
+        &|ring| ring.guest.put(ring.texts + 72, 20),
         "whose text is another's",
     );
 }
@@ -234,8 +231,8 @@ fn texts_cannot_be_more_than_their_ring() {
     let mut ring = Ring::new(Form::Old, 0, 7);
     for number in 0..8 {
         ring.guest.put(ring.texts + 8 * number, number);
-        ring.descriptor(number, FINALIZED, 8 * number, 128);
-        ring.info(number, 120 - 8 * usize::try_from(number).unwrap(), 6, 0);
+        ring.descriptor(number, FINALIZED, 8 * number, 256);
+        ring.info(number, 248 - 8 * usize::try_from(number).unwrap(), 6, 0);
     }
     let got = ring.log().unwrap_err().to_string();
     assert!(got.contains("together longer than their ring"), "{got}");
@@ -250,7 +247,7 @@ proptest! {
                 0 => (ring.at, 72),
                 1 | 2 => (ring.descriptors, 8 * 24),
                 3 => (ring.infos, 8 * 88),
-                _ => (ring.texts, 128),
+                _ => (ring.texts, 256),
             };
             let target = base + u64::from(offset) % (len / 8) * 8;
             let old = ring.guest.get(target);
