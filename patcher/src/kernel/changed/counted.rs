@@ -65,7 +65,7 @@ impl Counting {
             at: kernel.runtime(from),
             value: end.0,
         };
-        let len = end.offset_from(from).filter(|len| *len <= MOST);
+        let len = end.offset_from(from).filter(|len| (1..=MOST).contains(len));
         let code = len.and_then(|_| kernel.image().bytes(from..end));
         let mut code = code.ok_or(unsound)?.to_vec();
         kernel
@@ -98,6 +98,11 @@ impl Counting {
     /// The counting instructions, as they are at `pad`.
     pub(super) fn code_at(&self, pad: LinkAddr) -> Option<Vec<u8>> {
         moved(&self.code, self.from, pad)
+    }
+
+    /// Whether `code` can be the counting instructions somewhere: they begin and end alike everywhere.
+    pub(super) fn like(&self, code: &[u8]) -> bool {
+        code.first() == self.code.first() && code.last() == self.code.last()
     }
 
     pub(super) fn len(&self) -> usize {

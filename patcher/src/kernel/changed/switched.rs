@@ -68,7 +68,8 @@ impl<R: ReadPhys + ?Sized> Switch<'_, R> {
         let mut live = vec![0; usize::try_from(len).unwrap_or(0)];
         self.memory
             .read(self.runtime(window.range.start), &mut live)?;
-        for (offset, code) in (0..).zip(live.windows(counting.len())) {
+        let codes = (0..).zip(live.windows(counting.len()));
+        for (offset, code) in codes.filter(|(_, code)| counting.like(code)) {
             let pad = LinkAddr(window.range.start.0.wrapping_add(offset));
             let room = pad
                 .range(counting.len() as u64)
