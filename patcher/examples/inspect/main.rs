@@ -6,7 +6,7 @@
 //!
 //! `--symbols` compares every symbol with a copy of the guest's `/proc/kallsyms`, `--text` compares the first 16 bytes
 //! after the fentry site of every Nth function with the guest's memory, `--stacks` looks for every frame of a copy of the guest's
-//! `/proc/PID/stack` (each after a line `STACK PID`), `--corrupt` scans N times with damaged memory. For each FUNCTION
+//! `/proc/PID/stack` (each after a line `STACK PID`), `--corrupt` looks N times at damaged memory. For each FUNCTION
 //! it says who is in it. `--brief` says only that, and where the vCPUs are. `--log` compares the guest's log with a copy of its
 //! console, `--modules` the modules' symbols with a copy of its `/proc/kallsyms`; `-` instead of a file shows them. `--type` shows
 //! a type as C, or where a member lies (`task_struct.thread.sp`), `--name` all symbols of a name, or what is at an address (`0x...`),
@@ -29,11 +29,13 @@ use patcher::guest::{GuestError, ReadPhys, Registers};
 use patcher::kernel::arena::ArenaLayout;
 use patcher::kernel::image::Image;
 use patcher::kernel::locate::Kernel;
+use patcher::kernel::names::Names;
 use patcher::kernel::payload::Payload;
 use patcher::kernel::sites::SiteKind;
 use patcher::kernel::stack::{ScanError, stack_words};
 use patcher::kernel::tasks::Tasks;
 use patcher::kernel::text::TextError;
+use patcher::kernel::{changed, log};
 
 const ROUNDS: usize = 101;
 
@@ -463,28 +465,47 @@ impl ReadPhys for Corrupt<'_> {
     }
 }
 
-/// Whatever a guest's memory holds, a scan ends, soon.
+/// Whatever a guest's memory holds, looking ends, soon.
 fn corrupt(kernel: &Kernel, dump: &Dump, rounds: u64) {
-    let (mut slowest, mut ends) = (Duration::ZERO, BTreeMap::new());
-    for seed in 0..rounds {
-        let guest = Corrupt {
-            dump,
-            seed: Cell::new(seed),
-        };
-        let start = Instant::now();
-        let forbidden = [Gva(0xffff_ffff_ffff_f000)..Gva(0xffff_ffff_ffff_f008)];
-        let end = match stack_words(kernel, &guest, dump.vcpus(), &forbidden) {
-            Ok(_) => "free".to_owned(),
-            Err(error) => error
-                .to_string()
-                .chars()
-                .take_while(|char| !char.is_ascii_digit())
-                .collect(),
-        };
-        slowest = slowest.max(start.elapsed());
-        *ends.entry(end).or_insert(0) += 1;
+    type Look = fn(&Kernel, &Corrupt<'_>) -> Result<(), String>;
+    fn end<T, E: ToString>(result: Result<T, E>) -> Result<(), String> {
+        result.map(drop).map_err(|error| error.to_string())
     }
-    if rounds > 0 {
-        println!("scans of damaged memory: slowest {slowest:?}, {ends:#?}");
+    let looks: [(&str, Look); 4] = [
+        ("stacks", |kernel, guest| {
+            let forbidden = [Gva(0xffff_ffff_ffff_f000)..Gva(0xffff_ffff_ffff_f008)];
+            end(stack_words(kernel, guest, guest.dump.vcpus(), &forbidden))
+        }),
+        ("names and modules", |kernel, guest| {
+            end(Names::read(kernel, guest))
+        }),
+        ("log", |kernel, guest| end(log::read(kernel, guest))),
+        ("text", |kernel, guest| {
+            end(changed::compare(kernel, guest, &[], |_| ()))
+        }),
+    ];
+    for (name, look) in looks {
+        // All text is much to read.
+        let rounds = if name == "text" { rounds / 20 } else { rounds };
+        let (mut slowest, mut ends) = (Duration::ZERO, BTreeMap::new());
+        for seed in 0..rounds {
+            let guest = Corrupt {
+                dump,
+                seed: Cell::new(seed),
+            };
+            let start = Instant::now();
+            let end = match look(kernel, &guest) {
+                Ok(()) => "an answer".to_owned(),
+                Err(error) => error
+                    .chars()
+                    .take_while(|char| !char.is_ascii_digit())
+                    .collect(),
+            };
+            slowest = slowest.max(start.elapsed());
+            *ends.entry(end).or_insert(0) += 1;
+        }
+        if rounds > 0 {
+            println!("{name} of damaged memory: slowest {slowest:?}, {ends:#?}");
+        }
     }
 }
