@@ -192,9 +192,8 @@ fn every_call_has_its_status_and_body() {
 }
 
 #[test]
-fn every_wrong_call_says_what_is_wrong() {
+fn a_call_that_is_none_says_what_is_wrong() {
     let api = Served::new();
-    let malformed = "malformed_request";
     api.check("GET /", "", b"", 404, "not_found", "GET / is not a call");
     api.check("GET /v1/nothing", "", b"", 404, "not_found", "");
     api.check(
@@ -213,6 +212,12 @@ fn every_wrong_call_says_what_is_wrong() {
         "method_not_allowed",
         "allow: post",
     );
+}
+
+#[test]
+fn a_wrong_deadline_says_what_is_wrong() {
+    let api = Served::new();
+    let malformed = "malformed_request";
     api.check(
         "POST /v1/vm/pause?deadline_ms=soon",
         "",
@@ -245,6 +250,12 @@ fn every_wrong_call_says_what_is_wrong() {
         malformed,
         "unknown field",
     );
+}
+
+#[test]
+fn a_wrong_call_for_updates_says_what_is_wrong() {
+    let api = Served::new();
+    let malformed = "malformed_request";
     api.check("GET /v1/updates/one", "", b"", 400, malformed, "one");
     api.check(
         "GET /v1/updates/9",
@@ -314,6 +325,12 @@ fn every_wrong_call_says_what_is_wrong() {
         "body_too_large",
         "",
     );
+}
+
+#[test]
+fn a_wrong_body_says_what_is_wrong() {
+    let api = Served::new();
+    let malformed = "malformed_request";
     let json_cases: [(&[u8], u16, &str, &str); 6] = [
         (b"", 400, malformed, "EOF"),
         (b"{\"path\":", 400, malformed, "EOF"),
@@ -337,6 +354,11 @@ fn every_wrong_call_says_what_is_wrong() {
             part,
         );
     }
+}
+
+#[test]
+fn an_ended_guest_takes_no_calls() {
+    let api = Served::new();
     api.double.ended.store(true, Ordering::Relaxed);
     for call in ["pause", "resume", "kill", "power-button"] {
         api.check(
