@@ -7,6 +7,7 @@
 use std::ops::Range;
 
 use super::locate::{Kernel, KernelError};
+use super::memory::Memory;
 use crate::addr::Gva;
 use crate::guest::ReadPhys;
 
@@ -50,38 +51,47 @@ impl Kernel {
         guest: &R,
         range: &Range<Gva>,
     ) -> Result<Vec<Gva>, KernelError> {
+        let memory = Memory::new(self, guest)?;
+        let offset = self.image().types().offset_of("kprobe", "addr");
+        let mut found = Vec::new();
+        for probe in self.kprobes(&memory)? {
+            let at = Gva(memory.u64(Gva(probe.0.wrapping_add(offset.clone()?)))?);
+            if at < range.end && range.start.0 < at.0.saturating_add(OPTIMIZED) {
+                found.push(at);
+            }
+        }
+        found.sort_unstable();
+        Ok(found)
+    }
+
+    /// The guest's kprobes (`struct kprobe`).
+    pub(crate) fn kprobes<R: ReadPhys + ?Sized>(
+        &self,
+        memory: &Memory<'_, R>,
+    ) -> Result<Vec<Gva>, KernelError> {
         const TABLE: &str = "kprobe_table";
         let mut found = Vec::new();
         if !self.image().symbols().has(TABLE) {
             return Ok(found);
         }
-        let types = self.image().types();
-        let (link, address) = (
-            types.offset_of("kprobe", "hlist")?,
-            types.offset_of("kprobe", "addr")?,
-        );
+        let link = self.image().types().offset_of("kprobe", "hlist")?;
         let table = self.symbol(TABLE)?;
         let mut buckets = [0; KPROBE_BUCKETS * 8];
-        self.read(guest, table, &mut buckets)?;
-        let mut left = MAX_PROBES;
+        memory.read(table, &mut buckets)?;
         for bucket in buckets.as_chunks::<8>().0 {
             let mut node = u64::from_le_bytes(*bucket);
             while node != 0 {
-                let unsound = KernelError::Unsound {
-                    what: TABLE,
-                    at: table,
-                    value: node,
-                };
-                left = left.checked_sub(1).ok_or(unsound)?;
-                let probe = Gva(node.wrapping_sub(link));
-                let at = Gva(self.read_u64(guest, Gva(probe.0.wrapping_add(address)))?);
-                if at < range.end && range.start.0 < at.0.saturating_add(OPTIMIZED) {
-                    found.push(at);
+                if found.len() == MAX_PROBES {
+                    return Err(KernelError::Unsound {
+                        what: TABLE,
+                        at: table,
+                        value: node,
+                    });
                 }
-                node = self.read_u64(guest, Gva(node))?;
+                found.push(Gva(node.wrapping_sub(link)));
+                node = memory.u64(Gva(node))?;
             }
         }
-        found.sort_unstable();
         Ok(found)
     }
 }

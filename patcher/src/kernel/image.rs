@@ -5,13 +5,14 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use object::elf;
 use object::read::elf::{ElfFile64, FileHeader as _};
 use object::{LittleEndian, Object as _, ObjectSection as _, SectionFlags};
 
 use super::bytes::le_u32;
+use super::orc::{OrcError, OrcTable};
 use super::relocs::Relocs;
 use super::sites::{Sites, SitesError};
 use super::symbols::{KallsymsError, Symbols};
@@ -83,6 +84,7 @@ pub struct Image {
     types: Types,
     sites: Sites,
     relocs: Relocs,
+    orc: OnceLock<Result<OrcTable, OrcError>>,
 }
 
 impl Image {
@@ -115,6 +117,7 @@ impl Image {
             types,
             sites,
             relocs,
+            orc: OnceLock::new(),
             bytes: vmlinux,
         })
     }
@@ -153,6 +156,15 @@ impl Image {
     #[must_use]
     pub fn relocs(&self) -> &Relocs {
         &self.relocs
+    }
+
+    /// How to unwind the stacks of the image's code. The first call checks the table, which takes about a millisecond.
+    ///
+    /// # Errors
+    /// When the image has no such table, or it is not sound.
+    pub fn orc(&self) -> Result<&OrcTable, &OrcError> {
+        let table = || OrcTable::of_image(&self.bytes, &self.sections, &self.types, &self.sites);
+        self.orc.get_or_init(table).as_ref()
     }
 
     /// The sections that occupy memory, in the order of the file.
