@@ -120,26 +120,23 @@ pub fn stacks<R: ReadPhys + ?Sized>(
 ) -> Result<Stacks, UnwindError> {
     let memory = Memory::new(kernel, guest).map_err(KernelError::from)?;
     let tasks = Tasks::read_from(kernel, &memory)?;
-    let table = kernel.image().orc().map_err(Clone::clone)?;
-    let layout = kernel.layout().unwind.as_ref();
-    let missing = |error: &LayoutError| UnwindError::Layout {
-        cause: error.to_string(),
-    };
-    let layout = layout.map_err(missing)?;
-    let entry = &kernel.layout().entry_text;
-    let entry = kernel.runtime(entry.start)..kernel.runtime(entry.end);
-    let taken = Taken {
+    let mut stacks = Vec::new();
+    each_stack(
         kernel,
-        memory: &memory,
-        layout,
-    };
-    let code = Code::new(table, others, taken);
-    let mut walker = Walker::new(code, &memory, layout, &tasks, entry);
-    let mut followed = Followed::default();
-    followed.vcpus(&mut walker, vcpus);
-    followed.tasks(&mut walker);
-    followed.unowned(&tasks);
-    let (stacks, bytes_read) = (followed.stacks, memory.bytes_read());
+        &memory,
+        &tasks,
+        vcpus,
+        others,
+        &mut |whose, frames, end| {
+            stacks.push(Stack {
+                who: whose.who(&tasks),
+                task: whose.task(),
+                frames: frames.to_vec(),
+                end,
+            });
+        },
+    )?;
+    let bytes_read = memory.bytes_read();
     Ok(Stacks {
         tasks,
         stacks,
@@ -147,33 +144,102 @@ pub fn stacks<R: ReadPhys + ?Sized>(
     })
 }
 
+/// Whose stack was followed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Whose {
+    /// A vCPU's, and the index of the task that its stack is of.
+    Vcpu(usize, Option<usize>),
+    /// That of the task of this index, which does not run.
+    Task(usize),
+    Unowned,
+}
+
+impl Whose {
+    pub(crate) fn who(self, tasks: &Tasks) -> Who {
+        match self {
+            Self::Vcpu(index, _) => Who::Vcpu(index),
+            Self::Task(index) => match tasks.tasks.get(index) {
+                Some(task) => Who::Task {
+                    pid: task.pid,
+                    name: task.name(),
+                },
+                None => Who::Unowned,
+            },
+            Self::Unowned => Who::Unowned,
+        }
+    }
+
+    fn task(self) -> Option<usize> {
+        match self {
+            Self::Vcpu(_, task) => task,
+            Self::Task(index) => Some(index),
+            Self::Unowned => None,
+        }
+    }
+}
+
+/// Takes a stack that has been followed: its frames as far as they are known, and its end.
+pub(crate) type Sink<'s> = &'s mut dyn FnMut(Whose, &[Frame], Result<End, Unreliable>);
+
+/// Follows every stack of a guest whose `tasks` have just been read.
+pub(crate) fn each_stack<R: ReadPhys + ?Sized>(
+    kernel: &Kernel,
+    memory: &Memory<'_, R>,
+    tasks: &Tasks,
+    vcpus: &[Vcpu],
+    others: &[OtherCode],
+    sink: Sink<'_>,
+) -> Result<(), UnwindError> {
+    let table = kernel.image().orc().map_err(Clone::clone)?;
+    let missing = |error: &LayoutError| UnwindError::Layout {
+        cause: error.to_string(),
+    };
+    let layout = kernel.layout().unwind.as_ref().map_err(missing)?;
+    let entry = &kernel.layout().entry_text;
+    let entry = kernel.runtime(entry.start)..kernel.runtime(entry.end);
+    let taken = Taken {
+        kernel,
+        memory,
+        layout,
+    };
+    let code = Code::new(table, others, taken);
+    let mut followed = Followed {
+        walker: Walker::new(code, memory, layout, tasks, entry),
+        frames: Vec::new(),
+        live: HashSet::new(),
+        switching: false,
+    };
+    followed.vcpus(vcpus, sink);
+    followed.tasks(tasks, sink);
+    followed.unowned(tasks, sink);
+    Ok(())
+}
+
 /// Stacks as they are followed.
-#[derive(Default)]
-struct Followed {
-    stacks: Vec<Stack>,
+struct Followed<'a, R: ?Sized> {
+    walker: Walker<'a, R>,
+    frames: Vec<Frame>,
     /// Starts of those that a vCPU is on.
     live: HashSet<Gva>,
     /// A vCPU is on the stack of a task that is not (yet) its CPU's current one.
     switching: bool,
 }
 
-impl Followed {
-    fn vcpus<R: ReadPhys + ?Sized>(&mut self, walker: &mut Walker<'_, R>, vcpus: &[Vcpu]) {
+impl<R: ReadPhys + ?Sized> Followed<'_, R> {
+    fn vcpus(&mut self, vcpus: &[Vcpu], sink: Sink<'_>) {
         let started = vcpus
             .iter()
             .enumerate()
             .filter(|(_, vcpu)| vcpu.state != VcpuState::Offline);
         for (index, vcpu) in started {
-            let (mut frames, mut end, mut task) = (Vec::new(), Ok(End::User), None);
+            let (mut end, mut task) = (Ok(End::User), None);
+            self.frames.clear();
             if in_kernel(vcpu) {
-                end = walker.running(vcpu, &mut frames);
-                task = walker.task();
-                self.switching |= walker.on_stack_of_another();
-                if walker
-                    .visited()
-                    .iter()
-                    .any(|start| !self.live.insert(*start))
-                {
+                end = self.walker.running(vcpu, &mut self.frames);
+                task = self.walker.task();
+                self.switching |= self.walker.on_stack_of_another();
+                let mut visited = self.walker.visited().iter();
+                if visited.any(|start| !self.live.insert(*start)) {
                     end = Err(Unreliable {
                         ip: Gva(vcpu.rip),
                         sp: Gva(vcpu.rsp()),
@@ -181,48 +247,29 @@ impl Followed {
                     });
                 }
             }
-            self.stacks.push(Stack {
-                who: Who::Vcpu(index),
-                task,
-                frames,
-                end,
-            });
+            sink(Whose::Vcpu(index, task), &self.frames, end);
         }
     }
 
-    fn tasks<R: ReadPhys + ?Sized>(&mut self, walker: &mut Walker<'_, R>) {
-        for (index, task) in walker.tasks.tasks.iter().enumerate() {
+    fn tasks(&mut self, tasks: &Tasks, sink: Sink<'_>) {
+        for (index, task) in tasks.tasks.iter().enumerate() {
             // A current task that no vCPU was found on is in the user's code, or has just been left for the next one.
             let asleep = task.cpu.is_none() || self.switching;
             if !asleep || task.stack.is_empty() || self.live.contains(&task.stack.start) {
                 continue;
             }
-            let mut frames = Vec::new();
-            let end = walker.sleeping(index, task, &mut frames);
-            let who = Who::Task {
-                pid: task.pid,
-                name: task.name(),
-            };
-            self.stacks.push(Stack {
-                who,
-                task: Some(index),
-                frames,
-                end,
-            });
+            self.frames.clear();
+            let end = self.walker.sleeping(index, task, &mut self.frames);
+            sink(Whose::Task(index), &self.frames, end);
         }
     }
 
-    fn unowned(&mut self, tasks: &Tasks) {
+    fn unowned(&self, tasks: &Tasks, sink: Sink<'_>) {
         for stack in &tasks.unowned {
             if !self.live.contains(&stack.start) {
                 let reason = Reason::Unowned;
                 let (ip, sp) = (Gva(0), stack.start);
-                self.stacks.push(Stack {
-                    who: Who::Unowned,
-                    task: None,
-                    frames: Vec::new(),
-                    end: Err(Unreliable { ip, sp, reason }),
-                });
+                sink(Whose::Unowned, &[], Err(Unreliable { ip, sp, reason }));
             }
         }
     }

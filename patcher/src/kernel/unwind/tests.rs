@@ -81,6 +81,8 @@ pub(super) fn irq_top(guest: &TinyGuest) -> u64 {
 
 /// The top of the stack for NMIs of CPU 0.
 pub(super) const NMI_TOP: u64 = ENTRY_AREA + 4096 + 0x2000 + 0x6000;
+/// The top of the one for double faults.
+pub(super) const FAULT_TOP: u64 = ENTRY_AREA + 4096 + 0x2000 + 0x3000;
 /// The top of the stack on which CPU 0 enters the kernel.
 pub(super) const ENTRY_TOP: u64 = ENTRY_AREA + 4096 + 0x2000;
 

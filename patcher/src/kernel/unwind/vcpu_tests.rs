@@ -3,8 +3,8 @@
 use proptest::prelude::*;
 
 use super::tests::{
-    ENTRY_TOP, KERNEL, NMI_TOP, REGISTERS, USER, after, check, fill, irq_top, of, pushed, sleeps,
-    start, task7, text, unwound,
+    ENTRY_TOP, FAULT_TOP, KERNEL, NMI_TOP, REGISTERS, USER, after, check, fill, irq_top, of,
+    pushed, sleeps, start, task7, text, unwound,
 };
 use super::{Who, stacks};
 use crate::kernel::testing::guest::{DIRECT, TinyGuest};
@@ -129,11 +129,8 @@ fn entry_code_on_the_users_stack_is_the_end() {
     );
     let aside = |cs: u64| {
         move |guest: &mut TinyGuest| {
-            pushed(
-                guest,
-                NMI_TOP - 40,
-                (start(f::PLAIN), cs, guest.stack_top(2) - 64),
-            );
+            let below = fill(guest, irq_top(guest), &[0; 8]);
+            pushed(guest, NMI_TOP - 40, (start(f::PLAIN), cs, below));
             at(text(FRAME_BY_DX), guest.stack_top(2))(guest);
             guest.vcpus[0].gpr[2] = NMI_TOP - 40;
         }
@@ -234,6 +231,21 @@ fn exception_stacks_lead_to_what_was_interrupted() {
             nmi(guest, (start(f::PLAIN), KERNEL), other);
         },
         "is in a stack that does not lie beneath this one",
+    );
+    // By way of the stack for double faults, back onto the one that was left.
+    check(
+        &vcpu,
+        |guest| {
+            interrupt(guest, &[after(f::FIRST)]);
+            nmi(guest, (start(f::PLAIN), KERNEL), FAULT_TOP - 48);
+            pushed(
+                guest,
+                FAULT_TOP - 40,
+                (start(f::PLAIN), KERNEL, NMI_TOP - 400),
+            );
+            fill(guest, FAULT_TOP - 40, &[text(PROCESSOR_FRAME)]);
+        },
+        "is in a stack that does not lie beneath this one, or was left before",
     );
     // Back onto the stack that was left.
     check(
