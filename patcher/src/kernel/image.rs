@@ -5,7 +5,7 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use object::elf;
 use object::read::elf::{ElfFile64, FileHeader as _};
@@ -84,7 +84,7 @@ pub struct Image {
     types: Types,
     sites: Sites,
     relocs: Relocs,
-    orc: OnceLock<Result<OrcTable, OrcError>>,
+    orc: Result<OrcTable, OrcError>,
 }
 
 impl Image {
@@ -109,6 +109,7 @@ impl Image {
         let symbols = Symbols::parse(vmlinux.clone(), rodata)?;
         let sites = Sites::parse(vmlinux.clone(), &sections, &symbols, &types)?;
         let relocs = Relocs::parse(vmlinux.clone(), end);
+        let orc = OrcTable::of_image(&vmlinux, &sections, &types, &sites);
         Ok(Self {
             sections,
             build_id,
@@ -117,7 +118,7 @@ impl Image {
             types,
             sites,
             relocs,
-            orc: OnceLock::new(),
+            orc,
             bytes: vmlinux,
         })
     }
@@ -158,13 +159,12 @@ impl Image {
         &self.relocs
     }
 
-    /// How to unwind the stacks of the image's code. The first call checks the table, which takes about a millisecond.
+    /// How to unwind the stacks of the image's code.
     ///
     /// # Errors
     /// When the image has no such table, or it is not sound.
     pub fn orc(&self) -> Result<&OrcTable, &OrcError> {
-        let table = || OrcTable::of_image(&self.bytes, &self.sections, &self.types, &self.sites);
-        self.orc.get_or_init(table).as_ref()
+        self.orc.as_ref()
     }
 
     /// The sections that occupy memory, in the order of the file.

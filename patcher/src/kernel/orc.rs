@@ -18,6 +18,8 @@ use crate::addr::LinkAddr;
 
 /// Bytes of a slot of the array of addresses.
 const SLOT: usize = 4;
+/// Bytes of code that one step of the index is for.
+const BLOCK: u64 = 4096;
 /// Traced functions whose entry must read as a call, for the meaning of the numbers to be believed.
 const PROOFS: usize = 64;
 
@@ -265,6 +267,9 @@ pub struct OrcTable {
     entries_in: Range<usize>,
     /// Address of the first slot, in the space that addresses are looked up in.
     at: u64,
+    /// The table's first address, and for each block of code from it on how many entries are for code before the block: halving
+    /// within one block touches little memory, halving the whole table touches much.
+    blocks: (u64, Vec<u32>),
 }
 
 impl OrcTable {
@@ -280,13 +285,14 @@ impl OrcTable {
             section.ok_or(OrcError::Absent { section: name })
         };
         let (ips, entries) = (find(".orc_unwind_ip")?, find(".orc_unwind")?);
-        let table = Self {
+        let mut table = Self {
             format: OrcFormat::of(types)?,
             ips: bytes.clone(),
             entries: bytes.clone(),
             ips_in: ips.file.clone(),
             entries_in: entries.file.clone(),
             at: ips.range.start.0,
+            blocks: (0, Vec::new()),
         };
         let code = || sections.iter().filter(|section| section.executable);
         let start = code().map(|section| section.range.start).min();
@@ -309,13 +315,14 @@ impl OrcTable {
         entries: Vec<u8>,
         code: &Range<u64>,
     ) -> Result<Self, OrcError> {
-        let table = Self {
+        let mut table = Self {
             format: like.format,
             ips_in: 0..ips.len(),
             entries_in: 0..entries.len(),
             ips: Arc::new(ips),
             entries: Arc::new(entries),
             at,
+            blocks: (0, Vec::new()),
         };
         table.validate(code)?;
         Ok(table)
@@ -333,7 +340,8 @@ impl OrcTable {
         self.ips_in.is_empty()
     }
 
-    fn validate(&self, code: &Range<u64>) -> Result<(), OrcError> {
+    /// Checks the table, and makes its index of blocks.
+    fn validate(&mut self, code: &Range<u64>) -> Result<(), OrcError> {
         let (ips, entries) = (self.ips_in.len(), self.entries_in.len());
         let whole = (*self.ips).as_ref().get(self.ips_in.clone()).is_some()
             && (*self.entries)
@@ -350,10 +358,15 @@ impl OrcTable {
         }
         let mut last = self.address(0);
         let first = last;
+        let mut blocks = vec![0];
         for index in 1..count {
             let at = self.address(index);
             if at < last {
                 return Err(OrcError::Unsorted { index, at });
+            }
+            // Of code that the table is not for there may be any number of blocks.
+            while at - first >= blocks.len() as u64 * BLOCK && at <= code.end {
+                blocks.push(u32::try_from(index).unwrap_or(u32::MAX));
             }
             last = at;
         }
@@ -364,6 +377,7 @@ impl OrcTable {
                 to: last,
             });
         }
+        self.blocks = (first, blocks);
         Ok(())
     }
 
@@ -405,7 +419,12 @@ impl OrcTable {
 
     /// What the table says of `address`; `None` below its first one. Of several entries for one address the last counts.
     pub(crate) fn lookup(&self, address: u64) -> Option<Orc> {
-        let (mut low, mut high) = (0, self.len());
+        let (first, blocks) = &self.blocks;
+        let block = usize::try_from(address.checked_sub(*first)? / BLOCK).unwrap_or(usize::MAX);
+        let within = |block: usize| blocks.get(block).map(|index| *index as usize);
+        let last = blocks.last().map_or(0, |index| *index as usize);
+        let mut low = within(block).unwrap_or(last);
+        let mut high = block.checked_add(1).and_then(within).unwrap_or(self.len());
         while low < high {
             let middle = usize::midpoint(low, high);
             if self.address(middle) <= address {

@@ -4,7 +4,6 @@
 //! the caller of the unwinder says it is, or a copy of the image's that a tracer of the guest made.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
 use std::ops::Range;
 
 use super::call::{BEFORE, ends_with_call, ends_with_far_return};
@@ -32,6 +31,8 @@ const MODULES: Range<Gva> = Gva(0xffff_ffff_c000_0000)..Gva(0xffff_ffff_ff00_000
 /// The lowest address of the kernel's half.
 const KERNEL_HALF: Gva = Gva(1 << 63);
 const PAGE: u64 = 4096;
+/// Addresses that are remembered.
+const SEEN: usize = 1024;
 /// The function tracer's site is as long as its call.
 const FENTRY: u64 = 5;
 
@@ -40,22 +41,25 @@ pub(crate) struct Code<'a, R: ?Sized> {
     pub(crate) table: &'a OrcTable,
     pub(crate) others: &'a [OtherCode],
     pub(crate) taken: Taken<'a, R>,
-    /// Link addresses of the image's executable sections.
-    sections: Vec<Range<LinkAddr>>,
-    /// What has been found out: threads wait in few places.
-    seen: RefCell<HashMap<(Gva, bool), Orc>>,
+    /// The image's executable sections, and their bytes.
+    sections: Vec<(Range<LinkAddr>, &'a [u8])>,
+    /// What has been found out, each at the place that its address gives: threads wait in few places.
+    seen: RefCell<Vec<Option<(Gva, bool, Orc)>>>,
 }
 
 impl<'a, R: ReadPhys + ?Sized> Code<'a, R> {
     pub(crate) fn new(table: &'a OrcTable, others: &'a [OtherCode], taken: Taken<'a, R>) -> Self {
-        let sections = taken.kernel.image().sections();
-        let code = sections.iter().filter(|section| section.executable);
+        let image = taken.kernel.image();
+        let code = image.sections().iter().filter(|section| section.executable);
+        let bytes = |range: &Range<LinkAddr>| image.text(range.clone()).unwrap_or_default();
         Self {
             table,
             others,
-            sections: code.map(|section| section.range.clone()).collect(),
+            sections: code
+                .map(|section| (section.range.clone(), bytes(&section.range)))
+                .collect(),
             taken,
-            seen: RefCell::default(),
+            seen: RefCell::new(vec![None; SEEN]),
         }
     }
 
@@ -85,11 +89,18 @@ impl<'a, R: ReadPhys + ?Sized> Code<'a, R> {
         interrupted: bool,
         find: impl FnOnce() -> Result<Orc, Reason>,
     ) -> Result<Orc, Reason> {
-        if let Some(known) = self.seen.borrow().get(&(ip, interrupted)) {
+        // Multiplied by an odd number without pattern, the upper bits depend on all lower ones.
+        let mixed = (ip.0 << 1 | u64::from(interrupted)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let place = usize::try_from(mixed >> 32).unwrap_or(0) % SEEN;
+        if let Some(Some((at, was, known))) = self.seen.borrow().get(place)
+            && (*at, *was) == (ip, interrupted)
+        {
             return Ok(*known);
         }
         let found = find()?;
-        self.seen.borrow_mut().insert((ip, interrupted), found);
+        if let Some(seen) = self.seen.borrow_mut().get_mut(place) {
+            *seen = Some((ip, interrupted, found));
+        }
         Ok(found)
     }
 
@@ -98,7 +109,17 @@ impl<'a, R: ReadPhys + ?Sized> Code<'a, R> {
     }
 
     fn of_image(&self, at: LinkAddr) -> bool {
-        self.sections.iter().any(|section| section.contains(&at))
+        self.sections
+            .iter()
+            .any(|(section, _)| section.contains(&at))
+    }
+
+    /// The image's bytes before `at`, as many as a call may have.
+    fn image_before(&self, at: LinkAddr) -> Option<&[u8]> {
+        let holds = |(section, _): &&(Range<LinkAddr>, _)| section.start < at && at <= section.end;
+        let (section, bytes) = self.sections.iter().find(holds)?;
+        let end = usize::try_from(at.offset_from(section.start)?).ok()?;
+        bytes.get(end.saturating_sub(BEFORE)..end)
     }
 
     fn rule(&self, at: Gva) -> Result<Orc, Reason> {
@@ -155,13 +176,7 @@ impl<'a, R: ReadPhys + ?Sized> Code<'a, R> {
     /// Whether a call lies before `ip`: in the image, or else in the guest, where the kernel may have put it since.
     fn follows_call(&self, ip: Gva, rule: Orc) -> Result<bool, Reason> {
         let link = self.link(ip);
-        let before = |at: LinkAddr| {
-            let longest = BEFORE as u64;
-            (1..=longest)
-                .rev()
-                .find_map(|len| self.taken.kernel.image().text(at.checked_sub(len)?..at))
-        };
-        if let Some(code) = before(link) {
+        if let Some(code) = self.image_before(link) {
             // The first code of a CPU pushes its own return address, which is where its stack ends.
             if ends_with_call(code) || rule == Orc::End && ends_with_far_return(code) {
                 return Ok(true);
