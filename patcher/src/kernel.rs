@@ -16,6 +16,7 @@ pub mod locate;
 pub(crate) mod memory;
 pub mod orc;
 pub mod payload;
+pub mod quiescence;
 pub mod relocs;
 pub(crate) mod running;
 pub mod sites;
