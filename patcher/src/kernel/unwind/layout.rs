@@ -48,6 +48,8 @@ pub(crate) struct InactiveLayout {
 pub(crate) struct TakenByGraph {
     /// What it put in their place.
     pub(crate) handler: LinkAddr,
+    /// Bytes of that code.
+    pub(crate) handler_len: u64,
     pub(crate) ret: u64,
     /// Address of the place on the stack.
     pub(crate) slot: u64,
@@ -147,6 +149,7 @@ fn graph(image: &Image) -> Result<Option<TakenByGraph>, LayoutError> {
     let types = image.types();
     Ok(Some(TakenByGraph {
         handler: handler.address,
+        handler_len: handler.size,
         ret: types.offset_of(ENTRY, "ret")?,
         slot: types.offset_of(ENTRY, "retp")?,
         size: types.size_of(ENTRY)?,

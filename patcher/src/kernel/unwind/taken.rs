@@ -61,6 +61,14 @@ impl<R: ReadPhys + ?Sized> Taken<'_, R> {
         })
     }
 
+    /// Whether the function graph tracer is about to return at `at` to where a function should have returned: its table calls
+    /// that the end of the stack, which it is not.
+    pub(crate) fn is_returning(&self, at: Gva) -> bool {
+        self.layout.graph.as_ref().is_some_and(|graph| {
+            at.0.wrapping_sub(self.kernel.runtime(graph.handler).0) < graph.handler_len
+        })
+    }
+
     /// The one answer that any of the tasks has.
     fn each<'t>(
         &self,

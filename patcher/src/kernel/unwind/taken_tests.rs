@@ -91,6 +91,14 @@ fn return_addresses_that_tracers_took_are_given_back() {
         },
         "filler_013+0x8 filler_007+0x8 | First",
     );
+    // In the tracer's own code its table says that the stack ends, however near its end that is.
+    check(
+        &Who::Vcpu(0),
+        |guest| {
+            runs(guest, text(GRAPH) + 4, &[after(f::FIRST)]);
+        },
+        "the function graph tracer replaced the return address",
+    );
     // Two answers are none.
     check(
         &task7(),

@@ -433,6 +433,11 @@ impl<'a, R: ReadPhys + ?Sized> Walker<'a, R> {
         if cursor.interrupted && self.sleeper.is_none() && self.entry_text.contains(&cursor.ip) {
             return Ok(End::Entry);
         }
+        if self.code.taken.is_returning(cursor.ip) {
+            let tracer = "the function graph tracer";
+            let slot = cursor.sp;
+            return Err(Reason::Taken { tracer, slot });
+        }
         self.live.go_beneath(cursor.sp)?;
         if self.at_top(cursor.sp) {
             return Ok(End::First);
