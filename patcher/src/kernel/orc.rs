@@ -138,6 +138,17 @@ pub(crate) enum Orc {
     },
 }
 
+impl Orc {
+    /// At the entry of a function: the return address is the word that the stack pointer points at.
+    pub(crate) const ENTERED: Self = Self::Caller {
+        base: Base::Sp,
+        offset: 8,
+        bp: FramePointer::Kept,
+        content: Content::Call,
+        signal: false,
+    };
+}
+
 /// A field of an entry: its first bit, and how many bits it has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Field {
@@ -383,19 +394,12 @@ impl OrcTable {
 
     /// Proves the meaning of the numbers on traced functions, whose entry is known.
     fn prove(&self, sites: &Sites, code: &Range<LinkAddr>) -> Result<(), OrcError> {
-        let entered = Orc::Caller {
-            base: Base::Sp,
-            offset: 8,
-            bp: FramePointer::Kept,
-            content: Content::Call,
-            signal: false,
-        };
         // Of some functions, whose assembly could not be followed when the table was made, it says nothing.
         let mut proved = false;
         for site in sites.first(SiteKind::Fentry, code, PROOFS) {
             match self.lookup(site.range.start.0) {
                 Some(Orc::Undefined) => {}
-                found if found == Some(entered) => proved = true,
+                Some(Orc::ENTERED) => proved = true,
                 _ => {
                     return Err(OrcError::Meaning {
                         at: site.range.start,

@@ -72,6 +72,7 @@ pub(crate) fn symbols(form: Form) -> Vec<Sym> {
         (0x100, "asm_exc_divide_error"),
         (0x200, "__entry_text_end"),
         (0x240, form.first_code()),
+        (0x260, "__x86_indirect_thunk_rax"),
         (0x300, "victim"),
         (0x340, "twin"),
         (0x380, "twin"),

@@ -58,6 +58,8 @@ pub(crate) const SAVED_REGISTERS: u64 = 0x118;
 pub(crate) const FRAME_BY_DX: u64 = 0x144;
 /// Where a new task begins.
 pub(crate) const FORKED: u64 = 0x240;
+/// A thunk, of which the table says nothing.
+pub(crate) const THUNK: u64 = 0x260;
 /// In the tracers' code.
 pub(crate) const GRAPH: u64 = 0x500;
 pub(crate) const PROBE: u64 = 0x540;

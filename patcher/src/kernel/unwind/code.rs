@@ -65,7 +65,12 @@ impl<'a, R: ReadPhys + ?Sized> Code<'a, R> {
 
     /// How to find the caller of code that was interrupted at `ip`, or begins there.
     pub(crate) fn interrupted(&self, ip: Gva) -> Result<Orc, Reason> {
-        self.remember(ip, true, || self.rule(ip))
+        self.remember(ip, true, || {
+            if self.taken.layout.thunks.contains(&self.link(ip)) {
+                return Ok(Orc::ENTERED);
+            }
+            self.rule(ip)
+        })
     }
 
     /// How to find the caller of code that will go on at `ip`, a return address that was found at `slot`.

@@ -11,8 +11,11 @@ use crate::kernel::layout::LayoutError;
 pub(crate) struct UnwindLayout {
     pub(crate) registers: RegistersLayout,
     pub(crate) inactive: InactiveLayout,
-    /// Where a task begins that has never run.
-    pub(crate) forked: LinkAddr,
+    /// The code at which a task begins that has never run.
+    pub(crate) forked: Range<LinkAddr>,
+    /// First bytes of the thunks by which the kernel branches to where a register says: the unwind table calls them the end of
+    /// the stack, or nothing, but there the stack is as at the entry of a function.
+    pub(crate) thunks: Vec<LinkAddr>,
     pub(crate) graph: Option<TakenByGraph>,
     pub(crate) probe: Option<TakenByProbe>,
     pub(crate) ftrace: Option<FtraceLayout>,
@@ -131,7 +134,8 @@ impl UnwindLayout {
                 ret: inactive("ret_addr")?,
                 size: types.size_of("inactive_task_frame")?,
             },
-            forked: forked.address,
+            forked: forked.address..LinkAddr(forked.address.0.saturating_add(forked.size)),
+            thunks: thunks(image)?,
             graph: graph(image)?,
             probe: probe(image)?,
             ftrace: ftrace(image)?,
@@ -139,6 +143,20 @@ impl UnwindLayout {
             module: module(image)?,
         })
     }
+}
+
+fn thunks(image: &Image) -> Result<Vec<LinkAddr>, LayoutError> {
+    const REGISTERS: [&str; 15] = [
+        "rax", "rcx", "rdx", "rbx", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13",
+        "r14", "r15",
+    ];
+    let mut thunks = Vec::new();
+    for register in REGISTERS {
+        let name = format!("__x86_indirect_thunk_{register}");
+        let thunk = image.symbols().optional(&name)?;
+        thunks.extend(thunk.map(|thunk| thunk.address));
+    }
+    Ok(thunks)
 }
 
 fn graph(image: &Image) -> Result<Option<TakenByGraph>, LayoutError> {

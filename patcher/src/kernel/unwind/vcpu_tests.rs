@@ -9,7 +9,8 @@ use super::tests::{
 use super::{Who, stacks};
 use crate::kernel::testing::guest::{DIRECT, TinyGuest};
 use crate::kernel::testing::orc::{
-    BEFORE_KERNEL, FRAME_BY_DX, GRAPH, PROBE, PROCESSOR_FRAME, SAVED_REGISTERS, function as f,
+    BEFORE_KERNEL, FORKED, FRAME_BY_DX, GRAPH, PROBE, PROCESSOR_FRAME, SAVED_REGISTERS, THUNK,
+    function as f,
 };
 use crate::kernel::testing::{Form, STACK, task};
 
@@ -67,6 +68,20 @@ fn vcpus_are_followed_from_their_registers() {
         },
         "filler_002+0x0 filler_007+0x8 | First",
     );
+    // In a thunk that leads to a function the stack is as at the function's entry.
+    let thunk = "__x86_indirect_thunk_rax+0x0 filler_007+0x8 | First";
+    check(&vcpu, at(text(THUNK), vec![after(f::FIRST)]), thunk);
+    let silent = "__x86_indirect_thunk_rax+0x1 | the unwind table says nothing of";
+    check(&vcpu, at(text(THUNK) + 1, vec![after(f::FIRST)]), silent);
+    // A task that is run for the first time; only there may a stack end at an instruction.
+    let begins = "filler_000+0x0 ret_from_fork+0x0 | First";
+    check(&vcpu, at(start(f::PLAIN), vec![text(FORKED)]), begins);
+    check(
+        &vcpu,
+        at(text(FORKED) + 4, vec![]),
+        "ret_from_fork+0x4 | First",
+    );
+    check(&vcpu, at(start(f::FIRST), vec![]), "ends the stack at");
     // The task that runs is not also asleep.
     check(&task7(), at(start(f::PLAIN), vec![after(f::FIRST)]), "none");
     check(

@@ -12,7 +12,7 @@ use super::layout::{RegistersLayout, UnwindLayout};
 use super::live::Live;
 use super::reason::{Reason, Unreliable};
 use super::{End, Frame, Via};
-use crate::addr::Gva;
+use crate::addr::{Gva, LinkAddr};
 use crate::guest::{ReadPhys, Vcpu};
 use crate::kernel::memory::Memory;
 use crate::kernel::orc::{Base, Content, FramePointer, Orc};
@@ -124,7 +124,7 @@ impl<'a, R: ReadPhys + ?Sized> Walker<'a, R> {
         };
         let (ip, slot, bp) = begin.map_err(unreliable)?;
         let sp = Gva(task.saved_sp.0.wrapping_add(inactive.size));
-        let interrupted = ip == self.code.taken.kernel.runtime(self.layout.forked);
+        let interrupted = self.begins(ip);
         let rule = self.rule(ip, slot, interrupted).map_err(unreliable)?;
         let via = if interrupted { Via::Begins } else { Via::Call };
         frames.push(Frame {
@@ -308,6 +308,8 @@ impl<'a, R: ReadPhys + ?Sized> Walker<'a, R> {
         let slot = Gva(at.0.wrapping_sub(8));
         let found = Gva(self.live.word(slot)?);
         let ip = self.given_back(found, slot)?;
+        // The switch to a task that has never run returns to where it begins.
+        let signal = signal || self.begins(ip);
         let rule = self.rule(ip, slot, signal)?;
         let caller = Cursor {
             ip,
@@ -439,11 +441,19 @@ impl<'a, R: ReadPhys + ?Sized> Walker<'a, R> {
             return Err(Reason::Taken { tracer, slot });
         }
         self.live.go_beneath(cursor.sp)?;
-        if self.at_top(cursor.sp) {
+        // Only where tasks begin may a stack end at an instruction: elsewhere the table means that it does not know.
+        let link = LinkAddr(cursor.ip.0.wrapping_sub(self.code.taken.kernel.slide()));
+        let known_to_end = !cursor.interrupted || self.layout.forked.contains(&link);
+        if known_to_end && self.at_top(cursor.sp) {
             return Ok(End::First);
         }
         let end = self.live.current().map_or(Gva(0), |known| known.range.end);
         Err(Reason::EndsEarly { at: cursor.ip, end })
+    }
+
+    /// Whether a task that has never run begins at `ip`.
+    fn begins(&self, ip: Gva) -> bool {
+        ip == self.code.taken.kernel.runtime(self.layout.forked.start)
     }
 
     /// Whether `sp` is where the first frame of a task begins, on the stack that is being followed.
