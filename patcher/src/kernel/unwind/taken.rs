@@ -25,6 +25,17 @@ const MAX_DEPTH: usize = 4;
 /// `FTRACE_OPS_FL_SAVE_REGS`.
 const SAVE_REGISTERS: u64 = 1 << 2;
 
+/// What a tracer keeps of one place on a stack.
+#[derive(Default)]
+struct Kept {
+    /// A return address.
+    real: Option<Gva>,
+    /// What another tracer had put there before.
+    other: Option<Gva>,
+    /// There are two return addresses.
+    differ: bool,
+}
+
 /// What the guest's tracers know.
 pub(crate) struct Taken<'a, R: ?Sized> {
     pub(crate) kernel: &'a Kernel,
@@ -112,29 +123,43 @@ impl<R: ReadPhys + ?Sized> Taken<'_, R> {
             .graph
             .as_ref()
             .map_or(8, |graph| graph.unit.max(8));
-        let mut found = None;
+        let mut kept = Kept::default();
         for entry in (0..len).step_by(usize::try_from(step).unwrap_or(8)) {
             let word =
                 |offset: u64| le_u64(&bytes, usize::try_from(entry.checked_add(offset)?).ok()?);
-            if entry.saturating_add(graph.size) > len || word(graph.slot) != Some(slot.0) {
-                continue;
-            }
-            match (word(graph.ret).map(Gva), found) {
-                (Some(ret), None) => found = Some(ret),
-                (ret, Some(other)) if ret != Some(other) => {
-                    return Err(KernelError::Unsound {
-                        what: "stack of traced returns",
-                        at,
-                        value: slot.0,
-                    });
-                }
-                _ => {}
+            let whole = entry.saturating_add(graph.size) <= len;
+            if whole && word(graph.slot) == Some(slot.0) {
+                self.keep(&mut kept, Gva(word(graph.ret).unwrap_or(0)), graph.handler);
             }
         }
-        Ok(found)
+        if kept.differ {
+            return Err(KernelError::Unsound {
+                what: "stack of traced returns",
+                at,
+                value: slot.0,
+            });
+        }
+        Ok(kept.real.or(kept.other))
     }
 
-    /// What return probes keep of `slot`. Of several probes of one function all but the last keep each other's handler.
+    /// Notes that a tracer with this handler keeps `ret`. Where one traced function jumps to another, both return through one place, and the
+    /// second tracing finds there what the first has put: of all that are kept, the one that no tracer put there is the caller's.
+    fn keep(&self, kept: &mut Kept, ret: Gva, own: LinkAddr) {
+        let graph = self.layout.graph.as_ref().map(|graph| graph.handler);
+        let probe = self.layout.probe.as_ref().map(|probe| probe.handler);
+        let mut handlers = [graph, probe].into_iter().flatten();
+        if ret == self.kernel.runtime(own) {
+            return;
+        }
+        if handlers.any(|handler| ret == self.kernel.runtime(handler)) {
+            kept.other = Some(ret);
+            return;
+        }
+        kept.differ |= kept.real.is_some_and(|real| real != ret);
+        kept.real = Some(ret);
+    }
+
+    /// What return probes keep of `slot`.
     fn by_probe(
         &self,
         probe: &TakenByProbe,
@@ -144,17 +169,24 @@ impl<R: ReadPhys + ?Sized> Taken<'_, R> {
         let gather = Gather::new(&[(probe.link, 8), (probe.ret, 8), (probe.slot, 8)]);
         let mut fields = gather.fields();
         let mut bound = Bound::new("list of return probes", MAX_PROBES);
+        let mut kept = Kept::default();
         let mut node = task.rethook;
         while node != 0 {
             bound.step(node)?;
             fields.read(self.memory, Gva(node.wrapping_sub(probe.link)))?;
-            let ret = Gva(fields.u64(probe.ret));
-            if fields.u64(probe.slot) == slot.0 && ret != self.kernel.runtime(probe.handler) {
-                return Ok(Some(ret));
+            if fields.u64(probe.slot) == slot.0 {
+                self.keep(&mut kept, Gva(fields.u64(probe.ret)), probe.handler);
             }
             node = fields.u64(probe.link);
         }
-        Ok(None)
+        if kept.differ {
+            return Err(KernelError::Unsound {
+                what: "list of return probes",
+                at: Gva(task.rethook),
+                value: slot.0,
+            });
+        }
+        Ok(kept.real.or(kept.other))
     }
 
     /// The code of the image that the code at `at`, outside it, is a copy of: as far as its stack goes they are one.

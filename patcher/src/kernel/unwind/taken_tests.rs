@@ -79,7 +79,7 @@ fn return_addresses_that_tracers_took_are_given_back() {
     check(
         &task7(),
         taken(GRAPH, graph, text(GRAPH), 0),
-        "several tracers replaced",
+        "the function graph tracer replaced",
     );
     // A vCPU that has just returned to one of them.
     check(
@@ -99,6 +99,25 @@ fn return_addresses_that_tracers_took_are_given_back() {
         },
         "the function graph tracer replaced the return address",
     );
+    // Traced functions that jump to each other return through one place; so they do with a probe of either between them.
+    for (first, second) in [
+        (after(f::OTHERS), text(GRAPH)),
+        (text(GRAPH), after(f::OTHERS)),
+        (after(f::OTHERS), text(PROBE)),
+    ] {
+        check(
+            &task7(),
+            |guest| {
+                taken(GRAPH, graph, second, 0)(guest);
+                let entries = guest.get(guest.tasks[2] + task::RET_STACK);
+                let slot = guest.stack_top(2) - REGISTERS - 16;
+                guest.put(entries, first);
+                guest.put(entries + 24, slot);
+                probed(guest, slot, text(GRAPH));
+            },
+            whole,
+        );
+    }
     // Two answers are none.
     check(
         &task7(),
