@@ -472,7 +472,7 @@ mod tests {
 
     use super::{Base, Content, FramePointer, Orc, OrcError, OrcTable};
     use crate::kernel::image::Image;
-    use crate::kernel::testing::orc::{ENTRIES, FUNCTIONS, IPS, Rule, entry, function};
+    use crate::kernel::testing::orc::{ENTRIES, FUNCTIONS, IPS, Rule, entry, function, rules};
     use crate::kernel::testing::{FORMS, Form, Part, TEXT, elf, parts};
 
     /// The image of `form` with its sections changed by `change`.
@@ -538,6 +538,14 @@ mod tests {
                 );
             }
             assert_eq!(table.lookup(TEXT - 1), None);
+            for offset in 0..0x4000 {
+                let rules = rules().filter(|(at, _)| *at <= offset);
+                let (_, rule) = rules.last().unwrap();
+                let mut bytes = [0; 8];
+                bytes[..6].copy_from_slice(&entry(form, rule));
+                let got = table.lookup(TEXT + offset);
+                assert_eq!(got, Some(table.decode(bytes)), "{form:?} {offset:#x}");
+            }
         }
     }
 

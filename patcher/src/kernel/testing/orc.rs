@@ -66,7 +66,7 @@ pub(crate) const PROBE: u64 = 0x540;
 pub(crate) const TRACER: u64 = 0x580;
 
 /// Offset of each stretch of code from `TEXT`, and what is said of it.
-pub(crate) const RULES: [(u64, Rule); 33] = [
+const RULES: [(u64, Rule); 33] = [
     (0, Undefined),
     (0x80, End),
     (0x100, ProcessorFrame((5, 0))),
@@ -103,12 +103,13 @@ pub(crate) const RULES: [(u64, Rule); 33] = [
     (FUNCTIONS + 0xb0, Unknown),
 ];
 /// What follows: in a table of its own, because arrays have one length.
-pub(crate) const MORE: [(u64, Rule); 2] = [
+const MORE: [(u64, Rule); 2] = [
     (FUNCTIONS + 0xc0, Call((5, 24), (4, 0))),
     (FUNCTIONS + 0xd0, Call((5, 8), KEPT)),
 ];
 
-fn rules() -> impl Iterator<Item = (u64, Rule)> {
+/// All of them, in the order of their addresses.
+pub(crate) fn rules() -> impl Iterator<Item = (u64, Rule)> {
     RULES.into_iter().chain(MORE)
 }
 

@@ -244,7 +244,7 @@ fn modules_are_followed_by_their_own_tables() {
             // The table's slots are out of reach of the module's code, so that it has them at its end, as modules do.
             let ips = MODULES + 0x800;
             let distance = |at: u64, slot: u64| (at.wrapping_sub(ips + 4 * slot)) & 0xffff_ffff;
-            let (first, second) = (distance(MODULES, 0), distance(MODULES + 8, 1));
+            let (first, second) = (distance(MODULES, 0), distance(MODULES + 0xf, 1));
             guest.put(ips, first | second << 32);
             guest.put(ips + 8, distance(MODULES + 0x20, 2));
             let rules = [Rule::Undefined, Rule::Call((5, 24), (0, 0)), Rule::End];
