@@ -619,6 +619,10 @@ mod tests {
         };
         let found = table(0x3_0000, [-0x2_0000, -0x1_fff4]).unwrap();
         assert_eq!(found.lookup(0x1_0007), Some(Orc::End));
+        // A rule goes on over the edge of a block of the index.
+        let over = table(0x3_0000, [-0x2_0000, -0x1_f000]).unwrap();
+        assert_eq!(over.lookup(0x1_1003), Some(Orc::End));
+        assert_ne!(over.lookup(0x1_1004), Some(Orc::End));
         assert_eq!(
             found.lookup(0x1_0010),
             Some(call(Base::Sp, 24, FramePointer::Kept))
