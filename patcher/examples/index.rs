@@ -43,6 +43,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         image.relocs(),
         image.sites()
     );
+    println!("{:?}", image.orc());
     println!("{} fentry sites", image.sites().count(SiteKind::Fentry));
     for name in args {
         match name.split_once('.') {

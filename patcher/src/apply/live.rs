@@ -6,9 +6,12 @@ use crate::addr::{Gpa, Gva};
 use crate::commit::{Blocked, Running, Scanned};
 use crate::edition::link::{Resolve, Returns};
 use crate::guest::{ReadPhys, Registers};
+use crate::kernel::arena;
 use crate::kernel::locate::Kernel;
-use crate::kernel::stack::{ScanError, stack_words};
+use crate::kernel::quiescence::quiescent;
+use crate::kernel::stack::ScanError;
 use crate::kernel::symbols::SymbolError;
+use crate::kernel::unwind::OtherCode;
 use crate::plan::checks;
 
 /// A located kernel, and how its functions return.
@@ -71,12 +74,18 @@ impl Running for Kernel {
             let probes = self.kprobes_in(guest, range).map_err(unreadable)?;
             checks::no_kprobe("the redirected function", &probes).map_err(Blocked::Changed)?;
         }
-        match stack_words(self, guest, guest.vcpus(), forbidden) {
+        // Threads may sleep in editions; what lies beneath those is for the words to tell.
+        let editions = OtherCode {
+            name: "the arena".to_owned(),
+            range: arena::CODE,
+            table: None,
+        };
+        match quiescent(self, guest, guest.vcpus(), forbidden, &[editions]) {
             Ok(scan) => Ok(Scanned {
                 tasks: scan.tasks as u64,
                 words: scan.words,
             }),
-            Err(error @ ScanError::Hit(_)) => Err(Blocked::Busy {
+            Err(error @ (ScanError::Hit(_) | ScanError::Disagree { .. })) => Err(Blocked::Busy {
                 cause: error.to_string(),
             }),
             Err(error) => Err(unreadable(error)),

@@ -10,6 +10,7 @@ use crate::edition::object::tests::Maker;
 use crate::guest::fake::{FakeGuest, Fault, Region};
 use crate::kernel::locate::Kernel;
 use crate::kernel::testing::guest::{SLIDE, TinyGuest};
+use crate::kernel::testing::orc::{AFTER_CALL, FUNCTION, FUNCTIONS, function};
 use crate::kernel::testing::{BUILD_ID, FORMS, Form, TEXT};
 use crate::observe::verify;
 use crate::x86::insn::{NOP5, whole_instructions};
@@ -31,7 +32,9 @@ fn package(function: &str, position: u32, build_id: &[u8]) -> Package {
 /// A running guest, its kernel and an empty arena.
 fn booted(form: Form) -> (FakeGuest, Kernel, Arena) {
     let mut tiny = TinyGuest::new(form, 4);
-    tiny.task(7, "worker", &[]);
+    // It sleeps in the function that it began with.
+    let first = TEXT + SLIDE + FUNCTIONS + function::FIRST * FUNCTION + AFTER_CALL;
+    tiny.task(7, "worker", &[0, 0, 0, 0, 0, 0, first]);
     let kernel = tiny.kernel();
     let memory = vec![
         Region {

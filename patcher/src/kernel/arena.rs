@@ -27,6 +27,10 @@ const SET_BY_CPU: u64 = 1 << 5 | 1 << 6;
 /// The level of the entries.
 const LEVEL: u8 = 2;
 
+/// Where code in the arena is, once it is mapped.
+pub const CODE: Range<Gva> =
+    Gva(TABLE_START.0 + FIRST_SLOT * SLOT_SIZE)..Gva(TABLE_START.0 + (FIRST_SLOT + 1) * SLOT_SIZE);
+
 /// Why the arena cannot be mapped.
 #[derive(Debug, thiserror::Error)]
 pub enum ArenaError {

@@ -12,6 +12,7 @@ use object::read::elf::{ElfFile64, FileHeader as _};
 use object::{LittleEndian, Object as _, ObjectSection as _, SectionFlags};
 
 use super::bytes::le_u32;
+use super::orc::{OrcError, OrcTable};
 use super::relocs::Relocs;
 use super::sites::{Sites, SitesError};
 use super::symbols::{KallsymsError, Symbols};
@@ -83,6 +84,7 @@ pub struct Image {
     types: Types,
     sites: Sites,
     relocs: Relocs,
+    orc: Result<OrcTable, OrcError>,
 }
 
 impl Image {
@@ -107,6 +109,7 @@ impl Image {
         let symbols = Symbols::parse(vmlinux.clone(), rodata)?;
         let sites = Sites::parse(vmlinux.clone(), &sections, &symbols, &types)?;
         let relocs = Relocs::parse(vmlinux.clone(), end);
+        let orc = OrcTable::of_image(&vmlinux, &sections, &types, &sites);
         Ok(Self {
             sections,
             build_id,
@@ -115,6 +118,7 @@ impl Image {
             types,
             sites,
             relocs,
+            orc,
             bytes: vmlinux,
         })
     }
@@ -153,6 +157,14 @@ impl Image {
     #[must_use]
     pub fn relocs(&self) -> &Relocs {
         &self.relocs
+    }
+
+    /// How to unwind the stacks of the image's code.
+    ///
+    /// # Errors
+    /// When the image has no such table, or it is not sound.
+    pub fn orc(&self) -> Result<&OrcTable, &OrcError> {
+        self.orc.as_ref()
     }
 
     /// The sections that occupy memory, in the order of the file.

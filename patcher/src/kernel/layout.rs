@@ -7,10 +7,11 @@ use std::ops::Range;
 use super::image::Image;
 use super::symbols::SymbolError;
 use super::types::TypeError;
+use super::unwind::layout::UnwindLayout;
 use crate::addr::LinkAddr;
 
 /// Something that this needs is absent from the image.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub(crate) enum LayoutError {
     #[error(transparent)]
     Symbol(#[from] SymbolError),
@@ -40,6 +41,8 @@ pub(crate) struct Layout {
     /// Bytes of the user's registers at the top of a task's stack.
     pub(crate) user_registers: u64,
     pub(crate) flux: FluxLayout,
+    /// What unwinding needs; a kernel that lacks it can do without everything but that.
+    pub(crate) unwind: Result<UnwindLayout, LayoutError>,
     /// Code that runs between the user and the kernel proper, part of it on the user's stack pointer.
     pub(crate) entry_text: Range<LinkAddr>,
 }
@@ -161,6 +164,7 @@ impl Layout {
             task: task(image)?,
             vmap: vmap(image)?,
             flux: flux(image)?,
+            unwind: UnwindLayout::resolve(image),
             stack_size: types.size_of("irq_stack")?,
             user_registers: types.size_of("pt_regs")?,
             entry_text: at("__entry_text_start")?..at("__entry_text_end")?,

@@ -40,6 +40,11 @@ impl<'a, R: ReadPhys + ?Sized> Memory<'a, R> {
         })
     }
 
+    /// The guest that is read.
+    pub(crate) fn guest(&self) -> &'a R {
+        self.guest
+    }
+
     /// Bytes read so far, page tables not counted.
     pub(crate) fn bytes_read(&self) -> u64 {
         self.bytes.get()

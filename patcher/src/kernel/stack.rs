@@ -15,6 +15,7 @@ use super::locate::{Kernel, KernelError};
 use super::memory::Memory;
 use super::running::{Running, running};
 use super::tasks::{Hidden, Task, Tasks};
+use super::unwind::{Unreliable, UnwindError};
 use crate::addr::Gva;
 use crate::guest::{ReadPhys, Vcpu};
 
@@ -32,6 +33,8 @@ pub struct Scan {
     pub unowned_stacks: usize,
     /// Words of stacks.
     pub words: u64,
+    /// Frames of stacks, where they were looked at too.
+    pub frames: u64,
     /// Bytes of the guest's memory that were read for it, page tables not counted.
     pub bytes_read: u64,
 }
@@ -85,6 +88,25 @@ pub enum ScanError {
         /// What is wrong.
         why: &'static str,
     },
+    /// A stack cannot be followed to its end. That may pass.
+    #[error("the stack of {} cannot be followed: {cause}", describe(.who))]
+    Stack {
+        /// Whose it is.
+        who: Who,
+        /// Where and why following it ended.
+        cause: Unreliable,
+    },
+    /// A frame is in the code, though no word is.
+    #[error("{} is in code that is to be changed, at {value}, by its frames but not by the words of its stack", describe(.who))]
+    Disagree {
+        /// Whose frame it is.
+        who: Who,
+        /// The address.
+        value: Gva,
+    },
+    /// The kernel's stacks cannot be unwound.
+    #[error(transparent)]
+    Unwind(#[from] UnwindError),
     /// The guest's tasks or stacks could not be read. They may have been in motion.
     #[error("the guest's stacks cannot be read: {0}")]
     Kernel(#[from] KernelError),
@@ -111,11 +133,22 @@ pub fn stack_words<R: ReadPhys + ?Sized>(
 ) -> Result<Scan, ScanError> {
     let memory = Memory::new(kernel, guest).map_err(KernelError::from)?;
     let tasks = Tasks::read_from(kernel, &memory)?;
-    let mut scanner = Scanner::new(kernel, &memory, forbidden);
+    words(kernel, &memory, &tasks, vcpus, forbidden)
+}
+
+/// As [`stack_words`], of a guest whose `tasks` have just been read.
+pub(crate) fn words<R: ReadPhys + ?Sized>(
+    kernel: &Kernel,
+    memory: &Memory<'_, R>,
+    tasks: &Tasks,
+    vcpus: &[Vcpu],
+    forbidden: &[Range<Gva>],
+) -> Result<Scan, ScanError> {
+    let mut scanner = Scanner::new(kernel, memory, forbidden);
     let entry = &kernel.layout().entry_text;
     let entry = kernel.runtime(entry.start)..kernel.runtime(entry.end);
     let word = |at: Gva| memory.u64(at).map_err(KernelError::from);
-    let running = running(&entry, &word, vcpus, &tasks)?;
+    let running = running(&entry, &word, vcpus, tasks)?;
     scanner.registers(vcpus)?;
     for (vcpu, stack) in &running.stacks {
         scanner.words(stack.clone(), || Who::CpuStack(*vcpu))?;
@@ -130,6 +163,7 @@ pub fn stack_words<R: ReadPhys + ?Sized>(
         tasks: tasks.tasks.len(),
         unowned_stacks: tasks.unowned.len(),
         words: scanner.count,
+        frames: 0,
         bytes_read: memory.bytes_read(),
     })
 }

@@ -1,6 +1,7 @@
 //! A kernel made up for tests: an ELF image with kallsyms, BTF, patch sites and relocations in either of their forms.
 
 pub(crate) mod guest;
+pub(crate) mod orc;
 pub(crate) mod patched;
 pub(crate) mod views;
 
@@ -25,6 +26,16 @@ pub(crate) enum Form {
     OldSorted,
     /// As from 6.9 on: addresses after the tokens, hot per-CPU data in one structure, several lists of areas.
     New,
+}
+
+impl Form {
+    /// What the code is called at which a new task begins.
+    fn first_code(self) -> &'static str {
+        match self {
+            Self::New => "ret_from_fork_asm",
+            _ => "ret_from_fork",
+        }
+    }
 }
 
 pub(crate) const FORMS: [Form; 3] = [Form::Old, Form::OldSorted, Form::New];
@@ -63,6 +74,7 @@ pub(crate) fn symbols(form: Form) -> Vec<Sym> {
         (0x80, "__entry_text_start"),
         (0x100, "asm_exc_divide_error"),
         (0x200, "__entry_text_end"),
+        (0x240, form.first_code()),
         (0x300, "victim"),
         (0x340, "twin"),
         (0x380, "twin"),
@@ -70,6 +82,10 @@ pub(crate) fn symbols(form: Form) -> Vec<Sym> {
         (0x400, "__x86_return_thunk"),
         (0x440, "patient"),
         (0x480, "behind_patient"),
+        (0x500, "return_to_handler"),
+        (0x540, "arch_rethook_trampoline"),
+        (0x5c0, "ftrace_regs_caller"),
+        (0x600, "ftrace_regs_caller_end"),
     ] {
         add(TEXT + offset, if name == "twin" { 't' } else { 'T' }, name);
     }
@@ -315,6 +331,7 @@ pub(crate) fn btf(form: Form) -> Vec<u8> {
     views::module_types(&mut btf, form, basic);
     views::log_types(&mut btf, basic);
     patched::types(&mut btf, form, basic);
+    orc::types(&mut btf, form, basic);
     if form == Form::New {
         btf.structure(
             "pcpu_hot",
@@ -328,7 +345,7 @@ pub(crate) fn btf(form: Form) -> Vec<u8> {
 }
 
 /// Four bytes, eight bytes, one byte, a list's link.
-type Basic = (u32, u32, u32, u32);
+pub(crate) type Basic = (u32, u32, u32, u32);
 
 fn task_types(btf: &mut Btf, (int, long, byte, list): Basic) {
     let node = btf.structure("llist_node", 8, &[("next", long, 0)]);
@@ -352,16 +369,23 @@ fn task_types(btf: &mut Btf, (int, long, byte, list): Basic) {
         ],
     );
     btf.structure("signal_struct", 0x20, &[("thread_head", list, 0x10)]);
-    btf.structure("ftrace_ret_stack", 32, &[("ret", long, 0)]);
+    btf.structure(
+        "ftrace_ret_stack",
+        32,
+        &[("ret", long, 0), ("retp", long, 24)],
+    );
     btf.structure(
         "rethook_node",
-        40,
-        &[("llist", node, 16), ("ret_addr", long, 32)],
+        48,
+        &[
+            ("llist", node, 16),
+            ("ret_addr", long, 32),
+            ("frame", long, 40),
+        ],
     );
 }
 
 fn stack_types(btf: &mut Btf, (_, long, byte, list): Basic) {
-    btf.structure("pt_regs", 168, &[("r15", long, 0)]);
     let stack = btf.array(byte, u32::try_from(STACK).unwrap());
     btf.structure(
         "irq_stack",
@@ -404,14 +428,24 @@ fn stack_types(btf: &mut Btf, (_, long, byte, list): Basic) {
     );
 }
 
-fn text_types(btf: &mut Btf, (int, long, _, _): Basic) {
+fn text_types(btf: &mut Btf, (int, long, byte, _): Basic) {
     btf.structure("mutex", 32, &[("owner", long, 0)]);
     btf.structure("bp_patching_desc", 16, &[("refs", int, 12)]);
     let hash = btf.structure("hlist_node", 16, &[("next", long, 0)]);
+    let copy = btf.structure(
+        "arch_specific_insn",
+        16,
+        &[("insn", long, 0), ("size", byte, 12)],
+    );
     btf.structure(
         "kprobe",
-        64,
-        &[("hlist", hash, 0), ("addr", long, 40), ("flags", int, 48)],
+        80,
+        &[
+            ("hlist", hash, 0),
+            ("addr", long, 40),
+            ("flags", int, 48),
+            ("ainsn", copy, 56),
+        ],
     );
     btf.structure("bug_entry", 12, &[("bug_addr_disp", int, 0)]);
     btf.structure(
@@ -462,6 +496,7 @@ pub(crate) fn text() -> Vec<u8> {
             0xe8, 0x40, 0, 0, 0, 0x55, 0x48, 0x89, 0xe5, 0x41, 0x54, 0x41, 0x5c, 0x5d, 0xc3,
         ],
     );
+    orc::calls().for_each(|at| text[at] = 0xe8);
     patched::text(&mut text);
     text
 }
@@ -529,6 +564,8 @@ pub(crate) fn parts(form: Form) -> Vec<Part> {
             relative(returns, 4, &[TEXT + 0x310]),
         ),
         part("__bug_table", bugs, relative(bugs, 12, &[TEXT + 0x308])),
+        part(".orc_unwind_ip", orc::IPS, orc::ips()),
+        part(".orc_unwind", orc::ENTRIES, orc::entries(form)),
     ];
     all.extend(patched::parts(form));
     all

@@ -35,9 +35,10 @@ pub(crate) const ABSENT: u16 = 34;
 
 const REPLACEMENTS: u64 = RODATA + 0x9_0000;
 
-pub(super) const TEXT_SYMBOLS: [(u64, &str); 12] = [
+pub(super) const TEXT_SYMBOLS: [(u64, &str); 13] = [
     (0x3600, "__SCT__made"),
     (0x3620, "ftrace_caller"),
+    (0x3630, "ftrace_caller_end"),
     (0x3640, "__x86_indirect_thunk_rax"),
     (0x3660, "_paravirt_nop"),
     (0x3660, "nop_func"),
@@ -88,6 +89,7 @@ pub(super) fn types(btf: &mut Btf, form: Form, (int, long, byte, _): Basic) {
             ("next", long, 0),
             ("trampoline", long, 8),
             ("trampoline_size", long, 16),
+            ("flags", long, 24),
         ],
     );
     let (operations, short) = (btf.array(long, 8), btf.int(2));

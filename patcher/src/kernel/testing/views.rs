@@ -22,7 +22,14 @@ pub(crate) mod module {
 pub(super) fn module_types(btf: &mut Btf, form: Form, (int, long, byte, list): Basic) {
     let name = btf.array(byte, 56);
     let atomic = btf.structure("atomic_t", 4, &[("counter", int, 0)]);
+    let unwind = [
+        ("num_orcs", int, 0),
+        ("orc_unwind_ip", long, 8),
+        ("orc_unwind", long, 16),
+    ];
+    let arch = btf.structure("mod_arch_specific", 24, &unwind);
     let mut members = vec![
+        ("arch", arch, 0x1c0),
         ("state", int, 0),
         ("list", list, 8),
         ("name", name, 24),

@@ -1,0 +1,194 @@
+//! Whether nothing is inside given code, or will return into it, by two looks that know nothing of each other.
+//!
+//! The word scan ([`super::stack`]) finds every word that could be a return address; the unwinder ([`super::unwind`]) finds the return
+//! addresses. What the first turns away stays turned away. The second has to agree: a frame that the scan missed, or a stack that
+//! cannot be followed to its end, refuses. The words alone decide where there is nothing to follow: on a stack of no known task,
+//! beneath code of ours that has no unwind table, and in a kernel that has none.
+
+use std::ops::Range;
+
+use super::locate::{Kernel, KernelError};
+use super::memory::Memory;
+use super::orc::OrcError;
+use super::stack::{Scan, ScanError, words};
+use super::tasks::Tasks;
+use super::unwind::{
+    End, Frame, OtherCode, Reason, Region, Unreliable, UnwindError, Whose, each_stack,
+};
+use crate::addr::Gva;
+use crate::guest::{ReadPhys, Vcpu};
+
+/// What is wrong with one stack.
+#[derive(Debug, PartialEq, Eq)]
+enum Objection {
+    /// It has a frame in the code.
+    Inside(Gva),
+    /// It cannot be followed.
+    Unreliable(Unreliable),
+}
+
+/// Looks for anything that is inside `forbidden` in the paused guest. `others` is code outside the kernel's image that threads may be in;
+/// what of it has no unwind table is code of ours.
+///
+/// # Errors
+/// [`ScanError::Hit`] when something is, and when that cannot be told.
+pub fn quiescent<R: ReadPhys + ?Sized>(
+    kernel: &Kernel,
+    guest: &R,
+    vcpus: &[Vcpu],
+    forbidden: &[Range<Gva>],
+    others: &[OtherCode],
+) -> Result<Scan, ScanError> {
+    let memory = Memory::new(kernel, guest).map_err(KernelError::from)?;
+    let tasks = Tasks::read_from(kernel, &memory)?;
+    let mut scan = words(kernel, &memory, &tasks, vcpus, forbidden)?;
+    let mut objection = None;
+    let looked = each_stack(
+        kernel,
+        &memory,
+        &tasks,
+        vcpus,
+        others,
+        &mut |whose, frames, end| {
+            scan.frames += frames.len() as u64;
+            if objection.is_none() {
+                objection = judge(frames, end, forbidden).map(|found| (whose, found));
+            }
+        },
+    );
+    scan.bytes_read = memory.bytes_read();
+    match looked {
+        Ok(()) => objection.map_or(Ok(scan), |(whose, found)| {
+            Err(refusal(&tasks, whose, found))
+        }),
+        Err(UnwindError::Orc(OrcError::Absent { .. })) => Ok(scan),
+        Err(other) => Err(other.into()),
+    }
+}
+
+fn refusal(tasks: &Tasks, whose: Whose, objection: Objection) -> ScanError {
+    let who = whose.who(tasks);
+    match objection {
+        Objection::Inside(value) => ScanError::Disagree { who, value },
+        Objection::Unreliable(cause) => ScanError::Stack { who, cause },
+    }
+}
+
+/// What speaks against changing `forbidden` in one stack.
+fn judge(
+    frames: &[Frame],
+    end: Result<End, Unreliable>,
+    forbidden: &[Range<Gva>],
+) -> Option<Objection> {
+    let inside = |frame: &&Frame| forbidden.iter().any(|range| range.contains(&frame.ip));
+    if let Some(frame) = frames.iter().find(inside) {
+        return Some(Objection::Inside(frame.ip));
+    }
+    let words_decide = |reason: &Reason| match reason {
+        Reason::Unowned => true,
+        Reason::NoTable { region, .. } => matches!(region, Region::Given(_)),
+        _ => false,
+    };
+    end.err()
+        .filter(|unreliable| !words_decide(&unreliable.reason))
+        .map(Objection::Unreliable)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{End, Frame, Gva, Objection, OtherCode, Reason, Region, Unreliable, judge};
+    use crate::kernel::stack::Scan;
+    use crate::kernel::testing::guest::{SLIDE, TinyGuest};
+    use crate::kernel::testing::orc::{AFTER_CALL, FUNCTION, FUNCTIONS, function};
+    use crate::kernel::testing::{FORMS, STACK, TEXT};
+    use crate::kernel::unwind::Via;
+
+    const ARENA: u64 = 0xffff_ffff_ff80_0000;
+
+    fn after(number: u64) -> u64 {
+        TEXT + SLIDE + FUNCTIONS + number * FUNCTION + AFTER_CALL
+    }
+
+    /// Of a guest with a task (index 2, pid 7) that will go on at `ip`, with `words` above that; all functions but the first are free.
+    fn check(ip: u64, words: &[u64], prepare: impl Fn(&mut TinyGuest), want: Result<u64, &str>) {
+        for form in FORMS {
+            let mut guest = TinyGuest::new(form, 4);
+            let stack = [&[0, 0, 0, 0, 0, 0, ip], words].concat();
+            guest.task(7, "sleeper", &stack);
+            prepare(&mut guest);
+            let kernel = guest.kernel();
+            let first = TEXT + SLIDE + FUNCTIONS;
+            let forbidden = [Gva(first)..Gva(first + FUNCTION)];
+            let arena = OtherCode {
+                name: "the arena".to_owned(),
+                range: Gva(ARENA)..Gva(ARENA + 0x1000),
+                table: None,
+            };
+            let got = super::quiescent(&kernel, &guest, &guest.vcpus, &forbidden, &[arena]);
+            match (&got, want) {
+                (Ok(Scan { frames, .. }), Ok(want)) => assert_eq!(*frames, want),
+                (Err(got), Err(want)) => assert!(got.to_string().contains(want), "{got}"),
+                _ => panic!("{form:?}: {got:?} instead of {want:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn words_and_frames_must_agree() {
+        let (other, end) = (after(function::OTHERS), after(function::FIRST));
+        let nothing = |_: &mut TinyGuest| {};
+        check(other, &[end], nothing, Ok(2));
+        let hit = "task 7 (sleeper) is in code that is to be changed";
+        check(after(function::PLAIN), &[end], nothing, Err(hit));
+        // A word that no frame is: the scan alone refuses.
+        let pushes = after(function::PUSHES_BP);
+        check(pushes, &[after(function::PLAIN), end], nothing, Err(hit));
+        let silent = "task 7 (sleeper) cannot be followed: the unwind table says nothing of";
+        check(other, &[after(function::SILENT)], nothing, Err(silent));
+        check(other, &[ARENA + 0x10], nothing, Ok(1));
+        let unowned = |guest: &mut TinyGuest| {
+            guest.stack(true);
+        };
+        check(other, &[end], unowned, Ok(2));
+        let hidden = |guest: &mut TinyGuest| {
+            let stack = guest.stack(true);
+            guest.put(stack + STACK / 2, after(function::PLAIN));
+        };
+        check(other, &[end], hidden, Err("a stack of no known task"));
+    }
+
+    #[test]
+    fn one_stack_is_judged_by_its_frames_and_its_end() {
+        let frame = |ip: u64| Frame {
+            ip: Gva(ip),
+            via: Via::Call,
+            at: None,
+        };
+        let unreliable = |reason| Unreliable {
+            ip: Gva(1),
+            sp: Gva(2),
+            reason,
+        };
+        let table = |region| Reason::NoTable { at: Gva(9), region };
+        let given = table(Region::Given("ours".to_owned()));
+        let modules = unreliable(table(Region::Modules));
+        let deep = unreliable(Reason::TooDeep);
+        let forbidden = [Gva(10)..Gva(20), Gva(30)..Gva(31)];
+        for (ips, end, want) in [
+            (&[9, 20, 31][..], Ok(End::User), None),
+            (&[9, 19], Ok(End::User), Some(Objection::Inside(Gva(19)))),
+            (&[30], Err(deep.clone()), Some(Objection::Inside(Gva(30)))),
+            (&[9], Err(deep.clone()), Some(Objection::Unreliable(deep))),
+            (
+                &[],
+                Err(modules.clone()),
+                Some(Objection::Unreliable(modules)),
+            ),
+            (&[], Err(unreliable(Reason::Unowned)), None),
+            (&[], Err(unreliable(given)), None),
+        ] {
+            let frames: Vec<Frame> = ips.iter().map(|ip| frame(*ip)).collect();
+            assert_eq!(judge(&frames, end, &forbidden), want, "{ips:?}");
+        }
+    }
+}
