@@ -2,6 +2,7 @@
 //!
 //! The tests run where `/dev/kvm` carries a kernel: on this machine, or in the lab (`scripts/test kernels` chooses).
 
+pub mod api;
 pub mod client;
 pub mod console;
 pub mod guest;

@@ -1,6 +1,6 @@
 //! The machines that are compared: ours, and QEMU's microvm as a user would start it for the same guest.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tempfile::TempDir;
+use tests::api::Api;
 use tests::console::Console;
 use tests::stock::{self, Stock};
 
@@ -82,20 +83,10 @@ impl Machine {
 
     /// A connection that takes requests.
     pub(crate) fn connect(&self) -> Result<Control, String> {
-        let failed = |error: std::io::Error| format!("{}: {error}", self.control.display());
-        let stream = UnixStream::connect(&self.control).map_err(failed)?;
-        stream
-            .set_read_timeout(Some(Duration::from_secs(30)))
-            .map_err(failed)?;
-        let mut control = Control {
-            kind: self.kind,
-            stream: BufReader::new(stream),
-        };
-        if self.kind == Kind::QemuMicrovm {
-            control.line()?;
-            control.request(Request::Capabilities)?;
-        }
-        Ok(control)
+        Ok(match self.kind {
+            Kind::Exopatch => Control::Exopatch(Api::connect(&self.control)?),
+            Kind::QemuMicrovm => Control::Qemu(Qmp::connect(&self.control)?),
+        })
     }
 }
 
@@ -173,8 +164,6 @@ fn command(kind: Kind, stock: Stock, cpus: u32, cmdline: &str, control: &Path) -
 /// What is asked of a machine.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Request {
-    /// QMP's handshake.
-    Capabilities,
     /// The cheapest question there is.
     Status,
     Pause,
@@ -183,74 +172,57 @@ pub(crate) enum Request {
 
 /// A connection to a machine's control socket.
 #[derive(Debug)]
-pub(crate) struct Control {
-    kind: Kind,
-    stream: BufReader<UnixStream>,
+pub(crate) enum Control {
+    Exopatch(Api),
+    Qemu(Qmp),
 }
 
 impl Control {
     /// Sends a request and waits for its reply; gives the time between, in microseconds.
     pub(crate) fn request(&mut self, request: Request) -> Result<f64, String> {
         let start = Instant::now();
-        match self.kind {
-            Kind::Exopatch => self.http(request)?,
-            Kind::QemuMicrovm => self.qmp(request)?,
+        match self {
+            Self::Exopatch(api) => {
+                let call = match request {
+                    Request::Status => "GET /v1/vm",
+                    Request::Pause => "POST /v1/vm/pause",
+                    Request::Resume => "POST /v1/vm/resume",
+                };
+                api.call(call, b"")?;
+            }
+            Self::Qemu(qmp) => qmp.execute(match request {
+                Request::Status => "query-status",
+                Request::Pause => "stop",
+                Request::Resume => "cont",
+            })?,
         }
         Ok(start.elapsed().as_secs_f64() * 1e6)
     }
+}
 
-    fn http(&mut self, request: Request) -> Result<(), String> {
-        let line = match request {
-            Request::Capabilities | Request::Status => "GET /v1/vm",
-            Request::Pause => "POST /v1/vm/pause",
-            Request::Resume => "POST /v1/vm/resume",
-        };
-        self.send(&format!(
-            "{line} HTTP/1.1\r\nHost: exopatch\r\nContent-Length: 0\r\n\r\n"
-        ))?;
-        let status = self.line()?;
-        let mut length = 0;
-        loop {
-            let header = self.line()?.to_ascii_lowercase();
-            if header.is_empty() {
-                break;
-            }
-            if let Some(value) = header.strip_prefix("content-length:") {
-                length = value
-                    .trim()
-                    .parse()
-                    .map_err(|_| format!("{line}: {header}"))?;
-            }
-        }
-        let mut body = vec![0; length];
-        self.stream
-            .read_exact(&mut body)
-            .map_err(|error| error.to_string())?;
-        let ok = status
-            .split(' ')
-            .nth(1)
-            .is_some_and(|code| code.starts_with('2'));
-        if ok {
-            Ok(())
-        } else {
-            Err(format!(
-                "{line}: {status} {}",
-                String::from_utf8_lossy(&body)
-            ))
-        }
+/// A connection to QEMU's monitor (QMP).
+#[derive(Debug)]
+pub(crate) struct Qmp(BufReader<UnixStream>);
+
+impl Qmp {
+    fn connect(socket: &Path) -> Result<Self, String> {
+        let failed = |error: std::io::Error| format!("{}: {error}", socket.display());
+        let stream = UnixStream::connect(socket).map_err(failed)?;
+        stream
+            .set_read_timeout(Some(Duration::from_secs(30)))
+            .map_err(failed)?;
+        let mut qmp = Self(BufReader::new(stream));
+        let _greeting = qmp.reply()?;
+        qmp.execute("qmp_capabilities")?;
+        Ok(qmp)
     }
 
-    fn qmp(&mut self, request: Request) -> Result<(), String> {
-        let name = match request {
-            Request::Capabilities => "qmp_capabilities",
-            Request::Status => "query-status",
-            Request::Pause => "stop",
-            Request::Resume => "cont",
-        };
-        self.send(&format!("{{\"execute\": \"{name}\"}}\n"))?;
+    fn execute(&mut self, name: &str) -> Result<(), String> {
+        let command = format!("{{\"execute\": \"{name}\"}}\n");
+        let sent = self.0.get_mut().write_all(command.as_bytes());
+        sent.map_err(|error| format!("{name}: {error}"))?;
         loop {
-            let reply: Value =
-                serde_json::from_str(&self.line()?).map_err(|error| format!("{name}: {error}"))?;
+            let reply = self.reply().map_err(|error| format!("{name}: {error}"))?;
             if reply.get("return").is_some() {
                 return Ok(());
             }
@@ -261,23 +233,12 @@ impl Control {
         }
     }
 
-    fn send(&mut self, text: &str) -> Result<(), String> {
-        self.stream
-            .get_mut()
-            .write_all(text.as_bytes())
-            .map_err(|error| error.to_string())
-    }
-
-    fn line(&mut self) -> Result<String, String> {
+    fn reply(&mut self) -> Result<Value, String> {
         let mut line = String::new();
-        let read = self
-            .stream
-            .read_line(&mut line)
-            .map_err(|error| error.to_string())?;
-        if read == 0 {
-            Err("the machine hung up".to_owned())
-        } else {
-            Ok(line.trim_end().to_owned())
+        match self.0.read_line(&mut line) {
+            Ok(0) => Err("QEMU hung up".to_owned()),
+            Ok(_) => serde_json::from_str(&line).map_err(|error| error.to_string()),
+            Err(error) => Err(error.to_string()),
         }
     }
 }
