@@ -10,7 +10,7 @@ use tests::guest::{Guest, Options};
 use tests::stock::{self, LTS_6_1, NEWEST_6_12};
 
 use crate::patch::apply;
-use crate::witness::{boot_asking, wait_answer};
+use crate::witness::{SETTLE, assert_unchanged, boot_asking, wait_answer};
 
 /// `exopatch run` with these arguments must end by itself with status `status`, and its error must hold every one of `words`.
 fn run_fails(args: &[&str], status: i32, words: &[&str]) {
@@ -120,7 +120,6 @@ fn a_dead_socket_is_replaced_and_the_new_one_is_private() {
 #[test]
 fn packages_that_do_not_fit() {
     let guest = boot_asking(&Options::new(LTS_6_1), 1);
-    let before = wait_answer(&guest, 0, 0, |_| true);
     let good = fs::read(LTS_6_1.edition("unix_ioctl_notty")).expect("a package");
     let bad = guest.dir().join("bad.xpu");
     let cases: &[(&str, Vec<u8>)] = &[
@@ -164,16 +163,7 @@ fn packages_that_do_not_fit() {
             );
         }
     }
-    let changed: Vec<_> = guest
-        .console
-        .since(mark)
-        .into_iter()
-        .filter(|line| line.contains("answer "))
-        .collect();
-    assert!(
-        changed.is_empty(),
-        "the guest answered {before}, then {changed:?}"
-    );
+    assert_unchanged(&guest, mark, SETTLE, "after refusals");
     let _ = apply(&guest, &LTS_6_1.edition("unix_ioctl_notty"));
     let _ = wait_answer(&guest, mark, 0, |answer| answer == "ENOTTY");
 }
@@ -181,7 +171,6 @@ fn packages_that_do_not_fit() {
 #[test]
 fn a_full_arena_refuses_and_keeps_what_is_applied() {
     let guest = boot_asking(&Options::new(LTS_6_1), 1);
-    let old = wait_answer(&guest, 0, 0, |_| true);
     let big = LTS_6_1.edition("big_data");
     let mut applied = 0;
     let refusal = loop {
@@ -201,15 +190,5 @@ fn a_full_arena_refuses_and_keeps_what_is_applied() {
     assert!(applied > 0);
     assert_eq!(refusal.refusal("an apply into a full arena"), "arena_full");
     let mark = guest.console.mark();
-    std::thread::sleep(std::time::Duration::from_millis(300));
-    let changed: Vec<_> = guest
-        .console
-        .since(mark)
-        .into_iter()
-        .filter(|line| line.contains("answer "))
-        .collect();
-    assert!(
-        changed.is_empty(),
-        "the guest answered {old}, then {changed:?}"
-    );
+    assert_unchanged(&guest, mark, SETTLE, "a full arena");
 }

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::Value;
+use tests::api::Api;
 use tests::guest::{Guest, Options};
 use tests::stock::{self, LTS_6_1};
 
@@ -45,9 +46,11 @@ fn soak_many_pauses_of_four_busy_cpus_hang_none() {
     );
     let before = clock_offset_ns(&mut guest);
     let mut longest_us = 0;
+    let mut api = Api::connect(guest.client.socket()).expect("the API");
     for _ in 0..pauses {
-        longest_us = longest_us.max(pause(&guest)["took_us"].as_u64().expect("a duration"));
-        let _ = resume(&guest);
+        let paused = api.call("POST /v1/vm/pause", b"").expect("the pause");
+        longest_us = longest_us.max(paused["took_us"].as_u64().expect("a duration"));
+        let _ = api.call("POST /v1/vm/resume", b"").expect("the resume");
     }
     let change_ms = (clock_offset_ns(&mut guest) - before).abs() / 1_000_000;
     println!(
