@@ -1,4 +1,5 @@
 //! The x86-64 architecture, as far as a patcher needs it.
 
+pub mod depth;
 pub mod insn;
 pub mod paging;

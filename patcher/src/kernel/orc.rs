@@ -147,6 +147,32 @@ impl Orc {
         content: Content::Call,
         signal: false,
     };
+
+    /// What holds where `pushed` more bytes are on the stack.
+    pub(crate) fn lower(self, pushed: i16) -> Self {
+        let Self::Caller {
+            base,
+            offset,
+            bp,
+            content,
+            signal,
+        } = self
+        else {
+            return self;
+        };
+        let offset = match base {
+            Base::Sp => offset.checked_add(pushed),
+            Base::AtSp if pushed != 0 => None,
+            _ => Some(offset),
+        };
+        offset.map_or(Self::Undefined, |offset| Self::Caller {
+            base,
+            offset,
+            bp,
+            content,
+            signal,
+        })
+    }
 }
 
 /// A field of an entry: its first bit, and how many bits it has.

@@ -49,6 +49,8 @@ pub(crate) mod function {
     pub(crate) const BP_FROM_BP: u64 = 12;
     /// This and all that follow are plain.
     pub(crate) const OTHERS: u64 = 13;
+    /// What comes after its call may be replaced by code that pushes.
+    pub(crate) const REPLACED: u64 = 40;
 }
 
 /// Places in the entry code, as offsets.

@@ -1,5 +1,6 @@
 //! A function of the made-up kernel that has a site of every kind that kernels patch, and the tables that say so.
 
+use super::orc::{AFTER_CALL, FUNCTION, FUNCTIONS, function};
 use super::{Basic, Btf, DATA, Form, Part, RODATA, TEXT, relative};
 
 /// The function.
@@ -31,8 +32,12 @@ pub(crate) const COUNT_AT: u64 = DATA + 0x38e8;
 pub(crate) const NOTHING: u64 = TEXT + 0x3660;
 /// The feature that the first alternative asks for, and that whose absence the second asks for.
 pub(crate) const PRESENT: u16 = 33;
+/// That which nobody has.
+const NEVER: u16 = 35;
 pub(crate) const ABSENT: u16 = 34;
 
+/// pushfq; two NOPs; pop rax; four NOPs.
+pub(crate) const PUSHES: [u8; 8] = [0x9c, 0x90, 0x90, 0x58, 0x90, 0x90, 0x90, 0x90];
 const REPLACEMENTS: u64 = RODATA + 0x9_0000;
 
 pub(super) const TEXT_SYMBOLS: [(u64, &str); 13] = [
@@ -186,6 +191,7 @@ pub(super) fn parts(form: Form) -> Vec<Part> {
     let mut replacements = vec![0x0f, 0xae, 0xe8];
     replacements.extend(branch(0xe8, REPLACEMENTS + 3, TEXT + 0x340));
     replacements.extend(branch(0xe8, REPLACEMENTS + 8, TEXT + 0x3680));
+    replacements.extend(PUSHES);
     let table = RODATA + 0x9_1000;
     let mut alternatives = Vec::new();
     let mut alternative =
@@ -207,6 +213,8 @@ pub(super) fn parts(form: Form) -> Vec<Part> {
     if form == Form::New {
         alternative(OPERATION, REPLACEMENTS + 8, PRESENT, false, true, [6, 5]);
     }
+    let replaced = TEXT + FUNCTIONS + function::REPLACED * FUNCTION + AFTER_CALL;
+    alternative(replaced, REPLACEMENTS + 13, NEVER, false, false, [8, 8]);
     let at = |index: u64| RODATA + 0x9_2000 + index * 0x100;
     let mut all = vec![
         Part {

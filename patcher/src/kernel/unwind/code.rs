@@ -14,6 +14,7 @@ use crate::addr::{Gva, LinkAddr};
 use crate::guest::ReadPhys;
 use crate::kernel::orc::{Orc, OrcTable};
 use crate::kernel::sites::SiteKind;
+use crate::x86::depth::pushed;
 
 /// Code outside the kernel's image: a module, the arena.
 #[derive(Clone, Debug)]
@@ -69,7 +70,10 @@ impl<'a, R: ReadPhys + ?Sized> Code<'a, R> {
             if self.taken.layout.thunks.contains(&self.link(ip)) {
                 return Ok(Orc::ENTERED);
             }
-            self.rule(ip)
+            match self.replaced(ip)? {
+                Some(rule) => Ok(rule),
+                None => self.rule(ip),
+            }
         })
     }
 
@@ -142,6 +146,33 @@ impl<'a, R: ReadPhys + ?Sized> Code<'a, R> {
             }
         };
         Ok(found.unwrap_or(Orc::Undefined))
+    }
+
+    /// Within code that the kernel put in another's place and that moves the stack pointer: what held where it begins, and what it has pushed since.
+    fn replaced(&self, ip: Gva) -> Result<Option<Orc>, Reason> {
+        let link = self.link(ip);
+        let mut places = self.taken.layout.unlevel.iter();
+        let Some(place) = places.find(|place| place.start < link && link < place.end) else {
+            return Ok(None);
+        };
+        let kernel = self.taken.kernel;
+        let start = kernel.runtime(place.start);
+        let shipped = kernel.image().text(place.clone()).unwrap_or_default();
+        let mut live = vec![0; shipped.len()];
+        let read = self.taken.memory.read(start, &mut live);
+        read.map_err(Reason::unreadable)?;
+        if live == shipped {
+            return Ok(None);
+        }
+        let before = link.offset_from(place.start);
+        let before = before.and_then(|len| live.get(..usize::try_from(len).ok()?));
+        let pushed = before
+            .and_then(pushed)
+            .and_then(|by| i16::try_from(by).ok());
+        Ok(Some(match (self.rule(start)?, pushed) {
+            (rule, Some(by)) => rule.lower(by),
+            (_, None) => Orc::Undefined,
+        }))
     }
 
     /// In a module, or in a copy of the image's code.

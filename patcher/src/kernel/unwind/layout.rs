@@ -5,6 +5,8 @@ use std::ops::Range;
 use crate::addr::LinkAddr;
 use crate::kernel::image::Image;
 use crate::kernel::layout::LayoutError;
+use crate::kernel::sites::SiteKind;
+use crate::x86::depth::is_level;
 
 /// All of it.
 #[derive(Clone, Debug)]
@@ -16,6 +18,9 @@ pub(crate) struct UnwindLayout {
     /// First bytes of the thunks by which the kernel branches to where a register says: the unwind table calls them the end of
     /// the stack, or nothing, but there the stack is as at the entry of a function.
     pub(crate) thunks: Vec<LinkAddr>,
+    /// Code that the kernel may have replaced at boot by other code which moves the stack pointer within it: the unwind table
+    /// describes one of several, or none.
+    pub(crate) unlevel: Vec<Range<LinkAddr>>,
     pub(crate) graph: Option<TakenByGraph>,
     pub(crate) probe: Option<TakenByProbe>,
     pub(crate) ftrace: Option<FtraceLayout>,
@@ -136,6 +141,7 @@ impl UnwindLayout {
             },
             forked: forked.address..LinkAddr(forked.address.0.saturating_add(forked.size)),
             thunks: thunks(image)?,
+            unlevel: unlevel(image)?,
             graph: graph(image)?,
             probe: probe(image)?,
             ftrace: ftrace(image)?,
@@ -157,6 +163,36 @@ fn thunks(image: &Image) -> Result<Vec<LinkAddr>, LayoutError> {
         thunks.extend(thunk.map(|thunk| thunk.address));
     }
     Ok(thunks)
+}
+
+/// The places of alternatives of which any moves the stack pointer, in the order of their addresses.
+fn unlevel(image: &Image) -> Result<Vec<Range<LinkAddr>>, LayoutError> {
+    let (sites, types) = (image.sites(), image.types());
+    if sites.count(SiteKind::Alternative) == 0 {
+        return Ok(Vec::new());
+    }
+    let from = types.offset_of("alt_instr", "repl_offset")?;
+    let len = types.offset_of("alt_instr", "replacementlen")?;
+    let everywhere = LinkAddr(0)..LinkAddr(u64::MAX);
+    let mut found: Vec<Range<LinkAddr>> = Vec::new();
+    for entry in sites.entries(SiteKind::Alternative, &everywhere) {
+        let len = usize::try_from(len).ok().and_then(|at| entry.bytes.get(at));
+        let code = entry.relative(from).zip(len);
+        let code = code.and_then(|(from, len)| image.bytes(from.range((*len).into())?));
+        if !code.is_some_and(is_level) {
+            found.push(entry.site.range);
+        }
+    }
+    found.sort_by_key(|range| (range.start, range.end));
+    // Of several for one place, which are as long as the longest.
+    found.dedup_by(|next, kept| {
+        let same = next.start == kept.start;
+        if same {
+            kept.end = kept.end.max(next.end);
+        }
+        same
+    });
+    Ok(found)
 }
 
 fn graph(image: &Image) -> Result<Option<TakenByGraph>, LayoutError> {

@@ -13,6 +13,7 @@ use crate::kernel::gather::{Bound, Gather};
 use crate::kernel::locate::{Kernel, KernelError};
 use crate::kernel::memory::Memory;
 use crate::kernel::tasks::Hidden;
+use crate::x86::depth::pushed;
 
 /// More return addresses than any tracer keeps of one task, in bytes.
 const MAX_GRAPH: u64 = 1 << 16;
@@ -72,12 +73,34 @@ impl<R: ReadPhys + ?Sized> Taken<'_, R> {
         })
     }
 
-    /// Whether the function graph tracer is about to return at `at` to where a function should have returned: its table calls
-    /// that the end of the stack, which it is not.
+    /// Whether the function graph tracer is, at `at`, between a function and where it should have returned to: its table calls that the end of
+    /// the stack, which it is not.
     pub(crate) fn is_returning(&self, at: Gva) -> bool {
         self.layout.graph.as_ref().is_some_and(|graph| {
             at.0.wrapping_sub(self.kernel.runtime(graph.handler).0) < graph.handler_len
         })
+    }
+
+    /// Where the function returned to that the tracer handles the return of, at `at` with the stack pointer `sp`: the place on the stack that
+    /// the return address was at, and the address.
+    pub(crate) fn returning_to<'t>(
+        &self,
+        owners: &(impl Iterator<Item = &'t Hidden> + Clone),
+        at: Gva,
+        sp: Gva,
+    ) -> Result<(Gva, Gva), Reason> {
+        let unknown = || Reason::Taken {
+            tracer: "the function graph tracer",
+            slot: sp,
+        };
+        let graph = self.layout.graph.as_ref().ok_or_else(unknown)?;
+        let before = graph.handler..self.kernel.link(at).ok_or_else(unknown)?;
+        let code = self.kernel.image().text(before);
+        let pushed = code.and_then(pushed).ok_or_else(unknown)?;
+        // The function's return had taken its address from the stack when this code began.
+        let slot = Gva(sp.0.wrapping_add_signed(pushed).wrapping_sub(8));
+        let real = self.given_back(owners, self.kernel.runtime(graph.handler), slot)?;
+        Ok((slot, real))
     }
 
     /// The one answer that any of the tasks has.

@@ -92,13 +92,17 @@ fn return_addresses_that_tracers_took_are_given_back() {
         "filler_013+0x8 filler_007+0x8 | First",
     );
     // In the tracer's own code its table says that the stack ends, however near its end that is.
-    check(
-        &Who::Vcpu(0),
-        |guest| {
-            runs(guest, text(GRAPH) + 4, &[after(f::FIRST)]);
-        },
-        "the function graph tracer replaced the return address",
-    );
+    let returning = |kept: u64| {
+        move |guest: &mut TinyGuest| {
+            let sp = runs(guest, text(GRAPH) + 4, &[0, 0, after(f::FIRST)]);
+            graph(guest, sp + kept, after(f::OTHERS));
+        }
+    };
+    let vcpu = Who::Vcpu(0);
+    let followed = "return_to_handler+0x4 filler_013+0x8 filler_007+0x8 | First";
+    check(&vcpu, returning(8), followed);
+    let lost = "the function graph tracer replaced the return address";
+    check(&vcpu, returning(16), lost);
     // Traced functions that jump to each other return through one place; so they do with a probe of either between them.
     for (first, second) in [
         (after(f::OTHERS), text(GRAPH)),

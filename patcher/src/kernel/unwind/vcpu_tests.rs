@@ -9,9 +9,10 @@ use super::tests::{
 use super::{Who, stacks};
 use crate::kernel::testing::guest::{DIRECT, TinyGuest};
 use crate::kernel::testing::orc::{
-    BEFORE_KERNEL, FORKED, FRAME_BY_DX, GRAPH, PROBE, PROCESSOR_FRAME, SAVED_REGISTERS, THUNK,
-    function as f,
+    AFTER_CALL, BEFORE_KERNEL, FORKED, FRAME_BY_DX, GRAPH, PROBE, PROCESSOR_FRAME, SAVED_REGISTERS,
+    THUNK, function as f,
 };
+use crate::kernel::testing::patched::PUSHES;
 use crate::kernel::testing::{Form, STACK, task};
 
 /// vCPU 0 runs task 2 and is at `ip`, with `words` on the task's stack.
@@ -67,6 +68,28 @@ fn vcpus_are_followed_from_their_registers() {
             guest.vcpus[0].gpr[5] = sp + 16;
         },
         "filler_002+0x0 filler_007+0x8 | First",
+    );
+    // In code that is shipped, and in what the kernel put in its place, which pushes a word.
+    let place = start(f::REPLACED) + AFTER_CALL;
+    let put = |ip: u64, words: Vec<u64>| {
+        move |guest: &mut TinyGuest| {
+            runs(guest, ip, &words);
+            guest.put(place, u64::from_le_bytes(PUSHES));
+        }
+    };
+    let flags = || vec![0x246, after(f::FIRST)];
+    let shipped = "filler_040+0x9 filler_007+0x8 | First";
+    check(&vcpu, at(place + 1, vec![after(f::FIRST)]), shipped);
+    check(&vcpu, put(place + 1, flags()), shipped);
+    check(
+        &vcpu,
+        put(place + 4, vec![after(f::FIRST)]),
+        "filler_040+0xc filler_007+0x8 | First",
+    );
+    check(
+        &vcpu,
+        put(place + 1, vec![after(f::FIRST)]),
+        "filler_040+0x9 | ",
     );
     // In a thunk that leads to a function the stack is as at the function's entry.
     let thunk = "__x86_indirect_thunk_rax+0x0 filler_007+0x8 | First";

@@ -223,6 +223,9 @@ impl<'a, R: ReadPhys + ?Sized> Walker<'a, R> {
     }
 
     fn next(&mut self, cursor: &Cursor) -> Result<Next, Reason> {
+        if self.code.taken.is_returning(cursor.ip) {
+            return self.diverted(cursor);
+        }
         let (base, offset, bp, content, signal) = match cursor.rule {
             Orc::Undefined => return Err(Reason::Undefined { at: cursor.ip }),
             Orc::End => return self.end(cursor).map(Next::End),
@@ -330,6 +333,27 @@ impl<'a, R: ReadPhys + ?Sized> Walker<'a, R> {
         ))
     }
 
+    /// The caller of a function whose return the function graph tracer handles at the cursor's place.
+    fn diverted(&mut self, cursor: &Cursor) -> Result<Next, Reason> {
+        self.live.go_beneath(cursor.sp)?;
+        let owners = self.owners();
+        let (slot, ip) = (self.code.taken).returning_to(&owners, cursor.ip, cursor.sp)?;
+        let sp = Gva(slot.0.wrapping_add(8));
+        if sp < cursor.sp {
+            return Err(Reason::NoProgress { to: sp });
+        }
+        let caller = Cursor {
+            ip,
+            sp,
+            bp: cursor.bp,
+            rule: self.rule(ip, slot, false)?,
+            interrupted: false,
+            scratch: None,
+        };
+        let (via, at) = (Via::Call, Some(slot));
+        Ok(Next::Caller(caller, Frame { ip, via, at }))
+    }
+
     /// What was interrupted, by its registers at `at`, of which the processor pushed some or the kernel `whole`; `None` for a user.
     fn registers(
         &mut self,
@@ -435,11 +459,6 @@ impl<'a, R: ReadPhys + ?Sized> Walker<'a, R> {
         if cursor.interrupted && self.sleeper.is_none() && self.entry_text.contains(&cursor.ip) {
             return Ok(End::Entry);
         }
-        if self.code.taken.is_returning(cursor.ip) {
-            let tracer = "the function graph tracer";
-            let slot = cursor.sp;
-            return Err(Reason::Taken { tracer, slot });
-        }
         self.live.go_beneath(cursor.sp)?;
         // Only where tasks begin may a stack end at an instruction: elsewhere the table means that it does not know.
         let link = LinkAddr(cursor.ip.0.wrapping_sub(self.code.taken.kernel.slide()));
@@ -479,15 +498,18 @@ impl<'a, R: ReadPhys + ?Sized> Walker<'a, R> {
     }
 
     fn given_back(&self, value: Gva, slot: Gva) -> Result<Gva, Reason> {
-        let on_it = self.task();
-        let own = |index: &usize, task: &Task| match self.sleeper {
+        self.code.taken.given_back(&self.owners(), value, slot)
+    }
+
+    /// What tracers keep for the tasks that the stack may be of.
+    fn owners(&self) -> impl Iterator<Item = &'a Hidden> + Clone + use<'a, R> {
+        let (on_it, sleeper) = (self.task(), self.sleeper);
+        let own = move |index: &usize, task: &Task| match sleeper {
             Some(sleeper) => *index == sleeper,
             None => task.cpu.is_some() || Some(*index) == on_it,
         };
         let owners = self.tasks.tasks.iter().enumerate();
-        let owners = owners
-            .filter(|(index, task)| own(index, task))
-            .map(|(_, task): (_, &Task)| -> &Hidden { &task.hidden });
-        self.code.taken.given_back(&owners, value, slot)
+        let owners = owners.filter(move |(index, task)| own(index, task));
+        owners.map(|(_, task): (_, &Task)| -> &Hidden { &task.hidden })
     }
 }
