@@ -11,6 +11,7 @@
  *   kexec KERNEL INITRD CMDLINE       load a kernel with kexec_file_load and start it
  *   devmem ADDRESS LENGTH             try to read and to map physical memory through /dev/mem
  *   busy THREADS                      spin for ever
+ *   churn THREADS                     go through the kernel in many ways for ever: calls, faults, pipes, sockets, signals, timers, forks
  *   power-button                      open the power button, go to the background, power off when it is pressed
  */
 #define _GNU_SOURCE
@@ -32,6 +33,7 @@
 #include <sys/reboot.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -45,7 +47,7 @@ static _Noreturn void fail(const char *what)
 
 static _Noreturn void usage(void)
 {
-	fprintf(stderr, "usage: probe siocatmark|siocatmark-loop|answers|heartbeat|clock|kexec|devmem|busy|power-button ...\n");
+	fprintf(stderr, "usage: probe siocatmark|siocatmark-loop|answers|heartbeat|clock|kexec|devmem|busy|churn|power-button ...\n");
 	exit(2);
 }
 
@@ -258,6 +260,91 @@ static void *busy(void *index)
 	return NULL;
 }
 
+static void on_signal(int signal)
+{
+	(void)signal;
+}
+
+/* A child that ends at once. */
+static void fork_once(void)
+{
+	pid_t child = fork();
+	if (child < 0)
+		fail("fork");
+	if (!child)
+		_exit(0);
+	if (waitpid(child, NULL, 0) != child)
+		fail("waitpid");
+}
+
+/* Pages that are touched for the first time, from files and not. */
+static void fault(size_t pages)
+{
+	char *map = mmap(NULL, pages * 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (map == MAP_FAILED)
+		fail("mmap");
+	for (size_t i = 0; i < pages; i++)
+		map[i * 4096] = 1;
+	if (munmap(map, pages * 4096))
+		fail("munmap");
+}
+
+static void read_all(const char *path)
+{
+	char buffer[4096];
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		fail(path);
+	while (read(fd, buffer, sizeof buffer) > 0)
+		;
+	close(fd);
+}
+
+/* There and back through a pipe or a socket. */
+static void echo(const int fds[2])
+{
+	char buffer[2048] = { 0 };
+	if (write(fds[1], buffer, sizeof buffer) != sizeof buffer || read(fds[0], buffer, sizeof buffer) < 1)
+		fail("echo");
+}
+
+static void *churn(void *index)
+{
+	int pipes[2], sockets[2], datagrams = dgram_socket();
+	if (pipe(pipes) || socketpair(AF_UNIX, SOCK_STREAM, 0, sockets))
+		fail("pipe");
+	struct timespec moment = { .tv_nsec = 20000 };
+	for (uint64_t n = (uintptr_t)index;; n++)
+		switch (n % 8) {
+		case 0:
+			fork_once();
+			break;
+		case 1:
+			fault(64);
+			break;
+		case 2:
+			echo(pipes);
+			break;
+		case 3:
+			echo(sockets);
+			break;
+		case 4:
+			nanosleep(&moment, NULL);
+			break;
+		case 5:
+			raise(SIGUSR1);
+			break;
+		case 6:
+			read_all(n % 16 < 8 ? "/proc/self/stat" : "/proc/self/maps");
+			break;
+		case 7:
+			for (int i = 0; i < 64; i++)
+				ask(datagrams);
+			break;
+		}
+	return NULL;
+}
+
 /* Opens every input device that is a power button before going to the background, so that no press is lost once this returns. */
 static int power_button(void)
 {
@@ -323,6 +410,11 @@ int main(int argc, char **argv)
 		return devmem(number(arg[0], -1UL), number(arg[1], 1UL << 30));
 	if (!strcmp(name, "busy") && args == 1)
 		return on_threads(number(arg[0], MAX_THREADS), busy), 0;
+	if (!strcmp(name, "churn") && args == 1) {
+		if (signal(SIGUSR1, on_signal) == SIG_ERR)
+			fail("signal");
+		return on_threads(number(arg[0], MAX_THREADS), churn), 0;
+	}
 	if (!strcmp(name, "power-button") && args == 0)
 		return power_button();
 	usage();

@@ -9,4 +9,5 @@ mod end;
 mod input;
 mod patch;
 mod pause;
+mod stops;
 mod witness;

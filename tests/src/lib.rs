@@ -8,3 +8,4 @@ pub mod console;
 pub mod guest;
 pub mod initrd;
 pub mod stock;
+pub mod stops;
