@@ -214,7 +214,7 @@ pub fn finish(result: Result<(), Failure>, json: bool) -> ExitCode {
 }
 
 /// Text from outside, made harmless for a terminal: control characters become escapes.
-fn clean(text: &str) -> String {
+pub(crate) fn clean(text: &str) -> String {
     text.chars()
         .flat_map(|c| {
             let escaped = c.is_control().then(|| c.escape_default());
