@@ -23,4 +23,5 @@ pub mod signals;
 pub mod sparse;
 pub mod terminal;
 pub mod updates;
+pub mod views;
 pub mod vm;

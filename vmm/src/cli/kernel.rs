@@ -1,21 +1,13 @@
 //! `exopatch kernel`: what a guest's kernel is made of and does, seen from outside.
 //!
-//! `info` alone asks a running exopatch. With `--dump` and `--kernel` everything is read from a recorded guest,
-//! by the same functions of the patcher that decide about updates. Each file is one view: read, then shown as a table, or
-//! as one JSON object whose addresses are texts (`"0x..."`), as JSON numbers are not exact.
+//! A running exopatch is asked through its API. With `--dump` and `--kernel` the same views ([`crate::views`]) are taken here of a
+//! recorded guest. Either way they are shown as tables, or as one JSON object.
 
 mod failure;
 mod info;
-mod log;
-mod modules;
 mod recording;
-mod symbols;
-mod table;
-mod tasks;
 #[cfg(test)]
 mod tests;
-mod text;
-mod types;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -27,31 +19,33 @@ use self::failure::Failure;
 use self::recording::Files;
 use super::{Global, call};
 use crate::client::{EXIT_CODES, parse_time};
+use crate::kernel_index;
 use crate::output;
+use crate::views::{self, Asked, Seen, View, ViewError, disasm, stack, symbols, text, types};
 
 /// What to show of a kernel, and of which guest.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "\
-Example:
+Examples:
+  exopatch kernel tasks                     # of the guest behind --api-sock, which stands still for a moment
   exopatch vm dump guest.core
   exopatch kernel --dump guest.core --kernel vmlinuz tasks")]
 pub struct KernelArgs {
     #[command(flatten)]
     files: Files,
+    /// Give up on a running guest after this time
+    #[arg(long, global = true, value_name = "TIME", default_value = "5s", value_parser = parse_time)]
+    deadline: Duration,
     #[command(subcommand)]
-    view: View,
+    show: Show,
 }
 
 /// What can be shown.
 #[derive(Clone, Debug, Subcommand)]
-enum View {
-    /// Show the kernel's image, and the kernel found in the guest: a running one, or a recorded one with --dump
-    #[command(after_help = format!("{}\n\n{EXIT_CODES}", example("info")))]
-    Info {
-        /// Give up stopping a running guest after this time
-        #[arg(long, value_name = "TIME", default_value = "5s", value_parser = parse_time)]
-        deadline: Duration,
-    },
+enum Show {
+    /// Show the kernel's image, and the kernel found in the guest
+    #[command(after_help = help("info"))]
+    Info,
     /// Show the symbols of the kernel and its modules: all, those of a name, or what is at an address
     #[command(after_help = help("symbols unix_ioctl"))]
     Symbols {
@@ -59,7 +53,7 @@ enum View {
         #[arg(value_name = "NAME|ADDRESS")]
         of: Option<String>,
     },
-    /// Show a type as C with the place of every member, or the place of one; needs no --dump
+    /// Show a type as C with the place of every member, or the place of one; stops no guest, and needs no --dump
     #[command(after_help = help("types task_struct thread.sp"))]
     Types {
         /// The type: a name, or one with its kind: "struct task_struct"
@@ -79,79 +73,122 @@ enum View {
     Log,
     /// Compare the kernel's text with its image, and name the cause of every difference
     #[command(after_help = help("text --changed"))]
-    Text(text::TextArgs),
+    Text(TextArgs),
+    /// Show stacks frame by frame, each reliable, or unreliable with the reason and the place
+    #[command(after_help = help("stack --all"))]
+    Stack {
+        /// A thread's id (0 are the idle tasks), or cpuN for the vCPU N
+        #[arg(value_name = "PID|cpuN", required_unless_present = "all")]
+        of: Option<String>,
+        /// Show every stack
+        #[arg(long, conflicts_with = "of")]
+        all: bool,
+    },
+    /// Show a function's instructions, and where they differ from the image those of the image and the cause
+    #[command(after_help = help("disasm unix_ioctl"))]
+    Disasm {
+        /// A function's name, with +OFFSET for a place in it, or an address: 0x..., or 16 hexadecimal digits
+        #[arg(value_name = "NAME[+OFFSET]|ADDRESS")]
+        of: String,
+        /// Which of several functions of that name, from 1 in the order of addresses
+        #[arg(long, value_name = "N")]
+        position: Option<usize>,
+    },
+}
+
+/// What to show of the text.
+#[derive(Args, Clone, Copy, Debug)]
+struct TextArgs {
+    /// Compare all of it with what must be there
+    #[arg(long, required = true)]
+    changed: bool,
+    /// Show every difference, not only those that nothing explains
+    #[arg(long, requires = "changed")]
+    each: bool,
 }
 
 /// The end of a command's help.
 fn help(command: &str) -> String {
     format!(
-        "{}\n\nExit codes:\n  0  done\n  1  refused or failed: not found, not a dump, another kernel, not as it must be\n  2  \
-         wrong usage, or a file that cannot be read",
-        example(command)
+        "Examples:\n  exopatch kernel {command}\n  exopatch kernel --dump guest.core --kernel vmlinuz {command}\n\n{EXIT_CODES}"
     )
 }
 
-fn example(command: &str) -> String {
-    format!("Example:\n  exopatch kernel --dump guest.core --kernel vmlinuz {command}")
-}
-
-/// A view of a kernel, ready to be printed.
-trait Shown: Serialize {
-    /// The form for people.
-    fn table(&self) -> String;
-
-    /// What makes the command fail, though its result was printed.
-    fn verdict(&self) -> Result<(), Failure> {
-        Ok(())
+impl Show {
+    /// The view that is asked for; `None` for `info`, which is more than one.
+    fn asked(&self) -> Result<Option<Asked>, ViewError> {
+        Ok(Some(match self {
+            Self::Info => return Ok(None),
+            Self::Symbols { of } => {
+                let of = of.as_deref().map(symbols::Asked::parse).transpose();
+                Asked::Symbols(of?)
+            }
+            Self::Types { name, member } => {
+                Asked::Types(types::Asked::parse(name, member.as_deref()))
+            }
+            Self::Modules => Asked::Modules,
+            Self::Tasks => Asked::Tasks,
+            Self::Log => Asked::Log,
+            Self::Text(TextArgs { each, .. }) => Asked::Text(text::Asked { each: *each }),
+            Self::Stack { of: Some(of), .. } => Asked::Stack(stack::Asked::parse(of)?),
+            Self::Stack { of: None, .. } => Asked::Stack(stack::Asked::All),
+            Self::Disasm { of, position } => Asked::Disasm(disasm::Asked::parse(of, *position)?),
+        }))
     }
 }
 
 /// Shows what was asked for, and gives the exit code.
 pub(super) fn main(args: &KernelArgs, global: &Global) -> ExitCode {
-    let Files { dump, kernel } = &args.files;
-    match args.view {
-        View::Info { deadline } if dump.is_none() && kernel.is_none() => {
-            call(global, |client| client.kernel(deadline))
+    let recorded = args.files.any();
+    match args.show.asked() {
+        Ok(None) if !recorded => call(global, |client| client.kernel(args.deadline)),
+        Ok(Some(asked)) if !recorded => call(global, |client| client.see(&asked, args.deadline)),
+        asked => {
+            let shown = asked
+                .map_err(Failure::from)
+                .and_then(|asked| show(args, asked.as_ref(), global.json));
+            failure::finish(shown, global.json)
         }
-        _ => failure::finish(show(args, global.json), global.json),
     }
 }
 
-fn show(args: &KernelArgs, json: bool) -> Result<(), Failure> {
-    let files = &args.files;
-    match &args.view {
-        View::Info { .. } => print(
-            &info::read(files, &files.open("kernel info with --dump")?),
-            json,
-        ),
-        View::Symbols { of: None } => print(&symbols::all(&files.open("kernel symbols")?)?, json),
-        View::Symbols { of: Some(of) } => {
-            let asked = symbols::Asked::parse(of)?;
-            let recording = files.open("kernel symbols")?;
-            match asked {
-                symbols::Asked::Name(name) => print(&symbols::named(&recording, name)?, json),
-                symbols::Asked::Address(at) => print(&symbols::at(&recording, at)?, json),
-            }
-        }
-        View::Types { name, member } => {
-            let image = files.image("kernel types")?;
-            match types::asked(name, member.as_deref()) {
-                (name, None) => print(&types::layouts(&image, &name)?, json),
-                (name, Some(path)) => print(&types::member(&image, &name, path)?, json),
-            }
-        }
-        View::Modules => print(&modules::read(&files.open("kernel modules")?)?, json),
-        View::Tasks => print(&tasks::read(&files.open("kernel tasks")?)?, json),
-        View::Log => print(&log::read(&files.open("kernel log")?)?, json),
-        View::Text(args) => print(&text::read(&files.open("kernel text")?, args)?, json),
+/// Shows what was asked for of a recorded guest.
+fn show(args: &KernelArgs, asked: Option<&Asked>, json: bool) -> Result<(), Failure> {
+    let Some(asked) = asked else {
+        let info = info::read(&args.files, &args.files.open()?);
+        return print(&info, || info.table(), json);
+    };
+    let seen = Seen {
+        paused_us: None,
+        view: view(&args.files, asked)?,
+    };
+    print(&seen, || seen.view.table(), json)?;
+    match &seen.view {
+        View::Text(text) if text.unexplained() > 0 => Err(Failure::Unexplained {
+            places: text.unexplained(),
+        }),
+        _ => Ok(()),
     }
 }
 
-fn print(shown: &impl Shown, json: bool) -> Result<(), Failure> {
+fn view(files: &Files, asked: &Asked) -> Result<View, Failure> {
+    if let (None, Some(image), Asked::Types(_)) = (&files.dump, &files.kernel, asked)
+        && let Some(view) = views::of_image(asked, &kernel_index::load(image)?)
+    {
+        return Ok(view?);
+    }
+    Ok(views::take(asked, &files.open()?.subject())?)
+}
+
+fn print(
+    shown: &impl Serialize,
+    table: impl FnOnce() -> String,
+    json: bool,
+) -> Result<(), Failure> {
     if json {
         output::line(serde_json::to_string(shown)?)?;
     } else {
-        output::text(shown.table())?;
+        output::text(table())?;
     }
-    shown.verdict()
+    Ok(())
 }

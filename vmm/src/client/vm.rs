@@ -1,4 +1,4 @@
-//! `exopatch vm ...` and `exopatch kernel info`: a running machine and its kernel.
+//! `exopatch vm ...`: a running machine.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -84,18 +84,6 @@ impl Client {
                 VmCommand::Events { after } => self.events(after).await,
                 VmCommand::Dump { file, deadline } => self.dump(file, deadline).await,
             }
-        })
-    }
-
-    /// Shows the kernel of the running machine, which is given up stopping after `deadline`.
-    ///
-    /// # Errors
-    /// As [`Failure`] lists them.
-    pub fn kernel(&self, deadline: Duration) -> Result<(), Failure> {
-        self.block_on(async {
-            let call = self.call(Call::get("/v1/kernel").deadline(deadline));
-            let kernel = self.with_progress("reading the kernel", call).await?;
-            self.print(&kernel, show::kernel)
         })
     }
 

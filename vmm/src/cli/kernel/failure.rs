@@ -4,30 +4,24 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use patcher::addr::Gva;
 use patcher::guest::dump::DumpError;
-use patcher::kernel::changed::ChangedError;
-use patcher::kernel::locate::{KernelError, LocateError};
-use patcher::kernel::log::LogError;
-use patcher::kernel::modules::ModuleError;
-use patcher::kernel::symbols::SymbolError;
-use patcher::kernel::types::TypeError;
+use patcher::kernel::locate::LocateError;
 
 use crate::api::wire::ErrorBody;
 use crate::cli::{FAILED, USAGE};
-use crate::client::clean;
 use crate::kernel_index::IndexError;
-use crate::output;
+use crate::output::{self, clean};
+use crate::views::error::Kind;
+use crate::views::{ViewError, hex};
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Failure {
     /// No recorded guest was named, or no image.
-    #[error("{what} shows a recorded guest, and {missing} was not given")]
-    NotGiven {
-        what: &'static str,
-        missing: &'static str,
-    },
+    #[error(
+        "a recorded guest is shown by --dump CORE with --kernel IMAGE, and {missing} was not given"
+    )]
+    NotGiven { missing: &'static str },
     #[error("cannot read the dump {path}: {cause}")]
     File { path: PathBuf, cause: io::Error },
     #[error("cannot use the dump {path}: {cause}")]
@@ -41,23 +35,7 @@ pub(super) enum Failure {
         cause: LocateError,
     },
     #[error(transparent)]
-    Symbol(#[from] SymbolError),
-    #[error("{text:?} is neither a name nor an address")]
-    Address { text: String },
-    #[error(
-        "the kernel has nothing at {at}: no symbol of its image, its modules or a CPU's variables"
-    )]
-    NothingAt { at: Gva },
-    #[error(transparent)]
-    Type(#[from] TypeError),
-    #[error(transparent)]
-    Kernel(#[from] KernelError),
-    #[error(transparent)]
-    Modules(#[from] ModuleError),
-    #[error(transparent)]
-    Log(#[from] LogError),
-    #[error(transparent)]
-    Changed(#[from] ChangedError),
+    View(#[from] ViewError),
     /// It was printed, but is not as it should be.
     #[error(
         "{places} places of the kernel's text hold what neither its image nor anything known explains"
@@ -85,10 +63,10 @@ impl Failure {
     /// As the client's: wrong usage is told from what was tried in vain.
     pub(super) fn exit_code(&self) -> u8 {
         match self {
-            Self::NotGiven { .. }
-            | Self::File { .. }
-            | Self::Image(IndexError::File { .. })
-            | Self::Address { .. } => USAGE,
+            Self::NotGiven { .. } | Self::File { .. } | Self::Image(IndexError::File { .. }) => {
+                USAGE
+            }
+            Self::View(error) if error.kind() == Kind::Malformed => USAGE,
             _ => FAILED,
         }
     }
@@ -116,19 +94,7 @@ impl Failure {
                 ..
             } => "other_kernel",
             Self::Locate { .. } => "kernel_not_found",
-            Self::Symbol(_) => "no_such_symbol",
-            Self::Address { .. } => "no_address",
-            Self::NothingAt { .. } => "nothing_there",
-            Self::Type(TypeError::Ambiguous { .. }) => "ambiguous_type",
-            Self::Type(TypeError::NoMember { .. }) => "no_such_member",
-            Self::Type(_) => "no_such_type",
-            Self::Kernel(_) | Self::Modules(_) | Self::Log(_) => "unsound_kernel",
-            Self::Changed(
-                ChangedError::Boot { .. }
-                | ChangedError::InFlux { .. }
-                | ChangedError::Unknown { .. },
-            ) => "not_comparable",
-            Self::Changed(_) => "unsound_kernel",
+            Self::View(error) => error.code(),
             Self::Unexplained { .. } => "differs",
             Self::Output(_) => "cannot_print",
         }
@@ -161,34 +127,7 @@ impl Failure {
                 }
                 _ => "give the vmlinuz that the guest ran, and a dump made when it had booted",
             },
-            Self::Symbol(_) => "exopatch kernel ... symbols, without a name, lists all there are",
-            Self::Address { .. } => "write a symbol's name, or an address as 0xffffffff81000000",
-            Self::NothingAt { .. } => {
-                "addresses are those of the running kernel: add the slide that exopatch kernel ... info shows"
-            }
-            Self::Type(TypeError::NoMember { name, .. }) => {
-                return format!(
-                    "exopatch kernel ... types '{name}', without a path, shows its members"
-                );
-            }
-            Self::Type(TypeError::Ambiguous { name, .. }) => {
-                return format!(
-                    "exopatch kernel ... types '{name}', without a path, shows each of them"
-                );
-            }
-            Self::Type(_) => "name a structure, union, enumeration, typedef or function as in C",
-            Self::Kernel(_) | Self::Modules(_) | Self::Log(_) => {
-                "the guest was in the middle of changing it, or its memory is damaged: look at another dump"
-            }
-            Self::Changed(ChangedError::Boot { .. }) => {
-                "make the dump when the guest has booted, and before it goes down"
-            }
-            Self::Changed(ChangedError::InFlux { .. }) => {
-                "make another dump: the guest changes its text for moments only"
-            }
-            Self::Changed(_) => {
-                "this cannot be compared: please report it with the kernel's version"
-            }
+            Self::View(error) => return error.hint(),
             Self::Unexplained { .. } => {
                 "a function that an update replaced shows so too, as a dump does not say what was updated"
             }
@@ -229,9 +168,4 @@ pub(super) fn finish(result: Result<(), Failure>, json: bool) -> ExitCode {
         )),
     }
     ExitCode::from(failure.exit_code())
-}
-
-/// Bytes as they are written in build-ids and code.
-pub(super) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

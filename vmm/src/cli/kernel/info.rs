@@ -10,12 +10,10 @@ use patcher::kernel::names::Names;
 use patcher::kernel::tasks::Tasks;
 use serde::Serialize;
 
-use super::Shown;
-use super::failure::hex;
 use super::recording::{Files, Recording};
-use super::symbols::place;
-use super::table::{Side, Table, line, or_dash};
 use crate::cli::build::release;
+use crate::views::table::{Side, Table, line, or_dash};
+use crate::views::{hex, text_of};
 
 /// The kernel of a recorded guest.
 #[derive(Debug, Serialize)]
@@ -131,12 +129,13 @@ fn cpu(index: usize, vcpu: &Vcpu, names: Option<&Names<'_>>) -> Cpu {
         state,
         mode: started.then_some(if in_kernel { "kernel" } else { "user" }),
         rip: started.then(|| Gva(vcpu.rip).to_string()),
-        at: found.map(|found| place(&found)),
+        at: found.map(|found| text_of(&found)),
     }
 }
 
-impl Shown for Info {
-    fn table(&self) -> String {
+impl Info {
+    /// The form for people.
+    pub(super) fn table(&self) -> String {
         let mut text = String::new();
         line(&mut text, "dump", &self.dump);
         line(&mut text, "file", &self.kernel);

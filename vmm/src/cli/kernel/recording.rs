@@ -11,11 +11,11 @@ use std::sync::Arc;
 use memmap2::Mmap;
 use patcher::guest::Registers;
 use patcher::guest::dump::Dump;
-use patcher::kernel::image::Image;
 use patcher::kernel::locate::Kernel;
 
 use super::failure::{Failure, unreadable};
 use crate::kernel_index;
+use crate::views::Subject;
 
 /// Where they are.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -35,10 +35,27 @@ pub(super) struct Recording {
     pub(super) kernel: Kernel,
 }
 
+impl Recording {
+    /// What views are taken of.
+    pub(super) fn subject(&self) -> Subject<'_> {
+        Subject {
+            kernel: &self.kernel,
+            guest: &self.dump,
+            vcpus: self.dump.vcpus(),
+            updates: &[],
+        }
+    }
+}
+
 impl Files {
-    /// Opens both for the command `what`, and proves that they belong together.
-    pub(super) fn open(&self, what: &'static str) -> Result<Recording, Failure> {
-        let missing = |missing| Failure::NotGiven { what, missing };
+    /// Whether a recorded guest is meant.
+    pub(super) fn any(&self) -> bool {
+        self.dump.is_some() || self.kernel.is_some()
+    }
+
+    /// Opens both, and proves that they belong together.
+    pub(super) fn open(&self) -> Result<Recording, Failure> {
+        let missing = |missing| Failure::NotGiven { missing };
         let path = self.dump.as_deref().ok_or(missing("--dump CORE"))?;
         let image_path = self.kernel.as_deref().ok_or(missing("--kernel IMAGE"))?;
         let dump = open_dump(path)?;
@@ -50,19 +67,6 @@ impl Files {
                 cause,
             })?;
         Ok(Recording { dump, kernel })
-    }
-
-    /// The image, for the command `what` that needs no guest; if one is named all the same, it must be the image's.
-    pub(super) fn image(&self, what: &'static str) -> Result<Arc<Image>, Failure> {
-        if self.dump.is_some() {
-            return Ok(self.open(what)?.kernel.image().clone());
-        }
-        let missing = Failure::NotGiven {
-            what,
-            missing: "--kernel IMAGE",
-        };
-        let path = self.kernel.as_deref().ok_or(missing)?;
-        Ok(Arc::new(kernel_index::load(path)?))
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use clap::Parser;
 use clap::error::ErrorKind;
-use patcher::addr::{Gpa, Gva};
+use patcher::addr::Gpa;
 use patcher::guest::dump::write;
 use patcher::guest::{GuestError, ReadPhys, Registers, Vcpu, VcpuState};
 use patcher::kernel::locate::LocateError;
@@ -20,7 +20,10 @@ fn refused(words: &str) -> Failure {
     let Command::Kernel(args) = cli.command else {
         panic!("{:?}", cli.command);
     };
-    show(&args, false).unwrap_err()
+    let asked = args.show.asked().map_err(Failure::from);
+    asked
+        .and_then(|asked| show(&args, asked.as_ref(), false))
+        .unwrap_err()
 }
 
 /// The failure has this code and exit code, and its text and hint hold these.
@@ -79,6 +82,18 @@ fn with_dump(bytes: &[u8]) -> (Failure, String) {
     (refused(&words), dump)
 }
 
+/// One of each that needs a guest.
+const VIEWS: [&str; 8] = [
+    "info",
+    "symbols",
+    "modules",
+    "tasks",
+    "log",
+    "text --changed",
+    "stack --all",
+    "disasm unix_ioctl",
+];
+
 #[test]
 fn wrong_usage_is_told_by_the_command_line() {
     let check = |words: &str, kind: ErrorKind| {
@@ -93,6 +108,10 @@ fn wrong_usage_is_told_by_the_command_line() {
     check("types", ErrorKind::MissingRequiredArgument);
     check("types a b c", ErrorKind::UnknownArgument);
     check("symbols a b", ErrorKind::UnknownArgument);
+    check("stack", ErrorKind::MissingRequiredArgument);
+    check("stack 1 --all", ErrorKind::ArgumentConflict);
+    check("disasm", ErrorKind::MissingRequiredArgument);
+    check("disasm f --position x", ErrorKind::ValueValidation);
     check("frobnicate", ErrorKind::InvalidSubcommand);
     check("--help", ErrorKind::DisplayHelp);
     check("tasks --help", ErrorKind::DisplayHelp);
@@ -101,44 +120,37 @@ fn wrong_usage_is_told_by_the_command_line() {
 #[test]
 fn a_recorded_guest_needs_both_files() {
     let usage = ("no_recorded_guest", USAGE);
-    for view in ["symbols", "modules", "tasks", "log", "text --changed"] {
+    for view in VIEWS {
         check(
-            &refused(view),
+            &refused(&format!("--kernel x {view}")),
             usage,
             "--dump CORE was not given",
             "exopatch vm dump FILE",
         );
-    }
-    for words in [
-        "types file",
-        "--dump x tasks",
-        "--dump x info",
-        "info --dump x",
-    ] {
         check(
-            &refused(words),
+            &refused(&format!("{view} --dump x")),
             usage,
             "--kernel IMAGE was not given",
             "--kernel VMLINUZ",
         );
     }
-    check(
-        &refused("info --kernel x"),
-        usage,
-        "--dump CORE was not given",
-        "--dump FILE",
-    );
 }
 
 #[test]
-fn an_address_is_looked_at_before_any_file() {
-    let failure = refused("--dump /nowhere/core --kernel /nowhere/vmlinuz symbols 0xnumber");
-    check(
-        &failure,
-        ("no_address", USAGE),
-        "\"0xnumber\"",
-        "0xffffffff81000000",
-    );
+fn what_is_asked_for_is_read_before_any_file() {
+    let files = "--dump /nowhere/core --kernel /nowhere/vmlinuz";
+    let wrong = |view: &str, code: &str, text: &str, hint: &str| {
+        check(
+            &refused(&format!("{files} {view}")),
+            (code, USAGE),
+            text,
+            hint,
+        );
+    };
+    let address = "0xffffffff81000000";
+    wrong("symbols 0xnumber", "no_address", "\"0xnumber\"", address);
+    wrong("disasm f+x", "no_address", "\"f+x\"", address);
+    wrong("stack cpu", "no_stack_owner", "\"cpu\"", "cpu0");
 }
 
 #[test]
@@ -227,6 +239,4 @@ fn another_kernel_is_told_by_its_build_id() {
         "build-id ab01",
     );
     assert!(failure.to_string().contains("the image's cd"), "{failure}");
-    let nothing = Failure::NothingAt { at: Gva(0x1000) };
-    check(&nothing, ("nothing_there", FAILED), "0x1000", "slide");
 }
