@@ -9,5 +9,6 @@ mod end;
 mod input;
 mod patch;
 mod pause;
+mod see;
 mod stops;
 mod witness;

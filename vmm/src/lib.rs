@@ -1,7 +1,7 @@
 //! A KVM virtual machine monitor that boots stock Linux kernels and updates them while they run.
 //!
 //! Dependencies run one way: the API and the command line stand on [`vm`], which stands on `boot`, `devices` and
-//! `kvm`; every ioctl and all `unsafe` are in `kvm`, `memory`, `terminal` and `kernel_index`.
+//! `kvm`; every ioctl and all `unsafe` are in `kvm`, `memory`, `terminal`, `kernel_index` and `cli::kernel::recording`.
 
 pub mod api;
 pub mod boot;
@@ -23,4 +23,5 @@ pub mod signals;
 pub mod sparse;
 pub mod terminal;
 pub mod updates;
+pub mod views;
 pub mod vm;

@@ -54,3 +54,28 @@ fn ignore_closed(result: io::Result<()>) -> io::Result<()> {
         other => other,
     }
 }
+
+/// Text from outside, made harmless for a terminal: control characters become escapes.
+#[must_use]
+pub fn clean(text: &str) -> String {
+    text.chars()
+        .flat_map(|c| {
+            let escaped = c.is_control().then(|| c.escape_default());
+            let plain = escaped.is_none().then_some(c);
+            escaped.into_iter().flatten().chain(plain)
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::clean;
+
+    #[test]
+    fn what_a_guest_says_cannot_drive_the_terminal() {
+        assert_eq!(
+            clean("a\u{1b}[2Jb\u{9b}1m é\n"),
+            "a\\u{1b}[2Jb\\u{9b}1m é\\n"
+        );
+    }
+}

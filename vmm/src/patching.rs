@@ -3,6 +3,7 @@
 //!
 //! Nothing is kept locked between operations, so that a dump or another tool can have the guest in between.
 
+mod look;
 mod problem;
 
 use std::sync::Arc;
@@ -19,6 +20,7 @@ use patcher::observe;
 use crate::guest::KvmGuest;
 use crate::kernel_index;
 use crate::updates::{KernelInfo, Patcher, Problem, Running, Task, Verified};
+use crate::views::{self, Asked, Seen, View};
 use crate::vm::{State, Vm};
 
 /// Pauses in which the kernel must be found to be another before that is believed.
@@ -36,6 +38,8 @@ pub struct KernelPatcher {
     image: Option<Arc<Image>>,
     /// The kernel that the guest ran when it was last looked at.
     found: Option<Found>,
+    /// The kernel that was last looked at while none was found to be updated.
+    seen: Option<Kernel>,
     generation: u64,
 }
 
@@ -71,6 +75,7 @@ impl KernelPatcher {
             vm,
             image: None,
             found: None,
+            seen: None,
             generation: 0,
         }
     }
@@ -309,5 +314,38 @@ impl Patcher for KernelPatcher {
                 .as_ref()
                 .map_or(0, |found| found.arena.space.used()),
         })
+    }
+
+    fn view(
+        &mut self,
+        asked: &Asked,
+        applied: &[(u64, &Box<Applied>)],
+        deadline: Instant,
+    ) -> Result<Seen<View>, Problem> {
+        let reading = Instant::now();
+        let image = self.image(&|_| {})?;
+        let deadline = deadline + reading.elapsed();
+        if let Some(view) = views::of_image(asked, &image) {
+            let seen = |view| Seen {
+                paused_us: Some(0),
+                view,
+            };
+            return view.map(seen).map_err(|error| problem::view(&error));
+        }
+        let mut guest = self.guest()?;
+        let updates = applied
+            .iter()
+            .map(|(id, applied)| look::update(*id, applied));
+        let updated = self
+            .found
+            .as_ref()
+            .map(|found| (&found.kernel, updates.collect()));
+        let mut known = look::Known {
+            image: &image,
+            updated,
+            seen: &mut self.seen,
+        };
+        let seen = known.view(&mut guest, asked, deadline);
+        seen.map_err(|problem| self.explain(problem))
     }
 }

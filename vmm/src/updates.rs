@@ -17,6 +17,7 @@ pub use self::patcher::{KernelInfo, Patcher, Running, Task, Verified};
 pub use self::record::{BROKEN, Cost, Failing, Problem, State, Update};
 use self::worker::Worker;
 use crate::events::{EventKind, Events};
+use crate::views::{Asked, Seen, View};
 
 /// Operations that may wait behind the one under way.
 const QUEUE: usize = 16;
@@ -33,6 +34,7 @@ enum Job {
     Revert(u64, Instant, Done<Update>),
     Verify(u64, Instant, Done<Verified>),
     Kernel(Instant, Done<KernelInfo>),
+    View(Asked, Instant, Done<Seen<View>>),
 }
 
 /// The session. Clones share it.
@@ -49,6 +51,7 @@ impl std::fmt::Debug for Job {
             Self::Revert(..) => "Revert",
             Self::Verify(..) => "Verify",
             Self::Kernel(..) => "Kernel",
+            Self::View(..) => "View",
         })
     }
 }
@@ -131,6 +134,19 @@ impl Session {
     /// When too many operations wait.
     pub fn kernel(&self, deadline: Instant, done: Done<KernelInfo>) -> Result<(), Problem> {
         self.hand_in(Job::Kernel(deadline, done))
+    }
+
+    /// Asks for a view of the kernel.
+    ///
+    /// # Errors
+    /// When too many operations wait.
+    pub fn view(
+        &self,
+        asked: Asked,
+        deadline: Instant,
+        done: Done<Seen<View>>,
+    ) -> Result<(), Problem> {
+        self.hand_in(Job::View(asked, deadline, done))
     }
 
     fn hand_in(&self, job: Job) -> Result<(), Problem> {

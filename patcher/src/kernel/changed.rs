@@ -174,6 +174,34 @@ pub fn compare<R: ReadPhys + ?Sized>(
     kernel: &Kernel,
     guest: &R,
     ours: &[Range<Gva>],
+    each: impl FnMut(&Change),
+) -> Result<Summary, ChangedError> {
+    compare_link(kernel, guest, ours, &text(kernel)?, each)
+}
+
+/// As [`compare`], of `part` of the text only: what of it is no text of the kernel that stays is not compared.
+///
+/// # Errors
+/// As [`compare`].
+pub fn compare_part<R: ReadPhys + ?Sized>(
+    kernel: &Kernel,
+    guest: &R,
+    ours: &[Range<Gva>],
+    part: &Range<Gva>,
+    each: impl FnMut(&Change),
+) -> Result<Summary, ChangedError> {
+    let (text, part) = (text(kernel)?, link(kernel, part));
+    let start = part.start.clamp(text.start, text.end);
+    let end = part.end.clamp(start, text.end);
+    compare_link(kernel, guest, ours, &(start..end), each)
+}
+
+/// Compares `part`, which lies in the text, in steps of bounded length.
+fn compare_link<R: ReadPhys + ?Sized>(
+    kernel: &Kernel,
+    guest: &R,
+    ours: &[Range<Gva>],
+    part: &Range<LinkAddr>,
     mut each: impl FnMut(&Change),
 ) -> Result<Summary, ChangedError> {
     match kernel.boot_state(guest)? {
@@ -189,9 +217,9 @@ pub fn compare<R: ReadPhys + ?Sized>(
     let facts = Facts::read(kernel, guest, &memory)?;
     let text = text(kernel)?;
     let mut summary = Summary::default();
-    let mut start = text.start;
-    while start < text.end {
-        let core = start..LinkAddr(start.0.saturating_add(STEP)).min(text.end);
+    let mut start = part.start;
+    while start < part.end {
+        let core = start..LinkAddr(start.0.saturating_add(STEP)).min(part.end);
         let around = LinkAddr(core.start.0.saturating_sub(MARGIN)).max(text.start)
             ..LinkAddr(core.end.0.saturating_add(MARGIN)).min(text.end);
         let mut window = Window::of(kernel, around)?;

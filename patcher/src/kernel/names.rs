@@ -20,6 +20,8 @@ pub struct Place {
     pub symbol: String,
     /// Bytes from it.
     pub offset: u64,
+    /// Bytes of it: of the kernel's own to the next symbol, of a module's as its symbol table says.
+    pub size: u64,
     /// The module that it is in; `None` for the kernel's own.
     pub module: Option<String>,
     /// The CPU whose variable it is.
@@ -109,6 +111,7 @@ impl<'a> Names<'a> {
             return Some(Place {
                 symbol: symbol.name,
                 offset,
+                size: symbol.size,
                 module: None,
                 cpu: None,
             });
@@ -120,6 +123,7 @@ impl<'a> Names<'a> {
             return Some(Place {
                 symbol: symbol.name,
                 offset,
+                size: symbol.size,
                 module: None,
                 cpu: Some(*cpu),
             });
@@ -134,6 +138,7 @@ impl<'a> Names<'a> {
         Some(Place {
             symbol: symbol.name.clone(),
             offset: at.offset_from(symbol.address)?,
+            size: symbol.size,
             module: Some(module.name.clone()),
             cpu: None,
         })
@@ -188,15 +193,20 @@ mod tests {
             let kernel = fixture.guest.kernel();
             let names = Names::read(&kernel, &fixture.guest).unwrap();
             let check = |at: u64, want: Option<(&str, u64, Option<&str>, Option<usize>)>| {
+                let got = names.at(Gva(at));
                 let want = want.map(|(symbol, offset, module, cpu)| Place {
                     symbol: symbol.to_owned(),
                     offset,
+                    size: got.as_ref().map_or(0, |place| place.size),
                     module: module.map(str::to_owned),
                     cpu,
                 });
-                assert_eq!(names.at(Gva(at)), want, "{form:?} {at:#x}");
+                assert_eq!(got, want, "{form:?} {at:#x}");
             };
             check(TEXT + SLIDE + 0x305, Some(("victim", 5, None, None)));
+            let victim = kernel.image().symbols().lookup("victim").unwrap();
+            let place = names.at(kernel.runtime(victim.address)).unwrap();
+            assert_eq!(place.size, victim.size);
             check(
                 fixture.memory + 0x1f,
                 Some(("alpha_close", 15, Some("alpha"), None)),

@@ -197,9 +197,11 @@ impl Symbols {
     /// All symbols called `name`, each with its neighbours, in the order of addresses; none is an empty answer.
     #[must_use]
     pub fn namesakes(&self, name: &str) -> Vec<Namesake> {
+        // Its own padding tells as little of it as its namesakes do.
+        let padding = format!("__pfx_{name}");
         let other = |index: &usize| {
             let neighbour = self.symbol(*index).name;
-            (neighbour != name).then_some(neighbour)
+            (neighbour != name && neighbour != padding).then_some(neighbour)
         };
         let indices = self.indices(name);
         let of = |(at, index): (usize, &usize)| Namesake {

@@ -8,6 +8,7 @@ use super::error::ApiError;
 use super::wire;
 use crate::events::{Event, EventKind};
 use crate::updates::{Cost, Failing, KernelInfo, Problem, State, Update, Verified};
+use crate::views::ViewError;
 use crate::vm::{self, PauseStats, Status};
 
 /// Whole milliseconds.
@@ -153,6 +154,17 @@ pub(super) fn error(problem: Problem) -> ApiError {
         problem.message,
         problem.cause,
         problem.hint,
+    )
+}
+
+/// What was asked for in words that make no sense.
+pub(super) fn view_error(wrong: &ViewError) -> ApiError {
+    ApiError::new(
+        StatusCode::BAD_REQUEST,
+        wrong.code(),
+        "the request could not be read",
+        wrong.to_string(),
+        wrong.hint(),
     )
 }
 

@@ -13,6 +13,7 @@ use super::wire::{
     Arena, Dump, Kernel, Report, Stop, Update, UpdateState, Verification, Vm, VmState,
 };
 use crate::events::Events;
+use crate::views::{Asked, Seen, View, disasm, log, modules, stack, symbols, tasks, text, types};
 
 /// The double. A package that starts with `refuse`, `late` or `panic` meets that end.
 #[derive(Debug, Default)]
@@ -112,6 +113,20 @@ impl Machine for Double {
         Ok(())
     }
 
+    fn view(&self, asked: Asked, _: Instant, done: Done<Seen<View>>) -> Result<(), ApiError> {
+        let none = |code| Err(ApiError::new(StatusCode::NOT_FOUND, code, "m", "c", "h"));
+        let answer = match asked {
+            Asked::Stack(stack::Asked::Task(9)) => none("no_such_task"),
+            Asked::Disasm(asked) if asked.position == Some(9) => none("no_such_position"),
+            asked => Ok(Seen {
+                paused_us: Some(3),
+                view: view(asked),
+            }),
+        };
+        done(answer);
+        Ok(())
+    }
+
     fn updates(&self) -> Vec<Update> {
         self.updates.lock().unwrap().clone()
     }
@@ -172,5 +187,64 @@ impl Machine for Double {
             differences: Vec::new(),
         }));
         Ok(())
+    }
+}
+
+/// A view with as little in it as can be.
+fn view(asked: Asked) -> View {
+    match asked {
+        Asked::Symbols(Some(symbols::Asked::Address(at))) => {
+            View::Symbols(symbols::Symbols::At(symbols::SymbolAt {
+                address: at.to_string(),
+                symbol: "f".to_owned(),
+                offset: 1,
+                size: 2,
+                module: None,
+                cpu: None,
+            }))
+        }
+        Asked::Symbols(of) => View::Symbols(symbols::Symbols::List(symbols::SymbolList {
+            name: of.map(|of| of.to_string()),
+            symbols: Vec::new(),
+        })),
+        Asked::Types(types::Asked { name, .. }) => {
+            View::Types(types::Types::Layouts(types::TypeLayouts {
+                name,
+                layouts: Vec::new(),
+            }))
+        }
+        Asked::Modules => View::Modules(modules::Modules {
+            modules: Vec::new(),
+        }),
+        Asked::Tasks => View::Tasks(tasks::Tasks {
+            tasks: Vec::new(),
+            cpus: Vec::new(),
+            unowned_stacks: Vec::new(),
+        }),
+        Asked::Log => View::Log(log::Log {
+            records: Vec::new(),
+            unwritten: Vec::new(),
+            console_level: Some(7),
+        }),
+        Asked::Text(asked) => View::Text(text::Text {
+            compared: u64::from(asked.each),
+            causes: [].into(),
+            differences: Vec::new(),
+        }),
+        Asked::Stack(_) => View::Stack(stack::Stacks {
+            stacks: Vec::new(),
+            reliable: 0,
+            unreliable: 0,
+        }),
+        Asked::Disasm(asked) => View::Disasm(disasm::Disassembly {
+            function: asked.of.to_string(),
+            module: None,
+            address: "0x10".to_owned(),
+            size: 0,
+            asked: 0,
+            instructions: Vec::new(),
+            differences: Vec::new(),
+            not_compared: None,
+        }),
     }
 }

@@ -17,6 +17,7 @@ use crate::events::Events;
 use crate::guest::KvmGuest;
 use crate::sparse::SparseFile;
 use crate::updates::{self, Session};
+use crate::views::{Asked, Seen, View};
 use crate::vm::{PauseError, ResumeError, State, Vm};
 
 /// Who killed the guest, as its end tells it.
@@ -120,6 +121,17 @@ impl Machine for Live {
                 deadline,
                 translated(done, |info| convert::kernel(file, info)),
             )
+            .map_err(convert::error)
+    }
+
+    fn view(
+        &self,
+        asked: Asked,
+        deadline: Instant,
+        done: Done<Seen<View>>,
+    ) -> Result<(), ApiError> {
+        self.session
+            .view(asked, deadline, translated(done, |seen| seen))
             .map_err(convert::error)
     }
 

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use super::error::ApiError;
 use super::wire;
 use crate::events::Events;
+use crate::views::{Asked, Seen, View};
 
 /// Called once, from any thread, when an operation has come to its end.
 pub type Done<T> = Box<dyn FnOnce(Result<T, ApiError>) + Send>;
@@ -69,6 +70,13 @@ pub trait Machine: Send + Sync + 'static {
     /// # Errors
     /// When too many operations wait already.
     fn kernel(&self, deadline: Instant, done: Done<wire::Kernel>) -> Result<(), ApiError>;
+
+    /// Asks for a view of the guest's kernel; calls `done` with it.
+    ///
+    /// # Errors
+    /// When too many operations wait already.
+    fn view(&self, asked: Asked, deadline: Instant, done: Done<Seen<View>>)
+    -> Result<(), ApiError>;
 
     /// All updates, oldest first.
     fn updates(&self) -> Vec<wire::Update>;

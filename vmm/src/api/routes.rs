@@ -3,6 +3,8 @@
 //! A handler runs in a task of its own: a client that goes away ends no operation, and a panic is a 500 with the same
 //! body as every other failure.
 
+mod kernel;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -64,6 +66,7 @@ pub(super) fn described() -> OpenApiRouter<Api> {
         .routes(routes!(kill))
         .routes(routes!(dump))
         .routes(routes!(kernel))
+        .merge(kernel::described())
         .routes(routes!(follow))
         .routes(routes!(updates, apply))
         .routes(routes!(update))

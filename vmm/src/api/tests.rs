@@ -192,6 +192,56 @@ fn every_call_has_its_status_and_body() {
 }
 
 #[test]
+fn every_view_of_the_kernel_has_its_call() {
+    let api = Served::new();
+    let good = |call: &str, part: &str| {
+        let line = format!("GET /v1/kernel/{call}");
+        api.check(&line, "", b"", 200, "", part);
+        api.check(&line, "", b"", 200, "", "\"paused_us\":3");
+    };
+    good("symbols", "\"symbols\":[]");
+    good("symbols?of=unix_ioctl", "\"name\":\"unix_ioctl\"");
+    good("symbols?of=0x10", "\"symbol\":\"f\"");
+    good("types?name=struct&member=file", "\"name\":\"struct file\"");
+    good("modules?deadline_ms=7", "\"modules\":[]");
+    good("tasks", "\"unowned_stacks\":[]");
+    good("log", "\"console_level\":7");
+    good("text", "\"compared\":0");
+    good("text?each=true", "\"compared\":1");
+    good("stack", "\"reliable\":0");
+    good("stack?of=cpu0", "\"reliable\":0");
+    good("disasm?of=f%2B0x10", "\"function\":\"f+0x10\"");
+    let bad = |call: &str, status: u16, code: &str, part: &str| {
+        api.check(
+            &format!("GET /v1/kernel/{call}"),
+            "",
+            b"",
+            status,
+            code,
+            part,
+        );
+    };
+    let malformed = "malformed_request";
+    bad("symbols?of=0xg", 400, "no_address", "0xg");
+    bad("types", 400, malformed, "name");
+    bad(
+        "modules?deadline_ms=0",
+        400,
+        malformed,
+        "between 1 and 600000",
+    );
+    bad("tasks?of=1", 400, malformed, "unknown field");
+    bad("log?deadline_ms=x", 400, malformed, "deadline_ms");
+    bad("text?each=maybe", 400, malformed, "each");
+    bad("stack?of=cpu", 400, "no_stack_owner", "cpuN");
+    bad("stack?of=9", 404, "no_such_task", "");
+    bad("disasm", 400, malformed, "of");
+    bad("disasm?of=f%2Bx", 400, "no_address", "f+x");
+    bad("disasm?of=f&position=9", 404, "no_such_position", "");
+    bad("nothing", 404, "not_found", "");
+}
+
+#[test]
 fn a_call_that_is_none_says_what_is_wrong() {
     let api = Served::new();
     api.check("GET /", "", b"", 404, "not_found", "GET / is not a call");

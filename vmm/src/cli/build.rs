@@ -154,7 +154,7 @@ fn make(args: &BuildArgs, out: &Path) -> Result<Built, BuildFailure> {
 }
 
 /// The kernel's release (`uname -r`), from its banner: `Linux version RELEASE (...`.
-fn release(image: &Image) -> Option<String> {
+pub(super) fn release(image: &Image) -> Option<String> {
     let at = image.symbols().lookup("linux_banner").ok()?.address;
     let banner = image.bytes(at.range(BANNER)?)?;
     release_in(banner)

@@ -5,6 +5,7 @@
 
 mod build;
 mod doctor;
+mod kernel;
 mod run;
 
 use std::io;
@@ -15,7 +16,7 @@ use clap::{ArgAction, CommandFactory, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use crate::client::update::UpdateCommand;
-use crate::client::vm::{KernelCommand, VmCommand};
+use crate::client::vm::VmCommand;
 use crate::client::{self, Client};
 use crate::{api, output};
 
@@ -61,9 +62,8 @@ pub enum Command {
     /// Apply, check, list, show, revert and verify updates of a running kernel
     #[command(subcommand)]
     Update(UpdateCommand),
-    /// Show the kernel of a running virtual machine
-    #[command(subcommand)]
-    Kernel(KernelCommand),
+    /// Show the kernel of a running virtual machine, or all of a recorded guest's kernel
+    Kernel(kernel::KernelArgs),
     /// Compile an edition into an update package
     Build(build::BuildArgs),
     /// Print the description of the API (OpenAPI 3.1)
@@ -86,7 +86,7 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::main(args, &cli.global),
         Command::Vm(command) => call(&cli.global, |client| client.vm(command)),
         Command::Update(command) => call(&cli.global, |client| client.update(command)),
-        Command::Kernel(command) => call(&cli.global, |client| client.kernel(command)),
+        Command::Kernel(args) => kernel::main(&args, &cli.global),
         Command::Build(args) => build::main(&args, &cli.global),
         Command::Openapi => match api::openapi::json().map(output::text) {
             Ok(Ok(())) => ExitCode::SUCCESS,

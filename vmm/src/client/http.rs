@@ -14,8 +14,8 @@ use tokio::net::UnixStream;
 use super::{Client, Failure};
 use crate::api::wire::ErrorBody;
 
-/// Largest answer that is read.
-const ANSWER_LIMIT: usize = 16 << 20;
+/// Largest answer that is read: all symbols of a large kernel are some twenty megabytes.
+const ANSWER_LIMIT: usize = 128 << 20;
 /// What a call may take beyond the deadline that it carries: other operations may be before it, and the first one reads
 /// the kernel's image.
 pub(super) const MARGIN: Duration = Duration::from_secs(120);

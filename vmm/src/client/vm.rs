@@ -1,4 +1,4 @@
-//! `exopatch vm ...` and `exopatch kernel ...`: the machine and its kernel.
+//! `exopatch vm ...`: a running machine.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -50,18 +50,6 @@ pub enum VmCommand {
     },
 }
 
-/// What to do with the guest's kernel.
-#[derive(Clone, Copy, Debug, Subcommand)]
-pub enum KernelCommand {
-    /// Show the kernel's image, and the kernel found in the guest
-    #[command(after_help = EXIT_CODES)]
-    Info {
-        /// Give up stopping the guest after this time
-        #[arg(long, value_name = "TIME", default_value = "5s", value_parser = parse_time)]
-        deadline: Duration,
-    },
-}
-
 impl Client {
     /// Carries out a `vm` command.
     ///
@@ -96,19 +84,6 @@ impl Client {
                 VmCommand::Events { after } => self.events(after).await,
                 VmCommand::Dump { file, deadline } => self.dump(file, deadline).await,
             }
-        })
-    }
-
-    /// Carries out a `kernel` command.
-    ///
-    /// # Errors
-    /// As [`Failure`] lists them.
-    pub fn kernel(&self, command: KernelCommand) -> Result<(), Failure> {
-        let KernelCommand::Info { deadline } = command;
-        self.block_on(async {
-            let call = self.call(Call::get("/v1/kernel").deadline(deadline));
-            let kernel = self.with_progress("reading the kernel", call).await?;
-            self.print(&kernel, show::kernel)
         })
     }
 

@@ -18,8 +18,11 @@ use super::NotReady;
 use crate::guest::GuestBusy;
 use crate::kernel_index::IndexError;
 use crate::updates::{BROKEN, Failing, Problem};
+use crate::views::ViewError;
+use crate::views::error::Kind;
 
 const NOT_APPLIED: &str = "the update was not applied";
+const NOT_SEEN: &str = "the kernel was not shown";
 const REPORT: &str = "this should not happen with a stock kernel: please report it";
 const ELSEWHERE: &str =
     "fix it in another function: one that calls this one, or that this one calls";
@@ -148,6 +151,36 @@ pub(super) fn not_ready(cause: &NotReady) -> Problem {
         NOT_APPLIED,
         cause.to_string(),
         hint,
+    )
+}
+
+/// The guest's kernel was not found for a view.
+pub(super) fn not_seen(cause: LocateError) -> Problem {
+    let problem = match cause {
+        LocateError::NoVcpu | LocateError::Paging { .. } | LocateError::Slide { .. } => {
+            not_ready(&NotReady::NotFound(cause))
+        }
+        other => locate(&other),
+    };
+    Problem {
+        message: NOT_SEEN.to_owned(),
+        ..problem
+    }
+}
+
+/// There is no view.
+pub(super) fn view(cause: &ViewError) -> Problem {
+    let failing = match cause.kind() {
+        Kind::Malformed | Kind::NotFound => Failing::Unknown,
+        Kind::State => Failing::Conflict,
+        Kind::Unsound => Failing::Refused,
+    };
+    Problem::new(
+        failing,
+        cause.code(),
+        NOT_SEEN,
+        cause.to_string(),
+        cause.hint(),
     )
 }
 

@@ -5,6 +5,7 @@ use std::time::Instant;
 use ::patcher::apply::Report;
 
 use super::record::Problem;
+use crate::views::{Asked, Seen, View};
 
 /// What a kernel patcher does for the session. It runs on the session's thread only.
 pub trait Patcher: 'static {
@@ -42,6 +43,17 @@ pub trait Patcher: 'static {
     /// # Errors
     /// When its image cannot be read.
     fn kernel(&mut self, deadline: Instant) -> Result<KernelInfo, Problem>;
+
+    /// Looks at the kernel. `applied` are the updates in effect, with their numbers.
+    ///
+    /// # Errors
+    /// When there is nothing to be seen, or the guest cannot be read.
+    fn view(
+        &mut self,
+        asked: &Asked,
+        applied: &[(u64, &Self::Applied)],
+        deadline: Instant,
+    ) -> Result<Seen<View>, Problem>;
 }
 
 /// One apply, as the patcher gets it.

@@ -41,7 +41,7 @@ pub enum Failing {
     Deadline,
     /// No more operations can be taken now.
     Busy,
-    /// No update has that number.
+    /// Nothing has that number or name.
     Unknown,
     /// The machine below failed. The guest is as it was.
     Failed,

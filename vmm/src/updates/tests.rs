@@ -11,6 +11,7 @@ use super::{
     Verified,
 };
 use crate::events::{EventKind, Events};
+use crate::views::{Asked, Seen, View};
 
 /// A patcher that is told by the packages what to do. Operations wait until `go` gives them leave.
 struct Scripted {
@@ -72,6 +73,16 @@ impl Patcher for Scripted {
 
     fn kernel(&mut self, _: Instant) -> Result<KernelInfo, Problem> {
         Err(problem(Failing::Refused, "no_image"))
+    }
+
+    fn view(
+        &mut self,
+        _: &Asked,
+        applied: &[(u64, &Vec<u8>)],
+        _: Instant,
+    ) -> Result<Seen<View>, Problem> {
+        let ids: Vec<String> = applied.iter().map(|(id, _)| id.to_string()).collect();
+        Err(problem(Failing::Unknown, &ids.join(",")))
     }
 }
 

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use super::patcher::{Patcher, Task, Verified};
 use super::record::{Cost, Failing, Problem, State, Update};
 use super::{Book, Job};
+use crate::views::{Asked, Seen, View};
 
 /// The session's thread.
 pub(super) struct Worker<P: Patcher> {
@@ -38,6 +39,7 @@ impl<P: Patcher> Worker<P> {
                     self.forget();
                     done(known);
                 }
+                Job::View(asked, deadline, done) => done(self.view(&asked, deadline)),
             }
         }
     }
@@ -128,6 +130,15 @@ impl<P: Patcher> Worker<P> {
         let result = self.patcher.verify(applied, deadline);
         self.forget();
         result
+    }
+
+    fn view(&mut self, asked: &Asked, deadline: Instant) -> Result<Seen<View>, Problem> {
+        if Instant::now() >= deadline {
+            return Err(too_late());
+        }
+        let applied = self.applied.iter();
+        let applied: Vec<_> = applied.map(|(id, (_, applied))| (*id, applied)).collect();
+        self.patcher.view(asked, &applied, deadline)
     }
 
     /// Records the good end of an operation.

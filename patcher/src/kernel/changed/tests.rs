@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use super::{Cause, Change, ChangedError, Summary, compare};
+use super::{Cause, Change, ChangedError, Summary, compare, compare_part};
 use crate::addr::Gva;
 use crate::kernel::testing::guest::{SLIDE, TinyGuest};
 use crate::kernel::testing::patched::{
@@ -50,6 +50,31 @@ fn compared(guest: &mut TinyGuest) -> Result<(Summary, Vec<Change>), ChangedErro
     let mut changes = Vec::new();
     let summary = compare(&kernel, guest, &[], |change| changes.push(change.clone()))?;
     Ok((summary, changes))
+}
+
+#[test]
+fn a_part_differs_as_the_whole_does_there() {
+    for form in FORMS {
+        let mut guest = booted(form);
+        guest.put_bytes(VICTIM + SLIDE + 0x20, &[0x66]);
+        let (_, all) = compared(&mut guest).unwrap();
+        let kernel = guest.kernel();
+        let part = |part: std::ops::Range<Gva>| {
+            let mut changes = Vec::new();
+            let each = |change: &Change| changes.push(change.clone());
+            let summary = compare_part(&kernel, &guest, &[], &part, each).unwrap();
+            (summary.compared, changes)
+        };
+        let victim = Gva(VICTIM + SLIDE)..Gva(VICTIM + SLIDE + 0x40);
+        let there = all
+            .iter()
+            .filter(|change| victim.contains(&change.range.start));
+        let there: Vec<_> = there.cloned().collect();
+        assert!(there.len() > 1, "{form:?}: {there:x?}");
+        assert_eq!(part(victim), (0x40, there), "{form:?}");
+        assert_eq!(part(Gva(0x1000)..Gva(0x2000)).0, 0, "{form:?}");
+        assert_eq!(part(Gva(u64::MAX)..Gva(0)).0, 0, "{form:?}");
+    }
 }
 
 /// After `change` the cause of what is at `at` must be `want`, and nothing may be unexplained that is not there.

@@ -1,0 +1,173 @@
+//! What a guest's kernel is made of and does, seen from outside: each file is one view, read by the same functions of the patcher
+//! that decide about updates.
+//!
+//! A view is taken of a [`Subject`]: a kernel that was located, the guest's memory, and its vCPUs' registers, all of one moment. Whether that
+//! is a recorded guest or a running one that stands still makes no difference here. What comes out is plain data: the API sends it,
+//! the command prints it as JSON, or as a table. Addresses are texts (`"0x..."`), as JSON's numbers do not hold 64 bits.
+
+pub mod disasm;
+pub mod error;
+pub mod log;
+pub mod modules;
+mod place;
+pub mod stack;
+pub mod symbols;
+pub(crate) mod table;
+pub mod tasks;
+#[cfg(test)]
+mod tests;
+pub mod text;
+pub mod types;
+
+use std::ops::Range;
+
+use patcher::addr::Gva;
+use patcher::guest::{ReadPhys, Vcpu};
+use patcher::kernel::image::Image;
+use patcher::kernel::locate::Kernel;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+pub use self::error::ViewError;
+pub(crate) use self::place::text_of;
+
+/// A guest that stands still, or was recorded, and what is known of it.
+#[expect(
+    missing_debug_implementations,
+    reason = "holds the guest as a trait object"
+)]
+#[derive(Clone, Copy)]
+pub struct Subject<'a> {
+    /// The kernel that it runs.
+    pub kernel: &'a Kernel,
+    /// Its memory.
+    pub guest: &'a dyn ReadPhys,
+    /// The registers of its vCPUs.
+    pub vcpus: &'a [Vcpu],
+    /// What updates have put into it, as far as that is known.
+    pub updates: &'a [Update],
+}
+
+/// An update that is in effect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Update {
+    /// Its number.
+    pub id: u64,
+    /// Its jumps in the kernel's text.
+    pub jumps: Vec<Range<Gva>>,
+    /// Its code, and for each piece the name of what it is.
+    pub code: Vec<(Range<Gva>, String)>,
+}
+
+/// What can be asked of a kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Asked {
+    /// Symbols: all, those of a name, or the one at an address.
+    Symbols(Option<symbols::Asked>),
+    /// A type.
+    Types(types::Asked),
+    /// The modules that are loaded.
+    Modules,
+    /// All tasks.
+    Tasks,
+    /// The log.
+    Log,
+    /// Every difference of the text from the image.
+    Text(text::Asked),
+    /// Stacks.
+    Stack(stack::Asked),
+    /// The instructions of a function.
+    Disasm(disasm::Asked),
+}
+
+/// What was seen.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+#[expect(
+    missing_docs,
+    reason = "each is an answer to what is asked under the same name"
+)]
+pub enum View {
+    Symbols(symbols::Symbols),
+    Types(types::Types),
+    Modules(modules::Modules),
+    Tasks(tasks::Tasks),
+    Log(log::Log),
+    Text(text::Text),
+    Stack(stack::Stacks),
+    Disasm(disasm::Disassembly),
+}
+
+/// A view, and what it cost the guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Seen<T> {
+    /// How long the guest stood still for it; zero when it did not have to, or was paused already. Left out of a recorded guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub paused_us: Option<u64>,
+    /// What was seen.
+    #[serde(flatten)]
+    pub view: T,
+}
+
+impl<T> Seen<T> {
+    /// The same, with another form of what was seen.
+    pub fn map<U>(self, form: impl FnOnce(T) -> U) -> Seen<U> {
+        Seen {
+            paused_us: self.paused_us,
+            view: form(self.view),
+        }
+    }
+}
+
+/// A view as people read it.
+pub(crate) trait Shown {
+    /// Lines of text, cleaned of whatever could drive a terminal.
+    fn table(&self) -> String;
+}
+
+impl View {
+    /// The form for people.
+    pub(crate) fn table(&self) -> String {
+        match self {
+            Self::Symbols(view) => view.table(),
+            Self::Types(view) => view.table(),
+            Self::Modules(view) => view.table(),
+            Self::Tasks(view) => view.table(),
+            Self::Log(view) => view.table(),
+            Self::Text(view) => view.table(),
+            Self::Stack(view) => view.table(),
+            Self::Disasm(view) => view.table(),
+        }
+    }
+}
+
+/// The answer to what needs no guest, only the kernel's image; `None` when it needs one.
+#[must_use]
+pub fn of_image(asked: &Asked, image: &Image) -> Option<Result<View, ViewError>> {
+    match asked {
+        Asked::Types(asked) => Some(types::read(image, asked).map(View::Types)),
+        _ => None,
+    }
+}
+
+/// Looks at a guest.
+///
+/// # Errors
+/// When there is nothing to be seen, or it cannot be read; [`ViewError::passes`] says whether that may be otherwise a moment later.
+pub fn take(asked: &Asked, subject: &Subject<'_>) -> Result<View, ViewError> {
+    match asked {
+        Asked::Symbols(of) => symbols::read(subject, of.as_ref()).map(View::Symbols),
+        Asked::Types(asked) => types::read(subject.kernel.image(), asked).map(View::Types),
+        Asked::Modules => modules::read(subject).map(View::Modules),
+        Asked::Tasks => tasks::read(subject).map(View::Tasks),
+        Asked::Log => log::read(subject).map(View::Log),
+        Asked::Text(asked) => text::read(subject, *asked).map(View::Text),
+        Asked::Stack(asked) => stack::read(subject, *asked).map(View::Stack),
+        Asked::Disasm(asked) => disasm::read(subject, asked).map(View::Disasm),
+    }
+}
+
+/// Bytes as they are written in build-ids and code.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
