@@ -80,6 +80,14 @@ pub enum Asked {
     Disasm(disasm::Asked),
 }
 
+impl Asked {
+    /// Whether it is the kernel's text that is asked for, which a running guest hardly ever changes.
+    #[must_use]
+    pub fn is_of_text(&self) -> bool {
+        matches!(self, Self::Text(_) | Self::Disasm(_))
+    }
+}
+
 /// What was seen.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
@@ -126,6 +134,16 @@ pub(crate) trait Shown {
 }
 
 impl View {
+    /// Whether nothing was seen of the kernel's text that has no known cause, and nothing was left out.
+    #[must_use]
+    pub fn is_explained(&self) -> bool {
+        match self {
+            Self::Text(view) => view.unexplained() == 0,
+            Self::Disasm(view) => view.is_explained(),
+            _ => true,
+        }
+    }
+
     /// The form for people.
     pub(crate) fn table(&self) -> String {
         match self {

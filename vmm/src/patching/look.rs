@@ -1,5 +1,7 @@
 //! Views of the running kernel: each under one pause, which ends before anything is written out.
 //!
+//! The kernel's text is large and rarely changes: it is compared while the guest runs, and under the pause only if that found anything
+//! that nothing explains.
 //! What the guest was just changing makes no sense for a moment; it is then let go, and looked at again a little later.
 
 use std::sync::Arc;
@@ -54,56 +56,84 @@ impl Known<'_> {
         }
     }
 
-    /// One pause.
+    /// One look: at the guest as it runs where that is enough, else at the guest as it stands still.
     fn once(
         &mut self,
         guest: &mut KvmGuest,
         asked: &Asked,
         deadline: Instant,
     ) -> Result<Result<Seen<View>, ViewError>, Problem> {
+        if asked.is_of_text()
+            && let Some(seen) = self.running(guest, asked, deadline)?
+        {
+            return Ok(Ok(seen));
+        }
         let began = Instant::now();
         let paused = guest
             .pause(deadline)
             .map_err(|error| problem::guest(&error))?;
+        let (kernel, updates) = self.kernel(&paused)?;
+        let subject = Subject {
+            kernel,
+            guest: &paused,
+            vcpus: paused.vcpus(),
+            updates,
+        };
+        let view = views::take(asked, &subject);
+        paused.resume().map_err(|error| problem::guest(&error))?;
+        let paused_us = paused_us(guest, began);
+        Ok(view.map(|view| Seen { paused_us, view }))
+    }
+
+    /// A view of the guest as it runs, which stands still only until its kernel is known; `None` when that view leaves anything open.
+    fn running(
+        &mut self,
+        guest: &mut KvmGuest,
+        asked: &Asked,
+        deadline: Instant,
+    ) -> Result<Option<Seen<View>>, Problem> {
+        let began = Instant::now();
+        let paused = guest
+            .pause(deadline)
+            .map_err(|error| problem::guest(&error))?;
+        let (kernel, updates) = self.kernel(&paused)?;
+        paused.resume().map_err(|error| problem::guest(&error))?;
+        let paused_us = paused_us(guest, began);
+        let subject = Subject {
+            kernel,
+            guest,
+            vcpus: &[],
+            updates,
+        };
+        let view = views::take(asked, &subject).ok();
+        let view = view.filter(View::is_explained);
+        Ok(view.map(|view| Seen { paused_us, view }))
+    }
+
+    /// The kernel that the guest runs, and the updates that are in effect in it.
+    fn kernel(&mut self, paused: &KvmPaused<'_>) -> Result<(&Kernel, &[Update]), Problem> {
         let vcpus = paused.vcpus();
-        let runs = |kernel: &Kernel| kernel.prove_same(&paused, vcpus).is_ok();
-        let view = match &self.updated {
-            Some((kernel, updates)) if runs(kernel) => take(asked, kernel, &paused, updates),
-            _ => {
-                let kernel = match self.seen.take().filter(runs) {
-                    Some(kernel) => kernel,
-                    None => Kernel::locate(Arc::clone(self.image), &paused, vcpus)
-                        .map_err(problem::not_seen)?,
-                };
-                let kernel = self.seen.insert(kernel);
-                take(asked, kernel, &paused, &[])
+        let runs = |kernel: &Kernel| kernel.prove_same(paused, vcpus).is_ok();
+        if let Some((kernel, updates)) = &self.updated
+            && runs(kernel)
+        {
+            return Ok((kernel, updates));
+        }
+        let kernel = match self.seen.take().filter(runs) {
+            Some(kernel) => kernel,
+            None => {
+                Kernel::locate(Arc::clone(self.image), paused, vcpus).map_err(problem::not_seen)?
             }
         };
-        paused.resume().map_err(|error| problem::guest(&error))?;
-        let took = began.elapsed();
-        // One that was paused already did not stand still for us.
-        let stopped = !guest.last_pause().stop.is_zero();
-        let us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
-        Ok(view.map(|view| Seen {
-            paused_us: Some(if stopped { us } else { 0 }),
-            view,
-        }))
+        Ok((self.seen.insert(kernel), &[]))
     }
 }
 
-fn take(
-    asked: &Asked,
-    kernel: &Kernel,
-    paused: &KvmPaused<'_>,
-    updates: &[Update],
-) -> Result<View, ViewError> {
-    let subject = Subject {
-        kernel,
-        guest: paused,
-        vcpus: paused.vcpus(),
-        updates,
-    };
-    views::take(asked, &subject)
+/// How long a guest stood still that was stopped at `began` and has just been let go. One that was paused already did not for us.
+fn paused_us(guest: &KvmGuest, began: Instant) -> Option<u64> {
+    let stopped = !guest.last_pause().stop.is_zero();
+    let took = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
+    Some(if stopped { took } else { 0 })
 }
 
 /// What an update has put into the guest.

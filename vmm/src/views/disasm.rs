@@ -16,7 +16,7 @@ use self::decode::{Decoded, Targets, decode};
 use super::place::Places;
 use super::symbols::{self, number};
 use super::table::{Side, Table, line};
-use super::text::{TextDifference, cause_name, difference};
+use super::text::{TextDifference, UNEXPLAINED, cause_name, difference};
 use super::{Shown, Subject, ViewError, hex};
 
 /// Bytes of the longest function that is decoded.
@@ -127,6 +127,15 @@ pub struct Instruction {
     /// Why it differs from the image, of one in memory only.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub causes: Vec<String>,
+}
+
+impl Disassembly {
+    /// Whether every difference from the image is known, and has a cause, as far as there is an image.
+    pub(super) fn is_explained(&self) -> bool {
+        let mut causes = self.differences.iter().map(|found| &found.cause);
+        let compared = self.not_compared.is_none() || self.module.is_some();
+        compared && causes.all(|cause| cause != UNEXPLAINED)
+    }
 }
 
 /// A function that was found.

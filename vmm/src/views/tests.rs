@@ -163,3 +163,20 @@ fn views_come_through_as_they_were_sent() {
     };
     round(&View::Text(text), View::Text);
 }
+
+#[test]
+fn text_is_explained_unless_a_difference_has_no_cause() {
+    let seen = |cause: &str| {
+        let count = TextCount {
+            places: 1,
+            bytes: 5,
+        };
+        View::Text(Text {
+            compared: 16,
+            causes: [(cause.to_owned(), count)].into(),
+            differences: Vec::new(),
+        })
+    };
+    assert!(seen("fentry").is_explained());
+    assert!(!seen("unexplained").is_explained());
+}

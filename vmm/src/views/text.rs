@@ -61,7 +61,7 @@ pub struct TextDifference {
     pub live: String,
 }
 
-const UNEXPLAINED: &str = "unexplained";
+pub(super) const UNEXPLAINED: &str = "unexplained";
 
 /// Compares all text.
 pub(super) fn read(subject: &Subject<'_>, asked: Asked) -> Result<Text, ViewError> {

@@ -1,4 +1,4 @@
-//! The calls that look at the guest's kernel: each under one pause of its own, which ends before the answer is written.
+//! The calls that look at the guest's kernel. Each pauses the guest for itself, at most once a try, and lets it go before the answer is written.
 
 use std::time::Instant;
 
