@@ -127,42 +127,48 @@ fn a_check_writes_nothing() {
 }
 
 /// Applies at moments spread over a boot: each waits or is refused, and the guest comes up whole.
-#[test]
-fn an_apply_during_boot_waits_or_is_refused() {
-    for stock in [LTS_6_1, NEWEST_6_12] {
-        for round in 0..6u64 {
-            let mut guest =
-                Guest::start(&Options::new(stock).cmdline("exopatch.run=probe,answers,1"));
-            let started = Instant::now();
-            while !guest.client.socket().exists() {
-                assert!(started.elapsed() < Duration::from_secs(30), "no API socket");
-                std::thread::sleep(Duration::from_millis(5));
-            }
-            std::thread::sleep(Duration::from_millis(round * 600));
-            let package = stock.edition("unix_ioctl_notty");
-            let deadline = if round % 2 == 0 { "60s" } else { "10ms" };
-            let path = package.to_str().expect("paths of tests are UTF-8");
-            let reply = guest
-                .client
-                .call(&["update", "apply", path, "--deadline", deadline]);
-            let applied = reply.json["state"] == "applied";
-            println!(
-                "{stock:?}, {} ms into the boot: {}",
-                round * 600,
-                summary(&reply.json)
-            );
-            assert!(applied || reply.status != 0, "{reply:?}");
-            assert!(
-                applied || deadline == "10ms",
-                "an apply with time enough was refused: {reply:?}"
-            );
-            guest.wait_ready();
-            if applied {
-                let _ = wait_answer(&guest, 0, 0, |answer| answer == NEW);
-            }
-            assert_clean(&mut guest);
+fn applies_during_boot(stock: Stock) {
+    for round in 0..6u64 {
+        let mut guest = Guest::start(&Options::new(stock).cmdline("exopatch.run=probe,answers,1"));
+        let started = Instant::now();
+        while !guest.client.socket().exists() {
+            assert!(started.elapsed() < Duration::from_secs(30), "no API socket");
+            std::thread::sleep(Duration::from_millis(5));
         }
+        std::thread::sleep(Duration::from_millis(round * 600));
+        let package = stock.edition("unix_ioctl_notty");
+        let deadline = if round % 2 == 0 { "60s" } else { "10ms" };
+        let path = package.to_str().expect("paths of tests are UTF-8");
+        let reply = guest
+            .client
+            .call(&["update", "apply", path, "--deadline", deadline]);
+        let applied = reply.json["state"] == "applied";
+        println!(
+            "{stock:?}, {} ms into the boot: {}",
+            round * 600,
+            summary(&reply.json)
+        );
+        assert!(applied || reply.status != 0, "{reply:?}");
+        assert!(
+            applied || deadline == "10ms",
+            "an apply with time enough was refused: {reply:?}"
+        );
+        guest.wait_ready();
+        if applied {
+            let _ = wait_answer(&guest, 0, 0, |answer| answer == NEW);
+        }
+        assert_clean(&mut guest);
     }
+}
+
+#[test]
+fn an_apply_during_boot_of_6_1_waits_or_is_refused() {
+    applies_during_boot(LTS_6_1);
+}
+
+#[test]
+fn an_apply_during_boot_of_6_12_waits_or_is_refused() {
+    applies_during_boot(NEWEST_6_12);
 }
 
 fn summary(reply: &Value) -> String {
@@ -171,37 +177,44 @@ fn summary(reply: &Value) -> String {
 }
 
 /// A guest that has gone to another kernel by kexec is known to have, and its updates are lost.
+fn applies_after_kexec(stock: Stock, other: Stock) {
+    let files = vec![other.file("vmlinuz"), other.file("initramfs.cpio.gz")];
+    let mut guest = Guest::boot(&Options::new(stock).memory_mib(512).files(files));
+    let id = apply(&guest, &stock.edition("unix_ioctl_notty"));
+    let mark = guest.console.mark();
+    guest.type_line("probe kexec /files/vmlinuz /files/initramfs.cpio.gz 'console=ttyS0 quiet'");
+    let _ = guest.wait_line(mark, "second boot", |line| {
+        line.contains("exopatch-guest: ready")
+    });
+    let reply = guest.client.call(&["update", "revert", &id.to_string()]);
+    assert_ne!(reply.status, 0, "a revert in another kernel: {reply:?}");
+    let listed = guest
+        .client
+        .call(&["update", "show", &id.to_string()])
+        .expect("the update");
+    assert_eq!(listed["state"], "lost", "{listed:#}");
+    let path = stock.edition("unix_ioctl_notty");
+    let reply = guest
+        .client
+        .call(&["update", "apply", path.to_str().expect("UTF-8")]);
+    println!("{stock:?} to {other:?}: {}", summary(&reply.json));
+    assert_eq!(reply.status == 0, stock == other, "{reply:?}");
+    assert_clean(&mut guest);
+}
+
 #[test]
-fn an_apply_after_a_kexec_knows_that_this_is_another_kernel() {
-    for (stock, other) in [
-        (LTS_6_1, NEWEST_6_12),
-        (NEWEST_6_12, LTS_6_1),
-        (LTS_6_1, LTS_6_1),
-    ] {
-        let files = vec![other.file("vmlinuz"), other.file("initramfs.cpio.gz")];
-        let mut guest = Guest::boot(&Options::new(stock).memory_mib(512).files(files));
-        let id = apply(&guest, &stock.edition("unix_ioctl_notty"));
-        let mark = guest.console.mark();
-        guest
-            .type_line("probe kexec /files/vmlinuz /files/initramfs.cpio.gz 'console=ttyS0 quiet'");
-        let _ = guest.wait_line(mark, "second boot", |line| {
-            line.contains("exopatch-guest: ready")
-        });
-        let reply = guest.client.call(&["update", "revert", &id.to_string()]);
-        assert_ne!(reply.status, 0, "a revert in another kernel: {reply:?}");
-        let listed = guest
-            .client
-            .call(&["update", "show", &id.to_string()])
-            .expect("the update");
-        assert_eq!(listed["state"], "lost", "{listed:#}");
-        let path = stock.edition("unix_ioctl_notty");
-        let reply = guest
-            .client
-            .call(&["update", "apply", path.to_str().expect("UTF-8")]);
-        println!("{stock:?} to {other:?}: {}", summary(&reply.json));
-        assert_eq!(reply.status == 0, stock == other, "{reply:?}");
-        assert_clean(&mut guest);
-    }
+fn an_apply_after_a_kexec_to_6_12_knows_that_this_is_another_kernel() {
+    applies_after_kexec(LTS_6_1, NEWEST_6_12);
+}
+
+#[test]
+fn an_apply_after_a_kexec_to_6_1_knows_that_this_is_another_kernel() {
+    applies_after_kexec(NEWEST_6_12, LTS_6_1);
+}
+
+#[test]
+fn an_apply_after_a_kexec_to_the_same_kernel_knows_that_it_was_started_anew() {
+    applies_after_kexec(LTS_6_1, LTS_6_1);
 }
 
 /// An edition with a constant, a variable of its own, calls of the kernel and of the original works on every kernel.
