@@ -313,24 +313,28 @@ impl<'a, R: ReadPhys + ?Sized> Walker<'a, R> {
         let ip = self.given_back(found, slot)?;
         // The switch to a task that has never run returns to where it begins.
         let signal = signal || self.begins(ip);
-        let rule = self.rule(ip, slot, signal)?;
+        self.caller(cursor, ip, slot, signal)
+    }
+
+    /// The frame that goes on at `ip`, whose place on the stack is `slot`: after a call, or at its beginning.
+    fn caller(
+        &self,
+        cursor: &Cursor,
+        ip: Gva,
+        slot: Gva,
+        begins: bool,
+    ) -> Result<(Cursor, Frame), Reason> {
         let caller = Cursor {
             ip,
-            sp: at,
+            sp: Gva(slot.0.wrapping_add(8)),
             bp: cursor.bp,
-            rule,
-            interrupted: signal,
+            rule: self.rule(ip, slot, begins)?,
+            interrupted: begins,
             scratch: None,
         };
-        let via = if signal { Via::Begins } else { Via::Call };
-        Ok((
-            caller,
-            Frame {
-                ip,
-                via,
-                at: Some(slot),
-            },
-        ))
+        let via = if begins { Via::Begins } else { Via::Call };
+        let at = Some(slot);
+        Ok((caller, Frame { ip, via, at }))
     }
 
     /// The caller of a function whose return the function graph tracer handles at the cursor's place.
@@ -338,20 +342,11 @@ impl<'a, R: ReadPhys + ?Sized> Walker<'a, R> {
         self.live.go_beneath(cursor.sp)?;
         let owners = self.owners();
         let (slot, ip) = (self.code.taken).returning_to(&owners, cursor.ip, cursor.sp)?;
-        let sp = Gva(slot.0.wrapping_add(8));
-        if sp < cursor.sp {
-            return Err(Reason::NoProgress { to: sp });
+        let (caller, frame) = self.caller(cursor, ip, slot, false)?;
+        if caller.sp < cursor.sp {
+            return Err(Reason::NoProgress { to: caller.sp });
         }
-        let caller = Cursor {
-            ip,
-            sp,
-            bp: cursor.bp,
-            rule: self.rule(ip, slot, false)?,
-            interrupted: false,
-            scratch: None,
-        };
-        let (via, at) = (Via::Call, Some(slot));
-        Ok(Next::Caller(caller, Frame { ip, via, at }))
+        Ok(Next::Caller(caller, frame))
     }
 
     /// What was interrupted, by its registers at `at`, of which the processor pushed some or the kernel `whole`; `None` for a user.
