@@ -4,13 +4,7 @@ use tests::guest::{Guest, Options};
 use tests::stock;
 
 use crate::patch::{apply, revert};
-use crate::witness::{SETTLE, assert_clean, assert_unchanged, boot_asking, wait_answer};
-
-fn one_line(guest: &mut Guest, command: &str) -> String {
-    let answer = guest.sh(command);
-    assert_eq!(answer.status, 0, "'{command}': {}", answer.text());
-    answer.text()
-}
+use crate::witness::{SETTLE, assert_clean, assert_unchanged, boot_asking, one_line, wait_answer};
 
 /// What SIOCATMARK on a datagram socket answers now.
 fn ask(guest: &mut Guest) -> String {

@@ -8,7 +8,7 @@ use tests::guest::{Guest, Options};
 use tests::stock::{LTS_6_1, NEWEST_6_12, Stock};
 
 use crate::patch::{apply, revert};
-use crate::witness::assert_clean;
+use crate::witness::{assert_clean, one_line};
 
 /// A line for the guest's log that nothing else writes.
 const MARKER: &str = "exopatch looks at itself from outside";
@@ -44,12 +44,6 @@ fn number(of: &Value, name: &str) -> u64 {
 fn hexadecimal(text: &str) -> u64 {
     u64::from_str_radix(text.trim_start_matches("0x"), 16)
         .unwrap_or_else(|error| panic!("{text:?} is no address: {error}"))
-}
-
-fn one_line(guest: &mut Guest, command: &str) -> String {
-    let answer = guest.sh(command);
-    assert_eq!(answer.status, 0, "'{command}': {}", answer.text());
-    answer.text()
 }
 
 /// `kernel modules` and `/proc/modules`: names, sizes, counts and addresses, in the same order.

@@ -54,6 +54,13 @@ pub(crate) fn assert_unchanged(guest: &Guest, mark: usize, time: Duration, what:
     assert!(changed.is_empty(), "{what}: the answer became {changed:?}");
 }
 
+/// What a command that must succeed prints in the guest.
+pub(crate) fn one_line(guest: &mut Guest, command: &str) -> String {
+    let answer = guest.sh(command);
+    assert_eq!(answer.status, 0, "'{command}': {}", answer.text());
+    answer.text()
+}
+
 /// No warning, oops, lockup or firmware complaint stands in the guest's log.
 pub(crate) fn assert_clean(guest: &mut Guest) {
     let complaints = guest.complaints();
