@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use tests::guest::{Guest, Options};
 use tests::stock::{self, LTS_6_1, NEWEST_6_12, Stock};
 
-use crate::witness::assert_clean;
+use crate::witness::{assert_clean, one_line};
 
 /// What a guest says of its machine must be what it was given; its log must hold no complaint.
 fn check(options: &Options) -> Guest {
@@ -59,6 +59,43 @@ fn newest_6_12_boots_with_1_2_and_4_cpus() {
 fn memory_reaches_beyond_the_32_bit_hole() {
     for stock in stock::ALL {
         check(&Options::new(stock).memory_mib(5 << 10));
+    }
+}
+
+/// Processors that 8 bits do not tell apart come up, and interrupts of devices reach them. Starting all of them would take an emulated
+/// processor minutes: `maxcpus` has the guest leave most of them alone.
+#[test]
+fn more_processors_than_8_bits_tell_apart() {
+    const CPUS: usize = 288;
+    const LAST: usize = CPUS - 1;
+    for stock in [LTS_6_1, NEWEST_6_12] {
+        let options = Options::new(stock).cpus(288).memory_mib(1 << 10);
+        let mut guest = Guest::boot(&options.cmdline("maxcpus=2"));
+        let present = one_line(&mut guest, "cat /sys/devices/system/cpu/present");
+        assert_eq!(present, format!("0-{LAST}"), "{stock:?}");
+        let start =
+            format!("echo 1 >/sys/devices/system/cpu/cpu{LAST}/online && taskset -c {LAST} true");
+        let _ = one_line(&mut guest, &start);
+        let ours = "sed -n 's/^ *\\([0-9]*\\):.*ttyS0$/\\1/p' /proc/interrupts";
+        let moved = format!(
+            "cd /proc/irq/$({ours}) && echo {LAST} >smp_affinity_list && cat smp_affinity_list"
+        );
+        assert_eq!(one_line(&mut guest, &moved), LAST.to_string(), "{stock:?}");
+        // A line that was moved goes on to where it was until its next interrupt.
+        let _ = one_line(&mut guest, "true");
+        let told = one_line(&mut guest, "grep ttyS0 /proc/interrupts");
+        // A column for each processor that runs: the last one's is the third.
+        let counts: Vec<&str> = told.split_whitespace().collect();
+        println!("{stock:?}: interrupts by processor: {:?}", &counts[1..4]);
+        assert_ne!(counts[3], "0", "{stock:?}: {told}");
+        assert_clean(&mut guest);
+        let pressed = guest.client.call(&["vm", "power-button"]);
+        drop(pressed.expect("the button"));
+        assert_eq!(
+            guest.wait_end(),
+            0,
+            "{stock:?}: the button's level interrupt"
+        );
     }
 }
 

@@ -44,6 +44,9 @@ pub const HOLE: u64 = 0xc000_0000;
 /// Four gibibytes, where RAM continues.
 pub const HOLE_END: u64 = 0x1_0000_0000;
 
+/// The most processors that 8-bit APIC identifiers tell apart: the last identifier means all of them.
+pub const SHORT_IDS: u32 = 255;
+
 /// I/O APIC registers (Intel 82093AA; fixed in KVM).
 pub const IO_APIC: u32 = 0xfec0_0000;
 /// Local APIC registers.

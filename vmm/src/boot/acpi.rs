@@ -17,7 +17,7 @@ use patcher::addr::Gpa;
 use patcher::guest::GuestError;
 
 use crate::devices::{acpi_pm, pvpanic, serial};
-use crate::layout::{ACPI_TABLES, ACPI_TABLES_END, IO_APIC, LOCAL_APIC};
+use crate::layout::{ACPI_TABLES, ACPI_TABLES_END, IO_APIC, LOCAL_APIC, SHORT_IDS};
 use crate::memory::Memory;
 
 const OEM: [u8; 6] = *b"EXOPAT";
@@ -140,13 +140,19 @@ fn madt(cpus: u32) -> Sdt {
     const REVISION: u8 = 5;
     /// There is a pair of 8259s too.
     const PC_AT_COMPATIBLE: u32 = 1;
+    const NO_8259: u32 = 0;
     const ENABLED: u32 = 1;
     /// Interrupt source override flags: active high, level.
     const ACTIVE_HIGH_LEVEL: u16 = 0b1101;
     let mut table = Sdt::new(*b"APIC", HEADER, REVISION, OEM, OEM_TABLE, OEM_REVISION);
     let mut body = Vec::new();
     body.extend(LOCAL_APIC.to_le_bytes());
-    body.extend(PC_AT_COMPATIBLE.to_le_bytes());
+    let flags = if cpus > SHORT_IDS {
+        NO_8259
+    } else {
+        PC_AT_COMPATIBLE
+    };
+    body.extend(flags.to_le_bytes());
     for id in 0..cpus {
         match u8::try_from(id) {
             Ok(id) if id < u8::MAX => {

@@ -4,6 +4,8 @@
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
+use crate::layout::SHORT_IDS;
+
 /// CPUID of the guest could not be put together.
 #[derive(Debug, thiserror::Error)]
 #[error("KVM reports more CPUID leaves than it takes")]
@@ -17,6 +19,8 @@ const ADDRESS_SIZES_AMD: u32 = 0x8000_0008;
 const CACHES_AMD: u32 = 0x8000_001d;
 const NODES_AMD: u32 = 0x8000_001e;
 const FEATURES_AMD: u32 = 0x8000_0001;
+/// KVM's own features (kernel `Documentation/virt/kvm/x86/cpuid.rst`).
+const FEATURES_KVM: u32 = 0x4000_0001;
 
 /// Leaf 1, ECX: APIC timer by time stamp deadline.
 const TSC_DEADLINE: u32 = 1 << 24;
@@ -26,6 +30,8 @@ const HYPERVISOR: u32 = 1 << 31;
 const MULTI_THREADED: u32 = 1 << 28;
 /// Leaf 0x8000_0001, ECX: the threads counted in leaf 1 are cores.
 const COUNT_IS_OF_CORES: u32 = 1 << 1;
+/// Leaf 0x4000_0001, EAX: interrupt messages have 15-bit destinations. The I/O APIC of `devices` has them; KVM's has not.
+const LONG_DESTINATIONS: u32 = 1 << 15;
 /// Size of the line that CLFLUSH flushes, in 8 bytes.
 const CLFLUSH_LINE: u32 = 8;
 
@@ -87,6 +93,7 @@ fn describe(leaf: &mut kvm_cpuid_entry2, index: u32, count: u32, tsc_deadline: b
         CACHES_AMD if leaf.eax & 0x1f != 0 => {
             leaf.eax = (leaf.eax & 0x3fff) | sharers(leaf.eax, others) << 14;
         }
+        FEATURES_KVM if count > SHORT_IDS => leaf.eax |= LONG_DESTINATIONS,
         FEATURES_AMD if count > 1 => leaf.ecx |= COUNT_IS_OF_CORES,
         ADDRESS_SIZES_AMD => {
             leaf.ecx = (leaf.ecx & !0xf0ff) | others.min(255) | core_bits(count).min(15) << 12;
@@ -132,7 +139,7 @@ fn topology(function: u32, index: u32, count: u32) -> [kvm_cpuid_entry2; 3] {
 mod tests {
     use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 
-    use super::{FEATURES, NODES_AMD, TOPOLOGY, of_vcpu};
+    use super::{FEATURES, FEATURES_KVM, LONG_DESTINATIONS, NODES_AMD, TOPOLOGY, of_vcpu};
 
     fn supported() -> CpuId {
         let leaf = |function, eax| kvm_cpuid_entry2 {
@@ -145,6 +152,7 @@ mod tests {
             leaf(FEATURES, 0),
             leaf(TOPOLOGY, 77),
             leaf(NODES_AMD, 0),
+            leaf(FEATURES_KVM, 1),
         ])
         .expect("leaves")
     }
@@ -164,6 +172,8 @@ mod tests {
         assert_eq!(find(TOPOLOGY, 1).eax, shift);
         assert_eq!(find(TOPOLOGY, 1).ebx, count);
         assert_eq!(find(NODES_AMD, 0).eax, index);
+        let long = if count > 255 { LONG_DESTINATIONS } else { 0 };
+        assert_eq!(find(FEATURES_KVM, 0).eax, 1 | long);
         let topology = leaves.iter().filter(|leaf| leaf.function == TOPOLOGY);
         assert_eq!(topology.count(), 3);
     }
@@ -173,6 +183,7 @@ mod tests {
         check(0, 1, 0);
         check(3, 4, 2);
         check(4, 5, 3);
+        check(254, 255, 8);
         check(300, 512, 9);
     }
 }

@@ -8,6 +8,7 @@ pub mod alarm;
 pub mod bus;
 pub mod console;
 pub mod i8042;
+pub mod io_apic;
 pub mod output;
 pub mod panic_watch;
 pub mod pvpanic;

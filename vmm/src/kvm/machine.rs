@@ -1,22 +1,22 @@
 //! One virtual machine: its memory slots, interrupt controllers, timer, and lines into them.
 #![expect(unsafe_code, reason = "memory slots name host addresses")]
 
+use std::io;
 use std::sync::Arc;
 
 use kvm_bindings::{
-    KVM_PIT_SPEAKER_DUMMY, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS,
-    kvm_enable_cap, kvm_pit_config, kvm_userspace_memory_region,
+    KVM_IRQ_ROUTING_MSI, KVM_PIT_SPEAKER_DUMMY, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
+    KVM_X2APIC_API_USE_32BIT_IDS, KvmIrqRouting, kvm_enable_cap, kvm_irq_routing_entry, kvm_msi,
+    kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::vcpu::VcpuHandle;
 use super::{Hypervisor, KvmError, failed};
-use crate::layout::{KVM_IDENTITY_MAP, KVM_TSS};
+use crate::devices::io_apic::{LINES, Message};
+use crate::layout::{KVM_IDENTITY_MAP, KVM_TSS, SHORT_IDS};
 use crate::memory::Memory;
-
-/// Local APIC identifiers from here on need 32-bit identifiers.
-const FIRST_X2APIC_ID: u32 = 255;
 
 /// A virtual machine.
 #[derive(Debug)]
@@ -29,7 +29,8 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Makes a machine with PIC, I/O APIC and PIT, for `cpus` virtual CPUs, with a slot for each range of `memory`.
+    /// Makes a machine for `cpus` virtual CPUs, with a slot for each range of `memory`: with PIC, I/O APIC and PIT, or with none of the three
+    /// when the vCPUs are more than [`SHORT_IDS`], whom KVM's I/O APIC cannot reach.
     ///
     /// # Errors
     /// The call that failed.
@@ -40,22 +41,11 @@ impl Machine {
             .map_err(failed("KVM_SET_IDENTITY_MAP_ADDR"))?;
         vm.set_tss_address(usize::try_from(KVM_TSS).unwrap_or(usize::MAX))
             .map_err(failed("KVM_SET_TSS_ADDR"))?;
-        if cpus > FIRST_X2APIC_ID {
-            let mut cap = kvm_enable_cap {
-                cap: Cap::X2ApicApi as u32,
-                ..Default::default()
-            };
-            cap.args[0] =
-                u64::from(KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK);
-            vm.enable_cap(&cap)
-                .map_err(failed("KVM_ENABLE_CAP of KVM_CAP_X2APIC_API"))?;
+        if cpus > SHORT_IDS {
+            local_apics_alone(&vm)?;
+        } else {
+            all_controllers(&vm)?;
         }
-        vm.create_irq_chip().map_err(failed("KVM_CREATE_IRQCHIP"))?;
-        vm.create_pit2(kvm_pit_config {
-            flags: KVM_PIT_SPEAKER_DUMMY,
-            ..Default::default()
-        })
-        .map_err(failed("KVM_CREATE_PIT2"))?;
         let run_size = kvm
             .get_vcpu_mmap_size()
             .map_err(failed("KVM_GET_VCPU_MMAP_SIZE"))?;
@@ -123,6 +113,40 @@ impl Machine {
         Ok(event)
     }
 
+    /// Says which message each line sends from now on: of a machine whose I/O APIC is not KVM's.
+    ///
+    /// # Errors
+    /// The call that failed.
+    pub fn set_routes(&self, routes: &[Option<Message>; LINES]) -> Result<(), KvmError> {
+        let entries: Vec<kvm_irq_routing_entry> = (0..)
+            .zip(routes)
+            .filter_map(|(line, message)| message.map(|message| route(line, message)))
+            .collect();
+        let routing = KvmIrqRouting::from_entries(&entries).map_err(|_| KvmError::Call {
+            call: "KVM_SET_GSI_ROUTING",
+            cause: io::ErrorKind::InvalidInput.into(),
+        })?;
+        self.vm
+            .set_gsi_routing(&routing)
+            .map_err(failed("KVM_SET_GSI_ROUTING"))
+    }
+
+    /// Sends an interrupt message.
+    ///
+    /// # Errors
+    /// The call that failed.
+    pub fn send(&self, message: Message) -> Result<(), KvmError> {
+        let [low, high] = address(message);
+        let message = kvm_msi {
+            address_lo: low,
+            address_hi: high,
+            data: message.data,
+            ..Default::default()
+        };
+        let sent = self.vm.signal_msi(message);
+        sent.map(drop).map_err(failed("KVM_SIGNAL_MSI"))
+    }
+
     /// Holds interrupt line `line` up or down.
     ///
     /// # Errors
@@ -132,4 +156,62 @@ impl Machine {
             .set_irq_line(line, up)
             .map_err(failed("KVM_IRQ_LINE"))
     }
+}
+
+/// Gives `vm` what a PC has: two 8259s, an I/O APIC and a timer chip.
+fn all_controllers(vm: &VmFd) -> Result<(), KvmError> {
+    vm.create_irq_chip().map_err(failed("KVM_CREATE_IRQCHIP"))?;
+    let timer = kvm_pit_config {
+        flags: KVM_PIT_SPEAKER_DUMMY,
+        ..Default::default()
+    };
+    vm.create_pit2(timer).map_err(failed("KVM_CREATE_PIT2"))
+}
+
+/// Gives `vm` local APICs with 32-bit identifiers and nothing else; lines are routed as messages.
+fn local_apics_alone(vm: &VmFd) -> Result<(), KvmError> {
+    let ids = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
+    enable(
+        vm,
+        Cap::X2ApicApi,
+        ids.into(),
+        "KVM_ENABLE_CAP of KVM_CAP_X2APIC_API",
+    )?;
+    enable(
+        vm,
+        Cap::SplitIrqchip,
+        LINES as u64,
+        "KVM_ENABLE_CAP of KVM_CAP_SPLIT_IRQCHIP",
+    )
+}
+
+fn enable(vm: &VmFd, cap: Cap, argument: u64, call: &'static str) -> Result<(), KvmError> {
+    let mut wanted = kvm_enable_cap {
+        cap: cap as u32,
+        ..Default::default()
+    };
+    wanted.args[0] = argument;
+    vm.enable_cap(&wanted).map_err(failed(call))
+}
+
+/// The lower and the upper half of where a message goes.
+fn address(message: Message) -> [u32; 2] {
+    let [a, b, c, d, e, f, g, h] = message.address.to_le_bytes();
+    [
+        u32::from_le_bytes([a, b, c, d]),
+        u32::from_le_bytes([e, f, g, h]),
+    ]
+}
+
+fn route(line: u32, message: Message) -> kvm_irq_routing_entry {
+    let mut entry = kvm_irq_routing_entry {
+        gsi: line,
+        type_: KVM_IRQ_ROUTING_MSI,
+        ..Default::default()
+    };
+    let [low, high] = address(message);
+    entry.u.msi.address_lo = low;
+    entry.u.msi.address_hi = high;
+    entry.u.msi.data = message.data;
+    entry
 }

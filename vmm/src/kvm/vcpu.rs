@@ -44,6 +44,8 @@ pub enum Exit<'a> {
     MemoryWrite(u64, &'a [u8]),
     /// A read of guest-physical memory that is not there: fill the bytes before the next run.
     MemoryRead(u64, &'a mut [u8]),
+    /// It has acknowledged a level interrupt of this vector, on a machine whose I/O APIC is not KVM's.
+    EndOfInterrupt(u8),
     /// Triple fault.
     Shutdown,
     /// Anything that a sound guest never causes; the text says what.
@@ -168,6 +170,7 @@ impl VcpuHandle {
             VcpuExit::IoIn(port, bytes) => Exit::PortRead(port, bytes),
             VcpuExit::MmioWrite(at, bytes) => Exit::MemoryWrite(at, bytes),
             VcpuExit::MmioRead(at, bytes) => Exit::MemoryRead(at, bytes),
+            VcpuExit::IoapicEoi(vector) => Exit::EndOfInterrupt(vector),
             VcpuExit::Shutdown => Exit::Shutdown,
             VcpuExit::Intr | VcpuExit::IrqWindowOpen => Exit::Interrupted,
             VcpuExit::FailEntry(reason, cpu) => {

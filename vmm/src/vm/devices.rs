@@ -1,7 +1,7 @@
 //! The devices of one machine, connected to its buses, its lines and its console.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use super::gate::Gate;
@@ -11,25 +11,39 @@ use crate::devices::acpi_pm::{self, AcpiPm};
 use crate::devices::bus::Bus;
 use crate::devices::console::{ConsoleLoop, Host, Parts, Quit};
 use crate::devices::i8042::{self, I8042};
+use crate::devices::io_apic::{self, IoApic, LINES, Message, Outlet};
 use crate::devices::pvpanic::{self, PvPanic};
 use crate::devices::serial::{self, SerialPort};
 use crate::kvm::machine::Machine;
+use crate::layout::{IO_APIC, SHORT_IDS};
 
 /// What the machine keeps of its devices.
 #[derive(Debug)]
 pub(super) struct Devices {
     pub(super) ports: Bus,
-    /// Nothing is there yet: what the guest reads outside its memory is all ones.
     pub(super) memory: Bus,
     pub(super) pm: Arc<Mutex<AcpiPm>>,
     pub(super) serial: Arc<Mutex<SerialPort>>,
     pub(super) pty: Option<PathBuf>,
     pub(super) gate: Arc<Gate>,
+    /// Where KVM has none that reaches all vCPUs.
+    io_apic: Option<Arc<Mutex<IoApic>>>,
+}
+
+impl Devices {
+    /// A vCPU has acknowledged the level interrupt `vector`.
+    pub(super) fn end_of_interrupt(&self, vector: u8) {
+        if let Some(chip) = &self.io_apic {
+            let mut chip = chip.lock().unwrap_or_else(PoisonError::into_inner);
+            chip.end_of_interrupt(vector);
+        }
+    }
 }
 
 /// Connects all devices; what the event loop serves is returned beside them. The gate is shut until the guest runs.
 pub(super) fn connect(
     machine: &Arc<Machine>,
+    cpus: u32,
     console: &Console,
     quit: Quit,
 ) -> Result<(Devices, ConsoleLoop), StartError> {
@@ -42,7 +56,18 @@ pub(super) fn connect(
         port,
         host: console,
     } = ConsoleLoop::connect(host, line, Arc::clone(&gate), quit)?;
-    let pm = Arc::new(Mutex::new(power_management(machine)));
+    let mut memory = Bus::default();
+    let io_apic = if cpus > SHORT_IDS {
+        let chip = Arc::new(Mutex::new(IoApic::new(Box::new(ToKvm(Arc::clone(
+            machine,
+        ))))));
+        let at = u64::from(IO_APIC);
+        memory.add(at..at + io_apic::SIZE, chip.clone())?;
+        Some(chip)
+    } else {
+        None
+    };
+    let pm = Arc::new(Mutex::new(power_management(machine, io_apic.clone())));
     let mut ports = Bus::default();
     let com1 = u64::from(serial::PORT);
     ports.add(com1..com1 + u64::from(serial::PORTS), port.clone())?;
@@ -54,20 +79,41 @@ pub(super) fn connect(
     ports.add(power..power + acpi_pm::PORTS, pm.clone())?;
     let devices = Devices {
         ports,
-        memory: Bus::default(),
+        memory,
         pm,
         serial: port,
         pty,
         gate,
+        io_apic,
     };
     Ok((devices, console))
 }
 
-fn power_management(machine: &Arc<Machine>) -> AcpiPm {
+fn power_management(machine: &Arc<Machine>, io_apic: Option<Arc<Mutex<IoApic>>>) -> AcpiPm {
     let machine = Arc::clone(machine);
     AcpiPm::new(Box::new(move |up| {
-        if let Err(error) = machine.set_line(acpi_pm::SCI, up) {
+        if let Some(chip) = &io_apic {
+            let mut chip = chip.lock().unwrap_or_else(PoisonError::into_inner);
+            chip.set_line(acpi_pm::SCI as usize, up);
+        } else if let Err(error) = machine.set_line(acpi_pm::SCI, up) {
             tracing::error!(%error, "the power management interrupt could not be raised");
         }
     }))
+}
+
+/// An I/O APIC's messages, by way of KVM.
+struct ToKvm(Arc<Machine>);
+
+impl Outlet for ToKvm {
+    fn routes(&self, routes: &[Option<Message>; LINES]) {
+        if let Err(error) = self.0.set_routes(routes) {
+            tracing::error!(%error, "interrupt lines could not be routed");
+        }
+    }
+
+    fn send(&self, message: Message) {
+        if let Err(error) = self.0.send(message) {
+            tracing::error!(%error, ?message, "an interrupt could not be sent");
+        }
+    }
 }

@@ -89,7 +89,8 @@ impl Vm {
         kick::install_handler()?;
         let (machine, mut vcpus) = hardware(hypervisor, &config)?;
         let to_end: Arc<OnceLock<Weak<Inner>>> = Arc::default();
-        let (devices, console) = devices::connect(&machine, &config.console, quit(&to_end))?;
+        let (devices, console) =
+            devices::connect(&machine, config.cpus, &config.console, quit(&to_end))?;
         let stop_loop = EventFd::new(libc::EFD_NONBLOCK)?;
         let inner = Arc::new(Inner {
             rendezvous: Rendezvous::new(vcpus.len()),
@@ -186,14 +187,13 @@ fn make_vcpus(
 ) -> Result<Vec<VcpuHandle>, StartError> {
     let supported = hypervisor.supported_cpuid()?;
     let tsc_deadline = hypervisor.has_tsc_deadline();
-    let msrs = msr::initial()?;
     let mut vcpus = Vec::new();
     for index in 0..count {
         let vcpu = machine.add_vcpu(index)?;
         vcpu.set_cpuid(&cpuid::of_vcpu(&supported, index, count, tsc_deadline)?)?;
-        vcpu.set_msrs(&msrs)?;
+        vcpu.set_msrs(&msr::initial(index, count)?)?;
         let mut lapic = vcpu.lapic()?;
-        msr::connect_pins(&mut lapic);
+        msr::connect_pins(&mut lapic, count);
         vcpu.set_lapic(&lapic)?;
         if index == 0 {
             let (_, mut sregs) = vcpu.registers()?;

@@ -71,6 +71,10 @@ fn serve(inner: &Inner, exit: Exit<'_>, index: usize) {
             inner.devices.memory.read(at, data);
             None
         }
+        Exit::EndOfInterrupt(vector) => {
+            inner.devices.end_of_interrupt(vector);
+            None
+        }
         Exit::Shutdown => {
             inner.end(EndReason::TripleFault);
             None
