@@ -13,7 +13,6 @@ pub mod vm;
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -93,18 +92,6 @@ pub enum Failure {
 }
 
 impl Failure {
-    /// The exit code, as in [`EXIT_CODES`].
-    #[must_use]
-    pub fn exit_code(&self) -> u8 {
-        match self {
-            Self::NoSocket | Self::File { .. } => 2,
-            Self::Connect { .. } | Self::BrokenOff { .. } | Self::Strange { .. } => 3,
-            Self::Refused { status: 504, .. } => 4,
-            Self::Refused { body, .. } if body.code == crate::updates::BROKEN => 5,
-            Self::Refused { .. } | Self::Differs(_) | Self::Output(_) => 1,
-        }
-    }
-
     /// A fixed name for programs to test.
     fn code(&self) -> &str {
         match self {
@@ -149,8 +136,20 @@ impl Failure {
             Self::Output(_) => "see where standard output leads",
         }
     }
+}
 
-    /// The failure in the API's own form.
+impl crate::failure::Failure for Failure {
+    /// As in [`EXIT_CODES`].
+    fn exit_code(&self) -> u8 {
+        match self {
+            Self::NoSocket | Self::File { .. } => 2,
+            Self::Connect { .. } | Self::BrokenOff { .. } | Self::Strange { .. } => 3,
+            Self::Refused { status: 504, .. } => 4,
+            Self::Refused { body, .. } if body.code == crate::updates::BROKEN => 5,
+            Self::Refused { .. } | Self::Differs(_) | Self::Output(_) => 1,
+        }
+    }
+
     fn body(&self) -> ErrorBody {
         if let Self::Refused { body, .. } = self {
             return body.clone();
@@ -196,22 +195,6 @@ impl Client {
 
 fn to_json<T: Serialize>(result: &T) -> Result<String, Failure> {
     serde_json::to_string(result).map_err(|cause| Failure::Output(cause.into()))
-}
-
-/// Reports a command's end, and gives its exit code.
-pub fn finish(result: Result<(), Failure>, json: bool) -> ExitCode {
-    let Err(failure) = result else {
-        return ExitCode::SUCCESS;
-    };
-    match to_json(&failure.body()) {
-        Ok(body) if json => output::raw_error(body),
-        _ => output::raw_error(format_args!(
-            "error: {failure} [{}]\n  hint: {}",
-            clean(failure.code()),
-            clean(failure.hint())
-        )),
-    }
-    ExitCode::from(failure.exit_code())
 }
 
 /// Reads a length of time such as `500ms`, `5s` or `2m`.

@@ -12,6 +12,7 @@ pub mod devices;
 pub mod doctor;
 pub mod end;
 pub mod events;
+pub mod failure;
 pub mod guest;
 pub mod kernel_index;
 pub mod kvm;

@@ -67,9 +67,16 @@ pub fn clean(text: &str) -> String {
         .collect()
 }
 
+/// As [`clean`], of a text of several lines.
+#[must_use]
+pub fn clean_lines(text: &str) -> String {
+    let lines: Vec<String> = text.lines().map(clean).collect();
+    lines.join("\n")
+}
+
 #[cfg(test)]
 mod tests {
-    use super::clean;
+    use super::{clean, clean_lines};
 
     #[test]
     fn what_a_guest_says_cannot_drive_the_terminal() {
@@ -77,5 +84,6 @@ mod tests {
             clean("a\u{1b}[2Jb\u{9b}1m é\n"),
             "a\\u{1b}[2Jb\\u{9b}1m é\\n"
         );
+        assert_eq!(clean_lines("a\u{1b}\nb\r\nc"), "a\\u{1b}\nb\nc");
     }
 }

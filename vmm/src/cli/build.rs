@@ -9,7 +9,9 @@ use patcher::edition::build::{Build, BuildError, Built, build, header_directorie
 use patcher::kernel::image::Image;
 use serde::Serialize;
 
-use super::{FAILED, Global, fail};
+use super::Global;
+use crate::api::wire::ErrorBody;
+use crate::failure::{FAILED, Failure, finish};
 use crate::kernel_index::{self, IndexError};
 use crate::output;
 
@@ -53,11 +55,12 @@ enum BuildFailure {
     },
     #[error(transparent)]
     Build(#[from] BuildError),
+    #[error("cannot print the result: {0}")]
+    Output(#[from] std::io::Error),
 }
 
-impl BuildFailure {
-    /// The failure in the API's form of failures.
-    fn json(&self) -> serde_json::Value {
+impl Failure for BuildFailure {
+    fn body(&self) -> ErrorBody {
         let (code, hint) = match self {
             Self::Kernel(_) => (
                 "kernel_unusable",
@@ -72,13 +75,18 @@ impl BuildFailure {
                 "not_built",
                 "correct the source, or install what is missing",
             ),
+            Self::Output(_) => ("cannot_print", "see where standard output leads"),
         };
-        serde_json::json!({
-            "code": code,
-            "message": "no package was built",
-            "cause": self.to_string(),
-            "hint": hint,
-        })
+        ErrorBody {
+            code: code.to_owned(),
+            message: "no package was built".to_owned(),
+            cause: self.to_string(),
+            hint: hint.to_owned(),
+        }
+    }
+
+    fn exit_code(&self) -> u8 {
+        FAILED
     }
 }
 
@@ -111,18 +119,8 @@ pub(super) fn main(args: &BuildArgs, global: &Global) -> ExitCode {
     progress.enable_steady_tick(std::time::Duration::from_millis(100));
     let built = make(args, &out);
     progress.finish_and_clear();
-    let built = match built {
-        Ok(built) => built,
-        Err(failure) if json => {
-            output::raw_error(failure.json());
-            return ExitCode::from(FAILED);
-        }
-        Err(failure) => return fail(&failure, FAILED),
-    };
-    match print(&summary(&built, &out), json) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => fail(&failure, FAILED),
-    }
+    let printed = built.and_then(|built| Ok(print(&summary(&built, &out), json)?));
+    finish(printed, json)
 }
 
 fn make(args: &BuildArgs, out: &Path) -> Result<Built, BuildFailure> {

@@ -4,8 +4,9 @@ use std::process::ExitCode;
 
 use clap::Args;
 
-use super::{FAILED, Global, fail};
+use super::{Global, fail};
 use crate::doctor::{self, Outcome, Report};
+use crate::failure::FAILED;
 use crate::output;
 
 /// Options of `doctor`.

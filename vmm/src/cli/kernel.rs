@@ -19,6 +19,7 @@ use self::failure::Failure;
 use self::recording::Files;
 use super::{Global, call};
 use crate::client::{EXIT_CODES, parse_time};
+use crate::failure::finish;
 use crate::kernel_index;
 use crate::output;
 use crate::views::{self, Asked, Seen, View, ViewError, disasm, stack, symbols, text, types};
@@ -147,7 +148,7 @@ pub(super) fn main(args: &KernelArgs, global: &Global) -> ExitCode {
             let shown = asked
                 .map_err(Failure::from)
                 .and_then(|asked| show(args, asked.as_ref(), global.json));
-            failure::finish(shown, global.json)
+            finish(shown, global.json)
         }
     }
 }

@@ -18,6 +18,7 @@ use tracing_subscriber::EnvFilter;
 use crate::client::update::UpdateCommand;
 use crate::client::vm::VmCommand;
 use crate::client::{self, Client};
+use crate::failure::{FAILED, finish};
 use crate::{api, output};
 
 /// The command's name.
@@ -104,13 +105,8 @@ pub fn main() -> ExitCode {
 /// Calls a running exopatch.
 fn call(global: &Global, work: impl FnOnce(&Client) -> Result<(), client::Failure>) -> ExitCode {
     let client = Client::new(global.api_sock.as_deref(), global.json);
-    client::finish(client.and_then(|client| work(&client)), global.json)
+    finish(client.and_then(|client| work(&client)), global.json)
 }
-
-/// Exit code of a command that failed.
-pub(crate) const FAILED: u8 = 1;
-/// Exit code of wrong usage, clap's own.
-pub(crate) const USAGE: u8 = 2;
 
 /// Reports `error` and gives the exit code.
 pub(crate) fn fail(error: &dyn std::error::Error, code: u8) -> ExitCode {

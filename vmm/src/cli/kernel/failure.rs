@@ -2,15 +2,13 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 
 use patcher::guest::dump::DumpError;
 use patcher::kernel::locate::LocateError;
 
 use crate::api::wire::ErrorBody;
-use crate::cli::{FAILED, USAGE};
+use crate::failure::{FAILED, USAGE};
 use crate::kernel_index::IndexError;
-use crate::output::{self, clean};
 use crate::views::error::Kind;
 use crate::views::{ViewError, hex};
 
@@ -60,17 +58,6 @@ pub(super) fn unreadable(path: &Path) -> impl Fn(io::Error) -> Failure + '_ {
 }
 
 impl Failure {
-    /// As the client's: wrong usage is told from what was tried in vain.
-    pub(super) fn exit_code(&self) -> u8 {
-        match self {
-            Self::NotGiven { .. } | Self::File { .. } | Self::Image(IndexError::File { .. }) => {
-                USAGE
-            }
-            Self::View(error) if error.kind() == Kind::Malformed => USAGE,
-            _ => FAILED,
-        }
-    }
-
     /// A fixed name for programs to test.
     fn code(&self) -> &'static str {
         match self {
@@ -135,9 +122,21 @@ impl Failure {
         };
         hint.to_owned()
     }
+}
 
-    /// The failure in the API's own form.
-    pub(super) fn body(&self) -> ErrorBody {
+impl crate::failure::Failure for Failure {
+    /// As the client's: wrong usage is told from what was tried in vain.
+    fn exit_code(&self) -> u8 {
+        match self {
+            Self::NotGiven { .. } | Self::File { .. } | Self::Image(IndexError::File { .. }) => {
+                USAGE
+            }
+            Self::View(error) if error.kind() == Kind::Malformed => USAGE,
+            _ => FAILED,
+        }
+    }
+
+    fn body(&self) -> ErrorBody {
         let cause = match self {
             Self::File { cause, .. } => cause.to_string(),
             Self::Dump { cause, .. } => cause.to_string(),
@@ -151,21 +150,4 @@ impl Failure {
             hint: self.hint(),
         }
     }
-}
-
-/// Reports the command's end in the form that was asked for, and gives its exit code.
-pub(super) fn finish(result: Result<(), Failure>, json: bool) -> ExitCode {
-    let Err(failure) = result else {
-        return ExitCode::SUCCESS;
-    };
-    match serde_json::to_string(&failure.body()) {
-        Ok(body) if json => output::raw_error(body),
-        _ => output::raw_error(format_args!(
-            "error: {} [{}]\n  hint: {}",
-            clean(&failure.to_string()),
-            failure.code(),
-            clean(&failure.hint())
-        )),
-    }
-    ExitCode::from(failure.exit_code())
 }

@@ -11,7 +11,8 @@ use patcher::kernel::locate::LocateError;
 
 use super::failure::Failure;
 use super::show;
-use crate::cli::{Cli, Command, FAILED, USAGE};
+use crate::cli::{Cli, Command};
+use crate::failure::{FAILED, Failure as _, USAGE};
 
 /// What the words after `exopatch kernel` come to; they are divided at spaces.
 fn refused(words: &str) -> Failure {
