@@ -7,7 +7,7 @@ use std::error::Error;
 use std::sync::Arc;
 use std::time::Instant;
 
-use patcher::kernel::image::Image;
+use patcher::kernel::image::{Image, Shipped};
 use patcher::kernel::payload::Payload;
 use patcher::kernel::sites::SiteKind;
 
@@ -40,11 +40,14 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!(
         "{image:?} {:?} {:?} {:?}",
         image.types(),
-        image.relocs(),
-        image.sites()
+        image.shipped().map(Shipped::relocs),
+        image.shipped().map(Shipped::sites)
     );
     println!("{:?}", image.orc());
-    println!("{} fentry sites", image.sites().count(SiteKind::Fentry));
+    match image.shipped() {
+        Ok(shipped) => println!("{} fentry sites", shipped.sites().count(SiteKind::Fentry)),
+        Err(why) => println!("{why}"),
+    }
     for name in args {
         match name.split_once('.') {
             Some((of, member)) => println!("{name}: {:?}", image.types().member(of, member)),
