@@ -391,12 +391,15 @@ impl Search<'_> {
         let offsets = start..end;
         let base = self.from_base(offsets.clone(), end.next_multiple_of(WIDE));
         base.or_else(|| {
-            let first = start.checked_sub(self.within.start)? as u64;
-            let encoding = Encoding::FromItself {
-                first: self.at.wrapping_add(first),
+            let place = self.at.wrapping_add(start.checked_sub(self.within.start)? as u64);
+            let encoding = Encoding::FromItself { first: place };
+            // The kernel goes on on both sides of its symbols; zeros would lead to themselves.
+            let of = |index| {
+                let entry = le_i32(self.data, start + index * 4)?;
+                Some(encoding.address(index, entry))
             };
-            self.fits(&offsets, encoding)
-                .then_some((offsets.clone(), encoding))
+            let around = of(0)? < place && of(count.checked_sub(1)?)? > place + count as u64 * 4;
+            (around && self.fits(&offsets, encoding)).then_some((offsets, encoding))
         })
     }
 

@@ -143,8 +143,25 @@ pub(crate) const DATA_SYMBOLS: &[(u64, &str)] = &[
     (0x3748, "vmcoreinfo_size"),
     (0x3e00, "__start_mcount_loc"),
     (0x3e10, "__stop_mcount_loc"),
-    (0x3f00, "_end"),
+    (0, "_sdata"),
+    (0x3f80, "_edata"),
+    (PARTS, "__start_rodata"),
+    (PARTS + 0x7_0000, "__start_notes"),
+    (PARTS + 0x7_003c, "__stop_notes"),
+    (PARTS + 0x7_1000, "__start_BTF"),
+    (PARTS + 0x7_1000 + BTF_LEN as u64, "__stop_BTF"),
+    (PARTS + 0x8_2000, "__start_orc_unwind_ip"),
+    (PARTS + 0x8_2000 + 4 * orc::COUNT, "__stop_orc_unwind_ip"),
+    (PARTS + 0x8_4000, "__start_orc_unwind"),
+    (PARTS + 0x8_4000 + 6 * orc::COUNT, "__stop_orc_unwind"),
+    (PARTS + 0x9_0000, "__end_rodata"),
+    (PARTS + 0x9_1000, "_end"),
 ];
+
+/// Where `RODATA` is from `DATA`.
+const PARTS: u64 = RODATA - DATA;
+/// Bytes of the types, with zeros behind them.
+const BTF_LEN: usize = 0x4000;
 
 /// The address of the first symbol called `name`.
 pub(crate) fn address(form: Form, name: &str) -> u64 {
@@ -617,6 +634,9 @@ pub(crate) fn parts(form: Form) -> Vec<Part> {
         bytes,
         code: false,
     };
+    let mut types = btf(form);
+    assert!(types.len() <= BTF_LEN, "{:#x}", types.len());
+    types.resize(BTF_LEN, 0);
     let returns = RODATA + 0x8_0000;
     let bugs = RODATA + 0x8_1000;
     let mut all = vec![
@@ -629,7 +649,7 @@ pub(crate) fn parts(form: Form) -> Vec<Part> {
         part(".data", DATA, data()),
         part(".rodata", RODATA, kallsyms(form, &symbols(form))),
         part(".notes", RODATA + 0x7_0000, notes()),
-        part(".BTF", RODATA + 0x7_1000, btf(form)),
+        part(".BTF", RODATA + 0x7_1000, types),
         part(
             ".return_sites",
             returns,
@@ -704,5 +724,14 @@ pub(crate) fn elf(parts: &[Part], relocs: &[&[u64]; 3]) -> Vec<u8> {
 
 /// The whole image.
 pub(crate) fn image(form: Form) -> Vec<u8> {
-    elf(&parts(form), &[&[DATA + 0x3198], &[], &[TEXT + 0x309]])
+    let add64 = [DATA + 0x3198, kallsyms_base(form)];
+    elf(&parts(form), &[&add64, &[], &[TEXT + 0x309]])
+}
+
+/// Where the base of the symbols' addresses is.
+pub(crate) fn kallsyms_base(form: Form) -> u64 {
+    let tables = kallsyms(form, &symbols(form));
+    let is_base = |at: &usize| tables[*at..].starts_with(&TEXT.to_le_bytes());
+    let base = (BEFORE_KALLSYMS..tables.len()).step_by(8).find(is_base);
+    RODATA + base.unwrap() as u64
 }

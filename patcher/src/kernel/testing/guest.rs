@@ -110,8 +110,8 @@ impl TinyGuest {
         let image = Image::parse(Arc::new(image(self.form))).unwrap();
         for part in parts(self.form) {
             let mut bytes = part.bytes;
-            image
-                .relocs()
+            let relocs = image.shipped().unwrap().relocs();
+            relocs
                 .apply(LinkAddr(part.at), &mut bytes, SLIDE)
                 .unwrap();
             let at = usize::try_from(KERNEL_AT + (part.at - TEXT)).unwrap();
@@ -352,6 +352,21 @@ impl TinyGuest {
         self.link();
         let image = Arc::new(Image::parse(Arc::new(image(self.form))).unwrap());
         Kernel::locate(image, self, &self.vcpus).unwrap()
+    }
+
+    /// The same, with the kernel recovered from memory; its tracer has been made ready, as every kernel's is at boot.
+    pub(crate) fn recovered(&mut self) -> Kernel {
+        self.link();
+        self.trace_nothing();
+        let image = Arc::new(Image::from_memory(self, &self.vcpus).unwrap());
+        Kernel::locate(image, self, &self.vcpus).unwrap()
+    }
+
+    /// Puts NOPs where `victim` and `patient` call the tracer.
+    pub(crate) fn trace_nothing(&mut self) {
+        for function in ["victim", "patient"] {
+            self.put_bytes(self.at(function), &[0x0f, 0x1f, 0x44, 0, 0]);
+        }
     }
 
     pub(crate) fn link(&mut self) {

@@ -1,7 +1,7 @@
 //! What is known of a piece of code: how to find its caller, and whether an address in it is a return address.
 //!
 //! The image answers for its own code, without a read of the guest: what it says does not change while the kernel runs. Where what was shipped
-//! is not known, the guest's code answers alone. Other code is what the caller of the unwinder says it is, or a copy of the image's that a
+//! is not known, the guest's code answers alone, as far as it is still there. Other code is what the caller of the unwinder says it is, or a copy of the image's that a
 //! tracer of the guest made.
 
 use std::cell::RefCell;
@@ -35,6 +35,8 @@ const KERNEL_HALF: Gva = Gva(1 << 63);
 const PAGE: u64 = 4096;
 /// Addresses that are remembered.
 const SEEN: usize = 1024;
+/// The section of the code that the kernel starts with.
+const START: &str = ".init.text";
 /// Bytes of the longest function that is read to its interrupted instruction.
 const LONGEST: u64 = 1 << 16;
 /// The function tracer's site is as long as its call.
@@ -47,6 +49,9 @@ pub(crate) struct Code<'a, R: ?Sized> {
     pub(crate) taken: Taken<'a, R>,
     /// The image's executable sections, and their bytes as they were shipped; none where that is not known.
     sections: Vec<(Range<LinkAddr>, &'a [u8])>,
+    /// The code that the kernel starts with and gives back when it has booted, where what was shipped is not known: nothing can be looked up
+    /// there any more. The stack of the first thread still begins in it, and that never returns there.
+    given_back: Range<LinkAddr>,
     /// What has been found out, each at the place that its address gives: threads wait in few places.
     seen: RefCell<Vec<Option<(Gva, bool, Orc)>>>,
 }
@@ -58,6 +63,8 @@ impl<'a, R: ReadPhys + ?Sized> Code<'a, R> {
         let shipped = image.shipped().ok();
         let bytes =
             |range: &Range<LinkAddr>| shipped.and_then(|shipped| shipped.text(range.clone()));
+        let start = code.clone().find(|section| section.name == START);
+        let given_back = start.filter(|_| shipped.is_none());
         Self {
             table,
             others,
@@ -67,6 +74,7 @@ impl<'a, R: ReadPhys + ?Sized> Code<'a, R> {
                     (section.range.clone(), shipped)
                 })
                 .collect(),
+            given_back: given_back.map_or(LinkAddr(0)..LinkAddr(0), |start| start.range.clone()),
             taken,
             seen: RefCell::new(vec![None; SEEN]),
         }
@@ -209,7 +217,6 @@ impl<'a, R: ReadPhys + ?Sized> Code<'a, R> {
         };
         let symbols = self.taken.kernel.image().symbols();
         let function = symbols.containing(link).map(|(symbol, _)| symbol.address);
-        let function = function.filter(|function| function.0 <= start);
         let len = function.and_then(|function| link.offset_from(function));
         let (Some(function), Some(len)) = (function, len.filter(|len| *len <= LONGEST)) else {
             return Ok(Some(Orc::Undefined));
@@ -218,7 +225,8 @@ impl<'a, R: ReadPhys + ?Sized> Code<'a, R> {
         let at = self.taken.kernel.runtime(function);
         let read = self.taken.memory.read(at, &mut live);
         read.map_err(Reason::unreadable)?;
-        let from = usize::try_from(start - function.0).unwrap_or(usize::MAX);
+        // A rule may be for the padding before the function too.
+        let from = usize::try_from(start.saturating_sub(function.0)).unwrap_or(usize::MAX);
         let pushed = pushed_since(&live, from).and_then(|by| i16::try_from(by).ok());
         Ok(Some(pushed.map_or(Orc::Undefined, |by| rule.lower(by))))
     }
@@ -260,13 +268,14 @@ impl<'a, R: ReadPhys + ?Sized> Code<'a, R> {
     /// Whether a call lies before `ip`: in the image, or else in the guest, where the kernel may have put it since.
     fn follows_call(&self, ip: Gva, rule: Orc) -> Result<bool, Reason> {
         let link = self.link(ip);
-        if let Some(code) = self.image_before(link) {
-            // The first code of a CPU pushes its own return address, which is where its stack ends.
-            if ends_with_call(code) || rule == Orc::End && ends_with_far_return(code) {
-                return Ok(true);
-            }
-        }
-        if ends_with_call(&self.live_before(ip)?) {
+        // The first code of a CPU pushes its own return address, which is where its stack ends.
+        let called = |code: &[u8]| {
+            ends_with_call(code) || rule == Orc::End && ends_with_far_return(code)
+        };
+        if self.image_before(link).is_some_and(called)
+            || self.given_back.contains(&link)
+            || called(&self.live_before(ip)?)
+        {
             return Ok(true);
         }
         // The tracer takes its call away while threads may still be in what it called.
