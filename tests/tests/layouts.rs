@@ -16,7 +16,11 @@ use tests::stock::{self, layouts};
 const BOUNDED: [(&str, &str, &str); 6] = [
     (".BTF", "__start_BTF", "__stop_BTF"),
     (".notes", "__start_notes", "__stop_notes"),
-    (".orc_unwind_ip", "__start_orc_unwind_ip", "__stop_orc_unwind_ip"),
+    (
+        ".orc_unwind_ip",
+        "__start_orc_unwind_ip",
+        "__stop_orc_unwind_ip",
+    ),
     (".orc_unwind", "__start_orc_unwind", "__stop_orc_unwind"),
     ("__ex_table", "__start___ex_table", "__stop___ex_table"),
     ("__bug_table", "__start___bug_table", "__stop___bug_table"),

@@ -391,7 +391,9 @@ impl Search<'_> {
         let offsets = start..end;
         let base = self.from_base(offsets.clone(), end.next_multiple_of(WIDE));
         base.or_else(|| {
-            let place = self.at.wrapping_add(start.checked_sub(self.within.start)? as u64);
+            let place = self
+                .at
+                .wrapping_add(start.checked_sub(self.within.start)? as u64);
             let encoding = Encoding::FromItself { first: place };
             // The kernel goes on on both sides of its symbols; zeros would lead to themselves.
             let of = |index| {

@@ -427,7 +427,7 @@ mod tests {
 
     use super::{Gva, Image, Kernel, LinkAddr, LocateError, VcpuState};
     use crate::kernel::boot::BootState;
-    use crate::kernel::testing::guest::{ENTRY_AREA, SLIDE, TinyGuest, vcpu};
+    use crate::kernel::testing::guest::{ENTRY_AREA, SLIDE, TinyGuest};
     use crate::kernel::testing::{FORMS, Form, RODATA, TEXT, image};
 
     fn locate(guest: &TinyGuest) -> Result<Kernel, LocateError> {
@@ -465,19 +465,10 @@ mod tests {
     #[test]
     fn a_vcpu_on_the_users_page_tables_leads_to_the_kernels() {
         let mut guest = TinyGuest::new(Form::New, 4);
-        // As page-table isolation has it: the kernel's tables, and on the next page the user's, which map only the entry area.
-        guest.next_even_page();
-        let (own, user) = (guest.page(), guest.page());
-        let root = usize::try_from(guest.vcpus[0].cr3).unwrap();
-        let tables = guest.memory[root..root + 4096].to_vec();
-        let at = usize::try_from(own).unwrap();
-        guest.memory[at..at + 4096].copy_from_slice(&tables);
-        let entry = usize::try_from((ENTRY_AREA >> 39 & 511) * 8).unwrap();
-        guest.memory[at + 4096 + entry..at + 4096 + entry + 8]
-            .copy_from_slice(&tables[entry..entry + 8]);
-        guest.vcpus = vec![vcpu(user | 0x805, 4)];
+        let root = guest.vcpus[0].cr3;
+        guest.isolate();
         let kernel = locate(&guest).unwrap();
-        assert_eq!(kernel.tables().root.0, u64::try_from(root).unwrap());
+        assert_eq!(kernel.tables().root.0, root);
         kernel.prove_same(&guest, &guest.vcpus).unwrap();
     }
 

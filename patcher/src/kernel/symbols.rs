@@ -531,9 +531,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::{KallsymsError, LinkAddr, Section, Space, SymbolError, Symbols};
-    use crate::kernel::testing::{
-        BEFORE_KALLSYMS, FORMS, Form, ORDERS, Order, RODATA, Sym, TEXT, kallsyms_in, symbols,
-    };
+    use crate::kernel::testing::kallsyms::{BEFORE_KALLSYMS, ORDERS, Order, kallsyms_in};
+    use crate::kernel::testing::{FORMS, Form, RODATA, Sym, TEXT, symbols};
 
     fn parse(bytes: Vec<u8>) -> Result<Symbols, KallsymsError> {
         let file = 0..bytes.len();
@@ -548,7 +547,7 @@ mod tests {
     }
 
     fn kallsyms(form: Form, symbols: &[Sym]) -> Vec<u8> {
-        crate::kernel::testing::kallsyms(form, symbols)
+        crate::kernel::testing::kallsyms::kallsyms(form, symbols)
     }
 
     fn of(form: Form) -> Symbols {

@@ -6,16 +6,18 @@ use proptest::prelude::*;
 
 use super::RecoverError;
 use crate::addr::{Gva, LinkAddr};
+use crate::edition::link::Returns;
+use crate::edition::object::Edition;
 use crate::guest::VcpuState;
 use crate::kernel::agree::{Disagreement, agree};
 use crate::kernel::changed::{self, ChangedError};
 use crate::kernel::image::{Image, NotShipped, Source};
 use crate::kernel::locate::Kernel;
 use crate::kernel::testing::guest::{ENTRY_AREA, SLIDE, TinyGuest};
-use crate::kernel::testing::{
-    BEFORE_KALLSYMS, DATA, FORMS, Form, RODATA, TEXT, image, kallsyms, kallsyms_base, symbols,
-};
+use crate::kernel::testing::kallsyms::{BEFORE_KALLSYMS, kallsyms, kallsyms_base};
+use crate::kernel::testing::{DATA, FORMS, Form, RODATA, TEXT, image, symbols};
 use crate::kernel::text::{ReturnError, TextError};
+use crate::plan::target::{Target, TargetError};
 
 /// A guest that has booted.
 fn guest(form: Form, levels: u8) -> TinyGuest {
@@ -75,6 +77,14 @@ fn file_and_memory_say_the_same() {
 }
 
 #[test]
+fn a_vcpu_on_the_users_page_tables_is_enough() {
+    let mut guest = guest(Form::New, 4);
+    guest.isolate();
+    let memory = recover(&guest).unwrap();
+    assert!(agree(&of_file(Form::New), &memory).is_ok());
+}
+
+#[test]
 fn what_differs_is_named() {
     let check = |change: fn(&mut TinyGuest), want: &Disagreement| {
         let mut guest = guest(Form::New, 4);
@@ -82,13 +92,25 @@ fn what_differs_is_named() {
         let memory = recover(&guest).unwrap();
         assert_eq!(agree(&of_file(Form::New), &memory).as_ref(), Err(want));
     };
-    check(|guest| guest.put(RODATA + SLIDE + 0x7_0030, 0), &Disagreement::BuildId);
+    check(
+        |guest| guest.put(RODATA + SLIDE + 0x7_0030, 0),
+        &Disagreement::BuildId,
+    );
     // Behind the types themselves nothing is read of them.
     let end = Disagreement::Types { at: 0x3ff8 };
-    check(|guest| guest.put(RODATA + SLIDE + 0x7_1000 + 0x3ff8, 1), &end);
-    check(|guest| guest.put(RODATA + SLIDE + 0x8_4000, 0xff), &Disagreement::Unwind);
+    check(
+        |guest| guest.put(RODATA + SLIDE + 0x7_1000 + 0x3ff8, 1),
+        &end,
+    );
+    check(
+        |guest| guest.put(RODATA + SLIDE + 0x8_4000, 0xff),
+        &Disagreement::Unwind,
+    );
     let other = agree(&of_file(Form::New), &of_file(Form::Old));
-    assert!(matches!(other, Err(Disagreement::Count { .. })), "{other:?}");
+    assert!(
+        matches!(other, Err(Disagreement::Count { .. })),
+        "{other:?}"
+    );
 }
 
 #[test]
@@ -97,14 +119,35 @@ fn nothing_is_told_of_text_that_memory_does_not_hold_as_it_was() {
     let kernel = guest.recovered();
     let shipped = kernel.image().shipped();
     assert_eq!(shipped.err(), Some(NotShipped::FromMemory));
-    assert_eq!(kernel.image().bytes(LinkAddr(TEXT)..LinkAddr(TEXT + 4)), None);
+    assert_eq!(
+        kernel.image().bytes(LinkAddr(TEXT)..LinkAddr(TEXT + 4)),
+        None
+    );
     let victim = Gva(TEXT + SLIDE + 0x305)..Gva(TEXT + SLIDE + 0x310);
     let text = kernel.expected_text(victim);
     assert!(matches!(text, Err(TextError::NotShipped(_))), "{text:?}");
     let returns = kernel.return_form(&guest);
-    assert!(matches!(returns, Err(ReturnError::NotShipped(_))), "{returns:?}");
+    assert!(
+        matches!(returns, Err(ReturnError::NotShipped(_))),
+        "{returns:?}"
+    );
+    let edition = Edition {
+        function: "patient".to_owned(),
+        position: 0,
+        section: 0,
+        offset: 0,
+    };
+    let arena = Gva(0)..Gva(0);
+    let target = Target::find(&kernel, &guest, &edition, &arena, Returns::Plain);
+    assert!(
+        matches!(target, Err(TargetError::NotShipped(_))),
+        "{target:?}"
+    );
     let changed = changed::compare(&kernel, &guest, &[], |_| {});
-    assert!(matches!(changed, Err(ChangedError::NotShipped(_))), "{changed:?}");
+    assert!(
+        matches!(changed, Err(ChangedError::NotShipped(_))),
+        "{changed:?}"
+    );
 }
 
 #[test]
@@ -117,15 +160,24 @@ fn what_is_no_kernel_is_refused_with_the_reason() {
     refused(each(|vcpu| vcpu.idt_base = 0x1000), "is not mapped");
     // The upper half of the handler's address.
     let gate = ENTRY_AREA + 8;
-    refused(move |guest| guest.put(gate, 0xffff_8880), "where no Linux kernel is");
+    refused(
+        move |guest| guest.put(gate, 0xffff_8880),
+        "where no Linux kernel is",
+    );
     let other = |guest: &mut TinyGuest| guest.put(ENTRY_AREA, guest.get(ENTRY_AREA) + 16);
     refused(other, "say that interrupt 0 is handled at");
     let base = |guest: &mut TinyGuest, at: u64| {
         let base = kallsyms_base(guest.form) + SLIDE;
         guest.put(base, at);
     };
-    refused(move |guest| base(guest, TEXT), "is handled at 0xffffffff81000100");
-    refused(move |guest| base(guest, 0x1000), "no table of addresses fits them");
+    refused(
+        move |guest| base(guest, TEXT),
+        "is handled at 0xffffffff81000100",
+    );
+    refused(
+        move |guest| base(guest, 0x1000),
+        "no table of addresses fits them",
+    );
     let none = |guest: &mut TinyGuest| {
         let at = RODATA + SLIDE + 0x7_0018;
         guest.put(at, 0);
@@ -144,14 +196,21 @@ fn a_kernel_says_itself_how_far_it_moved() {
         guest.put(data, page);
         guest.put(size, text.len() as u64);
     };
-    let text = |slide: u64| format!("OSRELEASE=6\nPAGESIZE=4096\nSYMBOL(a)=1\nKERNELOFFSET={slide:x}\n");
+    let text =
+        |slide: u64| format!("OSRELEASE=6\nPAGESIZE=4096\nSYMBOL(a)=1\nKERNELOFFSET={slide:x}\n");
     let mut guest = guest(Form::New, 4);
     says(&mut guest, &text(SLIDE - (4 << 20)));
     // It was linked elsewhere than kernels usually are.
     let victim = recover(&guest).unwrap().symbols().lookup("victim").unwrap();
     assert_eq!(victim.address, LinkAddr(TEXT + 0x300 + (4 << 20)));
-    refused(|guest| says(guest, &text(SLIDE + 0x1000)), "which no kernel moves by");
-    refused(|guest| says(guest, &text(1 << 30)), "which no kernel moves by");
+    refused(
+        |guest| says(guest, &text(SLIDE + 0x1000)),
+        "which no kernel moves by",
+    );
+    refused(
+        |guest| says(guest, &text(1 << 30)),
+        "which no kernel moves by",
+    );
     refused(|guest| says(guest, "OSRELEASE="), "vmcoreinfo is unsound");
 }
 

@@ -111,9 +111,7 @@ impl TinyGuest {
         for part in parts(self.form) {
             let mut bytes = part.bytes;
             let relocs = image.shipped().unwrap().relocs();
-            relocs
-                .apply(LinkAddr(part.at), &mut bytes, SLIDE)
-                .unwrap();
+            relocs.apply(LinkAddr(part.at), &mut bytes, SLIDE).unwrap();
             let at = usize::try_from(KERNEL_AT + (part.at - TEXT)).unwrap();
             if part.name != ".data" {
                 self.memory[at..at + bytes.len()].copy_from_slice(&bytes);
@@ -184,7 +182,7 @@ impl TinyGuest {
     }
 
     /// Makes the next new page one with an even number.
-    pub(crate) fn next_even_page(&mut self) {
+    fn next_even_page(&mut self) {
         self.next_page = self.next_page.next_multiple_of(2 * PAGE);
     }
 
@@ -244,6 +242,21 @@ impl TinyGuest {
             table + (at >> (12 + 9 * (u32::from(level) - 1)) & 511) * 8,
             to | 3 | large,
         );
+    }
+
+    /// Puts the only vCPU on the user's tables, as page-table isolation has it: the kernel's tables, and on the next page the user's, which
+    /// map only the entry area.
+    pub(crate) fn isolate(&mut self) {
+        self.next_even_page();
+        let (own, user) = (self.page(), self.page());
+        let root = usize::try_from(self.vcpus[0].cr3).unwrap();
+        let tables = self.memory[root..root + 4096].to_vec();
+        let at = usize::try_from(own).unwrap();
+        self.memory[at..at + 4096].copy_from_slice(&tables);
+        let entry = usize::try_from((ENTRY_AREA >> 39 & 511) * 8).unwrap();
+        self.memory[at + 4096 + entry..at + 4096 + entry + 8]
+            .copy_from_slice(&tables[entry..entry + 8]);
+        self.vcpus = vec![vcpu(user | 0x805, 4)];
     }
 
     /// Takes away the page at `at`.

@@ -269,9 +269,8 @@ impl<'a, R: ReadPhys + ?Sized> Code<'a, R> {
     fn follows_call(&self, ip: Gva, rule: Orc) -> Result<bool, Reason> {
         let link = self.link(ip);
         // The first code of a CPU pushes its own return address, which is where its stack ends.
-        let called = |code: &[u8]| {
-            ends_with_call(code) || rule == Orc::End && ends_with_far_return(code)
-        };
+        let called =
+            |code: &[u8]| ends_with_call(code) || rule == Orc::End && ends_with_far_return(code);
         if self.image_before(link).is_some_and(called)
             || self.given_back.contains(&link)
             || called(&self.live_before(ip)?)
