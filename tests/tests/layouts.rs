@@ -1,5 +1,6 @@
 //! Are the symbols of stock kernels of many series found, in whatever order their tables are? Judged by what else the same file says: its
 //! section headers, its table of traced functions, its types. None of them is booted.
+#![expect(clippy::print_stdout, reason = "a test prints the figures that it saw")]
 
 use std::path::Path;
 use std::sync::Arc;
@@ -7,6 +8,7 @@ use std::time::Instant;
 
 use patcher::addr::LinkAddr;
 use patcher::kernel::image::{Image, Section};
+use patcher::kernel::orc::OrcError;
 use patcher::kernel::payload::Payload;
 use patcher::kernel::sites::SiteKind;
 use patcher::kernel::symbols::Space;
@@ -121,9 +123,14 @@ fn stock_kernels_of_every_series_are_understood() {
         lookups(&image);
         let (bounded, percpu) = (sections(&image), percpu(&image));
         assert!(image.types().member("task_struct", "thread.sp").is_ok());
-        let unwind = image.orc().expect("an unwind table").len();
+        // Linux 7.1 gave the registers in its entries other numbers: that is seen, and none of them is believed.
+        let unwind = match image.orc() {
+            Ok(table) => format!("{} unwind entries", table.len()),
+            Err(refused @ OrcError::Meaning { .. }) => refused.to_string(),
+            Err(error) => panic!("{error}"),
+        };
         println!(
-            "{name}: {} symbols, {bounded} sections, {} traced functions, {} types, {unwind} unwind entries, per-CPU {percpu}; {elapsed:?}",
+            "{name}: {} symbols, {bounded} sections, {} traced functions, {} types, {unwind}, per-CPU {percpu}; {elapsed:?}",
             image.symbols().len(),
             traced(&image),
             image.types().len(),

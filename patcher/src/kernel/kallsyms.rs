@@ -19,11 +19,36 @@ const WIDE: usize = 8;
 /// One marker is kept for this many names.
 pub(crate) const MARKER_STEP: usize = 256;
 /// `KSYM_NAME_LEN` is 512 from Linux 6.1 on; a token is shorter than a name.
-const MAX_NAME: usize = 512;
+pub(crate) const MAX_NAME: usize = 512;
 /// Everything that is not a moved kernel symbol (per-CPU offsets, absolute values) lies below the kernel's image.
 pub(crate) const IMAGE_BASE: u64 = 0xffff_ffff_8000_0000;
-/// Steps of the search, each of a few comparisons; kernels take some hundred thousand.
+/// More symbols than any kernel has.
+const MAX_SYMBOLS: u64 = 1 << 22;
+/// Steps of a search, each of a few comparisons; kernels take some hundred thousand.
 const MOST_STEPS: u64 = 1 << 26;
+
+/// The steps that may still be taken in a search, of however many parts.
+#[derive(Debug)]
+pub(crate) struct Steps(Cell<u64>);
+
+impl Default for Steps {
+    fn default() -> Self {
+        Self(Cell::new(MOST_STEPS))
+    }
+}
+
+impl Steps {
+    /// Takes one, if any is left.
+    fn take(&self) -> Option<()> {
+        let left = self.0.get();
+        self.0.set(left.saturating_sub(1));
+        (left > 1).then_some(())
+    }
+
+    fn are_gone(&self) -> bool {
+        self.0.get() == 0
+    }
+}
 
 /// Why the symbol tables were not found or not believed.
 #[derive(Debug, thiserror::Error)]
@@ -136,12 +161,17 @@ impl Markers {
 
 impl Tables {
     /// Finds the tables in `within`, a range of `data` whose first byte is at address `at` of the kernel.
-    pub(crate) fn find(data: &[u8], within: &Range<usize>, at: u64) -> Result<Self, KallsymsError> {
+    pub(crate) fn find(
+        data: &[u8],
+        within: &Range<usize>,
+        at: u64,
+        steps: &Steps,
+    ) -> Result<Self, KallsymsError> {
         let search = Search {
             data,
             within,
             at,
-            left: Cell::new(MOST_STEPS),
+            steps,
         };
         let mut failure = KallsymsError::NoTokens;
         let mut from = within.start.next_multiple_of(ALIGN);
@@ -152,7 +182,7 @@ impl Tables {
             }
             from = index + ALIGN;
         }
-        if search.left.get() == 0 {
+        if steps.are_gone() {
             return Err(KallsymsError::Endless);
         }
         Err(failure)
@@ -198,18 +228,10 @@ struct Search<'a> {
     within: &'a Range<usize>,
     /// The address of the first byte of `within`.
     at: u64,
-    /// Steps that may still be taken.
-    left: Cell<u64>,
+    steps: &'a Steps,
 }
 
 impl Search<'_> {
-    /// Takes a step, if any is left.
-    fn step(&self) -> Option<()> {
-        let left = self.left.get();
-        self.left.set(left.saturating_sub(1));
-        (left > 1).then_some(())
-    }
-
     /// All tables, by their tokens and where the index of those is.
     fn tables(&self, tokens: Vec<Range<usize>>, index: usize) -> Result<Tables, KallsymsError> {
         let start = tokens[0].start;
@@ -261,7 +283,7 @@ impl Search<'_> {
         let last = *index.last()?;
         let first_try = index_at.checked_sub((last + 2).next_multiple_of(ALIGN))?;
         (0..MAX_NAME / ALIGN).find_map(|step| {
-            self.step()?;
+            self.steps.take()?;
             let start = first_try.checked_sub(step * ALIGN)?;
             let end = start
                 + last
@@ -289,7 +311,7 @@ impl Search<'_> {
     fn names(&self, tokens: usize) -> Option<Names> {
         let mut at = tokens.checked_sub(ALIGN)? & !(ALIGN - 1);
         while at >= self.within.start.checked_add(WIDE)? {
-            self.step()?;
+            self.steps.take()?;
             for width in [4, 8] {
                 let markers = Markers { at, width };
                 let begins = markers.get(self.data, 0) == Some(0)
@@ -311,7 +333,7 @@ impl Search<'_> {
         };
         let mut run = 1;
         while entry(run - 1).is_some_and(|marker| markers_step(marker, entry(run))) {
-            self.step()?;
+            self.steps.take()?;
             run += 1;
         }
         // What follows the markers can look like one more of them, and the last may belong to a single name.
@@ -321,7 +343,7 @@ impl Search<'_> {
             .find_map(|run| {
                 let nearest = markers.at.checked_sub(entry(run - 1)? + 2)? & !(ALIGN - 1);
                 (0..MAX_NAME * MARKER_STEP / ALIGN).find_map(|step| {
-                    self.step()?;
+                    self.steps.take()?;
                     let start = nearest.checked_sub(step * ALIGN)?;
                     let wide = start.checked_sub(WIDE)?;
                     let tight = start.checked_sub(ALIGN)?;
@@ -345,6 +367,7 @@ impl Search<'_> {
         run: usize,
         (count_at, count): (usize, u64),
     ) -> Option<Names> {
+        let count = Some(count).filter(|count| *count <= MAX_SYMBOLS)?;
         let count = usize::try_from(count).ok()?;
         if count.div_ceil(MARKER_STEP) != run {
             return None;
@@ -362,7 +385,7 @@ impl Search<'_> {
     fn names_end(&self, start: usize, markers: Markers, count: usize) -> Option<usize> {
         let mut at = start;
         for index in 0..count {
-            self.step()?;
+            self.steps.take()?;
             if index % MARKER_STEP == 0
                 && markers.get(self.data, index / MARKER_STEP)? != at - start
             {

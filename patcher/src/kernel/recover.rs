@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use self::mapped::{KERNEL, runs};
 use super::image::{Image, Section};
-use super::kallsyms::{KallsymsError, Tables};
+use super::kallsyms::{KallsymsError, Steps, Tables};
 use super::locate::{DIVIDE_ERROR, KernelError, SLIDE_END, SLIDE_STEP, Start, USER_TABLES};
 use super::orc::{OrcError, OrcTable};
 use super::symbols::{SymbolError, Symbols};
@@ -210,68 +210,60 @@ fn recover<R: ReadPhys + ?Sized>(guest: &R, start: &Start<'_>) -> Result<Recover
     parts::all(&memory, symbols.lowered(slide))
 }
 
+/// Tables of symbols that were found: where they are, their bytes, and themselves.
+type Found = (Gva, Vec<u8>, Tables);
+
 /// The symbols among all that is mapped where kernels are, in running addresses.
 fn symbols<R: ReadPhys + ?Sized>(guest: &R, tables: PageTables) -> Result<Symbols, RecoverError> {
-    let mut failure = KallsymsError::NoTokens;
+    let (steps, mut failure) = (Steps::default(), KallsymsError::NoTokens);
     // A kernel that has booted keeps its constants where nobody writes or executes; one that still boots has not told them apart yet.
     for constant in [true, false] {
-        let mut found: Option<(Gva, Vec<u8>, Tables)> = None;
+        let mut found: Vec<Found> = Vec::new();
         for run in runs(guest, tables, constant)? {
-            each_table(
-                guest,
-                tables,
-                &run,
-                &mut failure,
-                |at, bytes, tables| match &found {
-                    Some((first, ..)) => Err(RecoverError::Ambiguous {
-                        first: *first,
-                        second: at,
-                    }),
-                    None => {
-                        found = Some((at, bytes, tables));
-                        Ok(())
-                    }
-                },
-            )?;
+            let damaged = search(guest, tables, &run, &steps, &mut found)?;
+            failure = damaged.unwrap_or(failure);
         }
-        if let Some((_, bytes, tables)) = found {
+        if let Some((_, bytes, tables)) = found.pop() {
             return Ok(Symbols::new(Arc::new(bytes), tables)?);
         }
     }
     Err(failure.into())
 }
 
-/// Finds all tables of symbols in `run`: where each is, its bytes, and itself.
-fn each_table<R: ReadPhys + ?Sized>(
+/// Adds the tables in `run` to what was `found`, of which there may be but one. Gives back what looked like more, but is damaged.
+fn search<R: ReadPhys + ?Sized>(
     guest: &R,
     tables: PageTables,
     run: &Range<Gva>,
-    failure: &mut KallsymsError,
-    mut each: impl FnMut(Gva, Vec<u8>, Tables) -> Result<(), RecoverError>,
-) -> Result<(), RecoverError> {
+    steps: &Steps,
+    found: &mut Vec<Found>,
+) -> Result<Option<KallsymsError>, RecoverError> {
     let len = run.end.0 - run.start.0;
     let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
     if tables.read(guest, run.start, &mut bytes).is_err() {
         // Pages that lie in no memory hold nothing; what else is there goes on being looked at.
-        return Ok(());
+        return Ok(None);
     }
     let mut within = 0..bytes.len();
     loop {
         let at = run.start.0.wrapping_add(within.start as u64);
-        match Tables::find(&bytes, &within, at) {
-            Ok(found) => {
-                let extent = found.extent();
-                let at = Gva(run.start.0.wrapping_add(extent.start as u64));
-                within.start = extent.end;
-                let own = bytes.get(extent.clone()).unwrap_or_default().to_vec();
-                each(at, own, found.moved(extent.start))?;
-            }
-            Err(KallsymsError::NoTokens) => return Ok(()),
-            Err(other) => {
-                *failure = other;
-                return Ok(());
-            }
+        let tables = match Tables::find(&bytes, &within, at, steps) {
+            Ok(tables) => tables,
+            Err(KallsymsError::NoTokens) => return Ok(None),
+            Err(endless @ KallsymsError::Endless) => return Err(endless.into()),
+            Err(damaged) => return Ok(Some(damaged)),
+        };
+        let extent = tables.extent();
+        let at = Gva(run.start.0.wrapping_add(extent.start as u64));
+        if let Some((first, ..)) = found.first() {
+            return Err(RecoverError::Ambiguous {
+                first: *first,
+                second: at,
+            });
         }
+        within.start = extent.end;
+        let own = bytes.get(extent.clone()).unwrap_or_default().to_vec();
+        found.push((at, own, tables.moved(extent.start)));
     }
 }
 

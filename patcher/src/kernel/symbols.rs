@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use super::bytes::le_i32;
 use super::image::{Bytes, Section};
-use super::kallsyms::{IMAGE_BASE, MARKER_STEP, Tables, name_len};
+use super::kallsyms::{IMAGE_BASE, MARKER_STEP, MAX_NAME, Steps, Tables, name_len};
 use crate::addr::LinkAddr;
 
 pub use super::kallsyms::KallsymsError;
@@ -127,7 +127,7 @@ impl Symbols {
     /// Finds and indexes the symbols in `rodata`, the section that holds kallsyms.
     pub(crate) fn parse(bytes: Bytes, rodata: &Section) -> Result<Self, KallsymsError> {
         let data: &[u8] = (*bytes).as_ref();
-        let tables = Tables::find(data, &rodata.file, rodata.range.start.0)?;
+        let tables = Tables::find(data, &rodata.file, rodata.range.start.0, &Steps::default())?;
         Self::new(bytes, tables)
     }
 
@@ -258,6 +258,18 @@ impl Symbols {
         } else {
             Space::Image
         }
+    }
+
+    /// Where the image has the per-CPU variables, from which offsets into each CPU's area count; zero where they are linked from zero on.
+    #[must_use]
+    pub fn percpu_start(&self) -> LinkAddr {
+        LinkAddr(self.percpu.start)
+    }
+
+    /// The offset into each CPU's area of `symbol`, a per-CPU one of these.
+    #[must_use]
+    pub fn percpu_offset(&self, symbol: &Symbol) -> u64 {
+        symbol.address.0.wrapping_sub(self.percpu.start)
     }
 
     /// Whether any symbol is called `name`.
@@ -514,6 +526,12 @@ fn index_names(data: &[u8], tables: &Tables) -> Result<Vec<u64>, KallsymsError> 
             return Err(damaged);
         };
         let start = first[usize::from(*head)];
+        // The first character is the symbol's kind.
+        let tokens = tables.tokens.as_slice();
+        let len_of = |token: &u8| tokens[usize::from(*token)].len();
+        if len_of(head) + tail.iter().map(len_of).sum::<usize>() > MAX_NAME + 1 {
+            return Err(damaged);
+        }
         let hash = tail
             .iter()
             .fold(start, |hash, token| hash.then(whole[usize::from(*token)]));
@@ -584,6 +602,9 @@ mod tests {
                 // The end of the per-CPU symbols is one of the image where those are.
                 let percpu = *kind == 'A' && *address != PERCPU + 0x180;
                 assert_eq!(symbol.percpu, percpu, "{name}");
+                if name == "runqueues" {
+                    assert_eq!(found.percpu_offset(&symbol), 0x40, "{order:?}");
+                }
                 let space = if percpu { Space::PerCpu } else { Space::Image };
                 assert_eq!(found.space(&symbol), space, "{name}");
                 if name != "twin" {
@@ -615,6 +636,16 @@ mod tests {
         let found = parse(kallsyms(Form::New, &all)).unwrap();
         assert_eq!(found.lookup(&long).unwrap().address.0, all[20].0);
         assert_eq!(found.lookup(&all[21].2).unwrap().address.0, all[21].0);
+    }
+
+    #[test]
+    fn a_name_that_would_be_endless_is_damaged() {
+        let mut all = symbols(Form::New);
+        all[20].2 = "x".repeat(513);
+        let found = parse(kallsyms(Form::New, &all));
+        assert!(matches!(found, Err(KallsymsError::Name { index: 20 })));
+        all[20].2 = "x".repeat(512);
+        assert!(parse(kallsyms(Form::New, &all)).is_ok());
     }
 
     #[test]
