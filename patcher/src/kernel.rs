@@ -1,13 +1,15 @@
 //! A Linux kernel seen from outside: its image on the host, and the same kernel running in a guest.
 //!
-//! [`image::Image`] is what the file says; [`locate::Kernel`] is an image together with where and how a guest runs it.
+//! [`image::Image`] is what the file says, or what the guest's memory still holds of it; [`locate::Kernel`] is an image together with where and how a guest runs it.
 //! Nothing is chosen by the kernel's version: presence of a symbol, a type or a member decides.
 
+pub mod agree;
 pub mod arena;
 pub mod boot;
 pub(crate) mod btf;
 pub(crate) mod bytes;
 pub mod changed;
+pub(crate) mod entered;
 pub mod flux;
 pub(crate) mod gather;
 pub mod image;
@@ -21,6 +23,7 @@ pub mod names;
 pub mod orc;
 pub mod payload;
 pub mod quiescence;
+pub mod recover;
 pub mod relocs;
 pub(crate) mod running;
 pub mod sites;

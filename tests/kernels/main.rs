@@ -9,6 +9,7 @@ mod end;
 mod input;
 mod patch;
 mod pause;
+mod recover;
 mod see;
 mod stops;
 mod witness;

@@ -29,22 +29,22 @@ const LONGEST_RUN_US: u64 = 2000;
 const RELIABLE_PERCENT: usize = 99;
 
 /// What a guest is busy with while it is stopped: the script that it runs.
-const PLAIN: &str = "echo exopatch-guest: loaded; probe churn 6";
+pub(crate) const PLAIN: &str = "echo exopatch-guest: loaded; probe churn 6";
 /// The same with probes on functions that the load goes through, at their entry, behind it, and at their return.
-const PROBED: &str = "cd /sys/kernel/tracing
+pub(crate) const PROBED: &str = "cd /sys/kernel/tracing
 echo 'p:entry unix_ioctl' >kprobe_events
 echo 'r:return vfs_read' >>kprobe_events
 echo 'p:fault handle_mm_fault' >>kprobe_events
 echo 1 >events/kprobes/enable && echo exopatch-guest: loaded
 probe churn 6";
 /// The same with every call of file systems and memory management traced to its return.
-const TRACED: &str = "cd /sys/kernel/tracing
+pub(crate) const TRACED: &str = "cd /sys/kernel/tracing
 echo 'vfs_*' >set_ftrace_filter; echo '*_fault' >>set_ftrace_filter
 echo function_graph >current_tracer && echo exopatch-guest: loaded
 probe churn 6";
 
 /// The next of a row of numbers that looks random (Marsaglia's xorshift).
-fn next(state: &mut u64) -> u64 {
+pub(crate) fn next(state: &mut u64) -> u64 {
     *state ^= *state << 13;
     *state ^= *state >> 7;
     *state ^= *state << 17;
@@ -52,7 +52,7 @@ fn next(state: &mut u64) -> u64 {
 }
 
 /// Boots `stock` in this process with `script` as its load, and waits until that runs.
-fn boot(dir: &Path, stock: Stock, script: &str) -> Vm {
+pub(crate) fn boot(dir: &Path, stock: Stock, script: &str) -> Vm {
     let (load, archive, console) = (dir.join("load.sh"), dir.join("initrd"), dir.join("console"));
     fs::write(&load, script).expect("a script");
     initrd::write(&archive, &stock.file("initramfs.cpio.gz"), &[load]).expect("an initrd");

@@ -73,6 +73,29 @@ pub fn target() -> PathBuf {
     env::var_os("CARGO_TARGET_DIR").map_or(default, PathBuf::from)
 }
 
+/// Kernels of other series that `guest-images/layouts` fetches, to be looked into alone: the name of each, and its bzImage unless the
+/// archive no longer has it.
+///
+/// # Panics
+/// When there is no manifest, or none of them has been fetched.
+#[must_use]
+pub fn layouts() -> Vec<(String, Option<PathBuf>)> {
+    let repository = Path::new(env!("CARGO_MANIFEST_DIR")).parent();
+    let manifest = repository
+        .expect("the tests lie in the repository")
+        .join("guest-images/manifest");
+    let manifest = std::fs::read_to_string(&manifest).expect("the manifest can be read");
+    let name = |line: &str| Some(line.strip_prefix("layout ")?.split(' ').next()?.to_owned());
+    let found = manifest.lines().filter_map(name).map(|name| {
+        let path = cache().join("layouts").join(&name).join("vmlinuz");
+        (name, path.exists().then_some(path))
+    });
+    let found: Vec<_> = found.collect();
+    let any = found.iter().any(|(_, path)| path.is_some());
+    assert!(any, "no kernel is there: run guest-images/layouts");
+    found
+}
+
 /// The command under test.
 ///
 /// # Panics

@@ -332,6 +332,7 @@ fn compare_text(kernel: &Kernel, dump: &Dump, step: usize) -> Result<(), Box<dyn
     let everything = LinkAddr(0)..LinkAddr(u64::MAX);
     for site in kernel
         .image()
+        .shipped()?
         .sites()
         .first(SiteKind::Fentry, &everything, usize::MAX)
         .into_iter()

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::addr::{Gpa, Gva};
+use crate::addr::{Gpa, Gva, LinkAddr};
 use crate::commit::{Blocked, Running, Scanned};
 use crate::edition::link::{Resolve, Returns};
 use crate::guest::{ReadPhys, Registers};
@@ -10,7 +10,7 @@ use crate::kernel::arena;
 use crate::kernel::locate::Kernel;
 use crate::kernel::quiescence::quiescent;
 use crate::kernel::stack::ScanError;
-use crate::kernel::symbols::SymbolError;
+use crate::kernel::symbols::{Space, SymbolError};
 use crate::kernel::unwind::OtherCode;
 use crate::plan::checks;
 
@@ -27,12 +27,18 @@ impl Resolve for Live<'_> {
     }
 
     fn symbol(&self, name: &str) -> Result<u64, SymbolError> {
-        let symbol = self.kernel.image().symbols().lookup(name)?;
-        // A per-CPU variable is reached through the segment base, by its offset.
-        Ok(if symbol.percpu {
-            symbol.address.0
-        } else {
+        let symbols = self.kernel.image().symbols();
+        let symbol = symbols.lookup(name)?;
+        // A per-CPU variable is reached through the segment base, by its offset or by where the image has the first CPU's.
+        let moves = match symbols.space(&symbol) {
+            Space::Image => true,
+            Space::PerCpu => symbols.percpu_start() != LinkAddr(0),
+            Space::Absolute => false,
+        };
+        Ok(if moves {
             self.kernel.runtime(symbol.address).0
+        } else {
+            symbol.address.0
         })
     }
 

@@ -20,6 +20,7 @@ use std::ops::Range;
 use self::facts::Facts;
 use self::window::Window;
 use super::boot::BootState;
+use super::image::NotShipped;
 use super::locate::{Kernel, KernelError};
 use super::memory::Memory;
 use super::relocs::RelocError;
@@ -112,6 +113,9 @@ pub struct Summary {
 /// Why text cannot be compared.
 #[derive(Debug, thiserror::Error)]
 pub enum ChangedError {
+    /// What the image says of its text is not known.
+    #[error("the kernel's text cannot be compared: {0}")]
+    NotShipped(#[from] NotShipped),
     /// Something of the kernel could not be found, read, or is unsound.
     #[error("the kernel's text cannot be compared: {0}")]
     Kernel(#[from] KernelError),

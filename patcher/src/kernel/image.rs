@@ -1,7 +1,9 @@
-//! A kernel image on the host: the ELF file that a bzImage unpacks to, and what is indexed of it.
+//! A kernel image: the ELF file that a bzImage unpacks to, or what a guest's memory holds of it, and what is indexed of it.
 //!
-//! Holding an [`Image`] proves that the file is an x86-64 Linux kernel whose symbols and types could be read.
-//! Nothing here knows a running guest; addresses are link addresses. Follows the ELF-64 specification.
+//! Holding an [`Image`] proves that this is an x86-64 Linux kernel whose symbols and build-id could be read. Addresses are link
+//! addresses. What only the file can tell, [`Shipped`], is apart: text as it was before the kernel changed it, and the tables of where it does,
+//! are gone from memory when the kernel has booted. So nothing that needs them can be asked of an image recovered from memory.
+//! Follows the ELF-64 specification.
 
 use std::fmt;
 use std::ops::Range;
@@ -12,7 +14,9 @@ use object::read::elf::{ElfFile64, FileHeader as _};
 use object::{LittleEndian, Object as _, ObjectSection as _, SectionFlags};
 
 use super::bytes::le_u32;
+use super::entered::entered;
 use super::orc::{OrcError, OrcTable};
+use super::recover::Recovered;
 use super::relocs::Relocs;
 use super::sites::{Sites, SitesError};
 use super::symbols::{KallsymsError, Symbols};
@@ -53,13 +57,27 @@ pub enum ImageError {
     /// The symbol tables cannot be read.
     #[error("the kernel image's symbols cannot be read: {0}")]
     Symbols(#[from] KallsymsError),
-    /// The type information cannot be read.
+    /// The type information is there, but cannot be read.
     #[error("the kernel image's types cannot be read: {0}")]
     Types(#[from] TypeError),
-    /// A table of patch sites cannot be read.
+}
+
+/// Why what only the kernel's file can tell is not known.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotShipped {
+    /// The image was recovered from a guest's memory.
+    #[error(
+        "the kernel was recovered from the guest's memory, which no longer holds its text as it was shipped, nor where it was \
+         changed: this needs the kernel's image file"
+    )]
+    FromMemory,
+    /// The file is there, but the tables of where the kernel changes its text are not understood.
     #[error("the kernel image's patch sites cannot be read: {0}")]
     Sites(#[from] SitesError),
 }
+
+/// What needs types needs this.
+const NEED_BTF: &str = "its image has no section .BTF (CONFIG_DEBUG_INFO_BTF)";
 
 /// One section of the image that the kernel occupies memory with.
 #[derive(Clone, Debug)]
@@ -74,53 +92,115 @@ pub struct Section {
     pub executable: bool,
 }
 
-/// A kernel image, with its symbols, types, patch sites and relocations ready to be asked for.
+/// Where an image comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// The kernel's file.
+    File,
+    /// A guest's memory.
+    Memory,
+}
+
+/// A kernel image, with its symbols, types and unwind table ready to be asked for.
 pub struct Image {
-    bytes: Bytes,
-    sections: Vec<Section>,
+    /// The file; `None` when the image comes from memory.
+    bytes: Option<Bytes>,
+    sections: Arc<[Section]>,
     build_id: Vec<u8>,
     build_id_at: LinkAddr,
     symbols: Symbols,
     types: Types,
+    orc: Result<OrcTable, OrcError>,
+    shipped: Result<Shipped, NotShipped>,
+}
+
+/// What only the kernel's file can tell: its text as it was shipped, where the kernel changes it, and what it becomes elsewhere.
+pub struct Shipped {
+    bytes: Bytes,
+    sections: Arc<[Section]>,
     sites: Sites,
     relocs: Relocs,
-    orc: Result<OrcTable, OrcError>,
 }
 
 impl Image {
-    /// Reads the kernel image `vmlinux`, an unpacked bzImage payload or an ELF kernel with kallsyms and BTF.
+    /// Reads the kernel image `vmlinux`, an unpacked bzImage payload or an ELF kernel with kallsyms.
+    ///
+    /// A kernel without types (before Linux 5.2, or without `CONFIG_DEBUG_INFO_BTF`) has an image too: each question about a type
+    /// is then answered by [`TypeError::Absent`].
     ///
     /// # Errors
-    /// When it is no x86-64 kernel, or lacks a build-id, symbols (`CONFIG_KALLSYMS_ALL`) or types
-    /// (`CONFIG_DEBUG_INFO_BTF`).
+    /// When it is no x86-64 kernel, or lacks a build-id or symbols (`CONFIG_KALLSYMS_ALL`), or its types are damaged.
     pub fn parse(vmlinux: Bytes) -> Result<Self, ImageError> {
         let data: &[u8] = (*vmlinux).as_ref();
         let (sections, end) = sections(data)?;
         let (build_id, build_id_at) = build_id(data, &sections).ok_or(ImageError::BuildId)?;
-        let types = Types::parse(
-            vmlinux.clone(),
-            section(
-                &sections,
-                ".BTF",
-                "types come from it (CONFIG_DEBUG_INFO_BTF)",
-            )?,
-        )?;
-        let rodata = section(&sections, ".rodata", "symbols are kept in it")?;
+        let types = match find(&sections, ".BTF") {
+            Some(btf) => Types::parse(vmlinux.clone(), btf)?,
+            None => Types::absent(NEED_BTF),
+        };
+        let rodata = find(&sections, ".rodata").ok_or(ImageError::Section {
+            name: ".rodata",
+            need: "symbols are kept in it",
+        })?;
         let symbols = Symbols::parse(vmlinux.clone(), rodata)?;
-        let sites = Sites::parse(vmlinux.clone(), &sections, &symbols, &types)?;
-        let relocs = Relocs::parse(vmlinux.clone(), end);
-        let orc = OrcTable::of_image(&vmlinux, &sections, &types, &sites);
+        let sections: Arc<[Section]> = sections.into();
+        let shipped = Sites::parse(vmlinux.clone(), &sections, &symbols, &types)
+            .map_err(NotShipped::Sites)
+            .map(|sites| Shipped {
+                sites,
+                relocs: Relocs::parse(vmlinux.clone(), end),
+                bytes: vmlinux.clone(),
+                sections: sections.clone(),
+            });
+        let orc = OrcTable::of_image(&vmlinux, &sections, &types, |code, count| match &shipped {
+            Ok(shipped) => shipped.sites.entered(code, count),
+            Err(_) => entered(&symbols, code, count, |at, buf| {
+                let text = at.range(buf.len() as u64);
+                let text = text.and_then(|range| bytes_at(data, &sections, range, true));
+                text.map(|text| buf.copy_from_slice(text)).is_some()
+            }),
+        });
         Ok(Self {
-            sections,
             build_id,
             build_id_at,
             symbols,
             types,
-            sites,
-            relocs,
             orc,
-            bytes: vmlinux,
+            shipped,
+            sections,
+            bytes: Some(vmlinux),
         })
+    }
+
+    /// The image of what was recovered from a guest's memory.
+    pub(crate) fn recovered(from: Recovered) -> Self {
+        Self {
+            bytes: None,
+            sections: from.sections.into(),
+            build_id: from.build_id.0,
+            build_id_at: from.build_id.1,
+            symbols: from.symbols,
+            types: from.types,
+            orc: from.orc,
+            shipped: Err(NotShipped::FromMemory),
+        }
+    }
+
+    /// Where the image comes from.
+    #[must_use]
+    pub fn source(&self) -> Source {
+        match self.bytes {
+            Some(_) => Source::File,
+            None => Source::Memory,
+        }
+    }
+
+    /// What only the kernel's file can tell.
+    ///
+    /// # Errors
+    /// When the image comes from memory, or the file is not understood so far.
+    pub fn shipped(&self) -> Result<&Shipped, NotShipped> {
+        self.shipped.as_ref().map_err(Clone::clone)
     }
 
     /// The build-id, as in the ELF note `NT_GNU_BUILD_ID`.
@@ -147,18 +227,6 @@ impl Image {
         &self.types
     }
 
-    /// The places that the kernel itself patches, or has entries about.
-    #[must_use]
-    pub fn sites(&self) -> &Sites {
-        &self.sites
-    }
-
-    /// The relocations for a kernel that runs elsewhere than it was linked.
-    #[must_use]
-    pub fn relocs(&self) -> &Relocs {
-        &self.relocs
-    }
-
     /// How to unwind the stacks of the image's code.
     ///
     /// # Errors
@@ -173,7 +241,32 @@ impl Image {
         &self.sections
     }
 
-    /// The image's bytes at `range`, before relocation, or `None` where it has none. Per-CPU data is not reachable here.
+    /// The file's bytes at `range`, before relocation, or `None` where it has none. Per-CPU data is not reachable here.
+    #[must_use]
+    pub fn bytes(&self, range: Range<LinkAddr>) -> Option<&[u8]> {
+        bytes_at(
+            (**self.bytes.as_ref()?).as_ref(),
+            &self.sections,
+            range,
+            false,
+        )
+    }
+}
+
+impl Shipped {
+    /// The places that the kernel itself patches, or has entries about.
+    #[must_use]
+    pub fn sites(&self) -> &Sites {
+        &self.sites
+    }
+
+    /// The relocations for a kernel that runs elsewhere than it was linked.
+    #[must_use]
+    pub fn relocs(&self) -> &Relocs {
+        &self.relocs
+    }
+
+    /// As [`Image::bytes`].
     #[must_use]
     pub fn bytes(&self, range: Range<LinkAddr>) -> Option<&[u8]> {
         bytes_at((*self.bytes).as_ref(), &self.sections, range, false)
@@ -183,6 +276,15 @@ impl Image {
     #[must_use]
     pub fn text(&self, range: Range<LinkAddr>) -> Option<&[u8]> {
         bytes_at((*self.bytes).as_ref(), &self.sections, range, true)
+    }
+}
+
+impl fmt::Debug for Shipped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shipped")
+            .field("sites", &self.sites)
+            .field("relocs", &self.relocs)
+            .finish_non_exhaustive()
     }
 }
 
@@ -217,15 +319,8 @@ pub(crate) fn bytes_at<'a>(
         .get(start..start.checked_add(len)?)
 }
 
-fn section<'a>(
-    sections: &'a [Section],
-    name: &'static str,
-    need: &'static str,
-) -> Result<&'a Section, ImageError> {
-    sections
-        .iter()
-        .find(|section| section.name == name)
-        .ok_or(ImageError::Section { name, need })
+fn find<'a>(sections: &'a [Section], name: &str) -> Option<&'a Section> {
+    sections.iter().find(|section| section.name == name)
 }
 
 /// The sections that occupy memory, and where the ELF file itself ends (the kernel's build appends relocations there).
@@ -278,8 +373,12 @@ fn sections(data: &[u8]) -> Result<(Vec<Section>, usize), ImageError> {
 
 /// The build-id and its link address, from the ELF notes in `.notes`.
 fn build_id(data: &[u8], sections: &[Section]) -> Option<(Vec<u8>, LinkAddr)> {
-    let section = sections.iter().find(|section| section.name == ".notes")?;
-    let notes = data.get(section.file.clone())?;
+    let section = find(sections, ".notes")?;
+    build_id_in(data.get(section.file.clone())?, section.range.start)
+}
+
+/// The build-id among ELF notes, which lie at `start`, and its own address.
+pub(crate) fn build_id_in(notes: &[u8], start: LinkAddr) -> Option<(Vec<u8>, LinkAddr)> {
     let mut at = 0;
     while let (Some(name_len), Some(len), Some(kind)) = (
         le_u32(notes, at),
@@ -294,10 +393,7 @@ fn build_id(data: &[u8], sections: &[Section]) -> Option<(Vec<u8>, LinkAddr)> {
             && notes.get(name..name + 4) == Some(b"GNU\0")
             && !value.is_empty()
         {
-            return Some((
-                value.to_vec(),
-                section.range.start.checked_add(desc as u64)?,
-            ));
+            return Some((value.to_vec(), start.checked_add(desc as u64)?));
         }
         at = end.next_multiple_of(4);
     }

@@ -59,6 +59,8 @@ pub(crate) struct FluxLayout {
 /// Per-CPU data: link addresses of tables, and offsets into each CPU's area.
 #[derive(Clone, Debug)]
 pub(crate) struct CpuLayout {
+    /// The first byte of what each CPU has a copy of, where that is in the image: offsets of areas count from there.
+    pub(crate) first: Option<LinkAddr>,
     pub(crate) offsets: LinkAddr,
     pub(crate) count: LinkAddr,
     pub(crate) possible: LinkAddr,
@@ -204,12 +206,15 @@ fn flux(image: &Image) -> Result<FluxLayout, LayoutError> {
 fn cpus(image: &Image) -> Result<CpuLayout, LayoutError> {
     let (symbols, types) = (image.symbols(), image.types());
     let at = |name: &str| symbols.lookup(name).map(|symbol| symbol.address);
+    let own = |name: &str| {
+        symbols
+            .lookup(name)
+            .map(|symbol| symbols.percpu_offset(&symbol))
+    };
     // Linux 6.2 gathered the hot ones in one structure; 6.15 took it apart again.
     let hot = |name: &str| match symbols.optional(name)? {
-        Some(alone) => Ok::<u64, LayoutError>(alone.address.0),
-        None => Ok(at("pcpu_hot")?
-            .0
-            .saturating_add(types.offset_of("pcpu_hot", name)?)),
+        Some(alone) => Ok::<u64, LayoutError>(symbols.percpu_offset(&alone)),
+        None => Ok(own("pcpu_hot")?.saturating_add(types.offset_of("pcpu_hot", name)?)),
     };
     let members = types.members("cea_exception_stacks")?;
     let stacks = members
@@ -217,19 +222,19 @@ fn cpus(image: &Image) -> Result<CpuLayout, LayoutError> {
         .filter(|(name, _)| !name.ends_with("_guard"));
     let entry = types.member("cpu_entry_area", "entry_stack_page")?;
     let cached = symbols.optional("cached_stacks")?;
+    let first = symbols.percpu_start();
+    let cached = cached.map(|cached| (symbols.percpu_offset(&cached), cached.size));
     Ok(CpuLayout {
+        first: (first != LinkAddr(0)).then_some(first),
         offsets: at("__per_cpu_offset")?,
         count: at("nr_cpu_ids")?,
         possible: at("__cpu_possible_mask")?,
         online: at("__cpu_online_mask")?,
         current: hot("current_task")?,
-        idle: at("runqueues")?
-            .0
-            .saturating_add(types.offset_of("rq", "idle")?),
+        idle: own("runqueues")?.saturating_add(types.offset_of("rq", "idle")?),
         irq_stack: hot("hardirq_stack_ptr")?,
-        exception_stacks: at("cea_exception_stacks")?.0,
-        cached_stacks: cached
-            .map(|cached| cached.address.0..cached.address.0.saturating_add(cached.size)),
+        exception_stacks: own("cea_exception_stacks")?,
+        cached_stacks: cached.map(|(start, size)| start..start.saturating_add(size)),
         exception: stacks
             .map(|(_, stack)| stack.offset..stack.offset.saturating_add(stack.size))
             .collect(),

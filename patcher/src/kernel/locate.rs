@@ -18,11 +18,11 @@ use crate::x86::paging::{PageTables, PagingError};
 /// Bytes of an interrupt gate in 64-bit mode.
 const GATE: usize = 16;
 /// The kernel moves by multiples of this (`CONFIG_PHYSICAL_ALIGN` is at least this on x86-64).
-const SLIDE_STEP: u64 = 2 << 20;
+pub(super) const SLIDE_STEP: u64 = 2 << 20;
 /// The kernel's image and its slide stay within this (`KERNEL_IMAGE_SIZE`).
-const SLIDE_END: u64 = 1 << 30;
+pub(super) const SLIDE_END: u64 = 1 << 30;
 /// With page-table isolation the user's tables are the next page after the kernel's (`PTI_USER_PGTABLE_BIT`).
-const USER_TABLES: u64 = 1 << 12;
+pub(super) const USER_TABLES: u64 = 1 << 12;
 
 /// Why the kernel of the image was not found in the guest.
 #[derive(Debug, thiserror::Error)]
@@ -120,6 +120,14 @@ pub struct Kernel {
     layout: Arc<Layout>,
 }
 
+/// A vCPU's page tables, and its handler of interrupt 0.
+pub(super) struct Gate {
+    pub(super) tables: PageTables,
+    /// Where the interrupt table is.
+    at: Gpa,
+    pub(super) handler: Gva,
+}
+
 /// What the interrupt table of one vCPU tells.
 struct Idt {
     base: Gva,
@@ -128,7 +136,7 @@ struct Idt {
 }
 
 /// The handler of interrupt 0.
-const DIVIDE_ERROR: &str = "asm_exc_divide_error";
+pub(super) const DIVIDE_ERROR: &str = "asm_exc_divide_error";
 
 impl Kernel {
     /// Finds the kernel `image` in `guest`, by the registers of any vCPU that has been started.
@@ -330,10 +338,10 @@ impl Kernel {
 }
 
 /// One way to begin: a vCPU, and which bit of its CR3 to disregard.
-struct Start<'a> {
-    vcpu: usize,
-    registers: &'a Vcpu,
-    user_tables: u64,
+pub(super) struct Start<'a> {
+    pub(super) vcpu: usize,
+    pub(super) registers: &'a Vcpu,
+    pub(super) user_tables: u64,
 }
 
 impl Start<'_> {
@@ -342,20 +350,36 @@ impl Start<'_> {
         move |source| LocateError::Paging { vcpu, source }
     }
 
+    /// The vCPU's page tables, and its handler of interrupt 0.
+    pub(super) fn gate<R: ReadPhys + ?Sized>(&self, guest: &R) -> Result<Gate, PagingError> {
+        let mut tables = PageTables::of(self.registers)?;
+        tables.root = Gpa(tables.root.0 & !self.user_tables);
+        let base = Gva(self.registers.idt_base);
+        let at = tables.translate(guest, base)?.at;
+        let mut gate = [0; GATE];
+        tables.read(guest, base, &mut gate)?;
+        let [a, b, _, _, _, _, c, d, e, f, g, h, ..] = gate;
+        let handler = Gva(u64::from_le_bytes([a, b, c, d, e, f, g, h]));
+        Ok(Gate {
+            tables,
+            at,
+            handler,
+        })
+    }
+
     /// The vCPU's page tables, and what its interrupt table tells.
     fn idt<R: ReadPhys + ?Sized>(
         &self,
         guest: &R,
         divide_error: LinkAddr,
     ) -> Result<(PageTables, Idt), LocateError> {
-        let mut tables = PageTables::of(self.registers).map_err(self.paging())?;
-        tables.root = Gpa(tables.root.0 & !self.user_tables);
+        let gate = self.gate(guest).map_err(self.paging())?;
+        let Gate {
+            tables,
+            at,
+            handler,
+        } = gate;
         let base = Gva(self.registers.idt_base);
-        let at = tables.translate(guest, base).map_err(self.paging())?.at;
-        let mut gate = [0; GATE];
-        tables.read(guest, base, &mut gate).map_err(self.paging())?;
-        let [a, b, _, _, _, _, c, d, e, f, g, h, ..] = gate;
-        let handler = Gva(u64::from_le_bytes([a, b, c, d, e, f, g, h]));
         let slide = handler.0.wrapping_sub(divide_error.0);
         // A kernel that is moved down would wrap; those of x86-64 are linked at the lowest place.
         if !slide.is_multiple_of(SLIDE_STEP) || slide >= SLIDE_END {
@@ -403,7 +427,7 @@ mod tests {
 
     use super::{Gva, Image, Kernel, LinkAddr, LocateError, VcpuState};
     use crate::kernel::boot::BootState;
-    use crate::kernel::testing::guest::{ENTRY_AREA, SLIDE, TinyGuest, vcpu};
+    use crate::kernel::testing::guest::{ENTRY_AREA, SLIDE, TinyGuest};
     use crate::kernel::testing::{FORMS, Form, RODATA, TEXT, image};
 
     fn locate(guest: &TinyGuest) -> Result<Kernel, LocateError> {
@@ -441,19 +465,10 @@ mod tests {
     #[test]
     fn a_vcpu_on_the_users_page_tables_leads_to_the_kernels() {
         let mut guest = TinyGuest::new(Form::New, 4);
-        // As page-table isolation has it: the kernel's tables, and on the next page the user's, which map only the entry area.
-        guest.next_even_page();
-        let (own, user) = (guest.page(), guest.page());
-        let root = usize::try_from(guest.vcpus[0].cr3).unwrap();
-        let tables = guest.memory[root..root + 4096].to_vec();
-        let at = usize::try_from(own).unwrap();
-        guest.memory[at..at + 4096].copy_from_slice(&tables);
-        let entry = usize::try_from((ENTRY_AREA >> 39 & 511) * 8).unwrap();
-        guest.memory[at + 4096 + entry..at + 4096 + entry + 8]
-            .copy_from_slice(&tables[entry..entry + 8]);
-        guest.vcpus = vec![vcpu(user | 0x805, 4)];
+        let root = guest.vcpus[0].cr3;
+        guest.isolate();
         let kernel = locate(&guest).unwrap();
-        assert_eq!(kernel.tables().root.0, u64::try_from(root).unwrap());
+        assert_eq!(kernel.tables().root.0, root);
         kernel.prove_same(&guest, &guest.vcpus).unwrap();
     }
 

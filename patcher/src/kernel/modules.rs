@@ -17,7 +17,7 @@ use super::locate::{Kernel, KernelError};
 use super::memory::Memory;
 use super::symbols::SymbolError;
 use super::types::TypeError;
-use crate::addr::{Gva, LinkAddr};
+use crate::addr::Gva;
 use crate::guest::ReadPhys;
 use crate::x86::paging::PagingError;
 
@@ -27,6 +27,8 @@ const MAX_MODULES: usize = 4096;
 const MAX_USERS: usize = MAX_MODULES;
 /// Bytes that one part of a module may have: the largest modules have some ten MiB.
 const MAX_PART: u64 = 64 << 20;
+/// More bytes than any kernel's table of taints has.
+const MAX_TAINTS: u64 = 4096;
 
 /// Why the modules cannot be told.
 #[derive(Debug, thiserror::Error)]
@@ -173,7 +175,7 @@ pub fn read<R: ReadPhys + ?Sized>(kernel: &Kernel, guest: &R) -> Result<Vec<Modu
     let layout = ModuleLayout::resolve(image)?;
     let memory = Memory::new(kernel, guest)?;
     let reader = Reader {
-        taints: taint_letters(kernel)?,
+        taints: taint_letters(kernel, &memory)?,
         memory: &memory,
         layout: &layout,
     };
@@ -327,8 +329,11 @@ impl<R: ReadPhys + ?Sized> Reader<'_, R> {
     }
 }
 
-/// The letter of each taint that a module may have, by bit; zero where modules have none. From the image: it is constant.
-fn taint_letters(kernel: &Kernel) -> Result<Vec<u8>, ModuleError> {
+/// The letter of each taint that a module may have, by bit; zero where modules have none. It is constant.
+fn taint_letters<R: ReadPhys + ?Sized>(
+    kernel: &Kernel,
+    memory: &Memory<'_, R>,
+) -> Result<Vec<u8>, ModuleError> {
     let image = kernel.image();
     let Some(table) = image.symbols().optional("taint_flags")? else {
         return Ok(Vec::new());
@@ -339,8 +344,15 @@ fn taint_letters(kernel: &Kernel) -> Result<Vec<u8>, ModuleError> {
         Ok::<usize, TypeError>(usize::try_from(offset).unwrap_or(usize::MAX))
     };
     let (letter, module) = (field("c_true")?, field("module")?);
-    let end = LinkAddr(table.address.0.saturating_add(table.size));
-    let bytes = image.bytes(table.address..end).unwrap_or_default();
+    let range = table.address.range(table.size.min(MAX_TAINTS));
+    let bytes = match range.and_then(|range| image.bytes(range)) {
+        Some(bytes) => bytes.to_vec(),
+        None => {
+            let mut bytes = vec![0; usize::try_from(table.size.min(MAX_TAINTS)).unwrap_or(0)];
+            memory.read(kernel.runtime(table.address), &mut bytes)?;
+            bytes
+        }
+    };
     let entries = bytes.chunks_exact(entry.max(1)).take(64);
     let of = |entry: &[u8]| match (entry.get(letter), entry.get(module)) {
         (Some(letter), Some(1)) => *letter,

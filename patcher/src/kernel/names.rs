@@ -80,10 +80,11 @@ impl<'a> Names<'a> {
             symbols.sort_by_key(|symbol| symbol.address);
             modules.push((module, symbols));
         }
-        let end = kernel.image().symbols().optional("__per_cpu_end")?;
+        let symbols = kernel.image().symbols();
+        let end = symbols.optional("__per_cpu_end")?;
         let mut areas = Vec::new();
         for cpu in &Tasks::read(kernel, guest)?.cpus {
-            let len = end.as_ref().map_or(0, |end| end.address.0);
+            let len = end.as_ref().map_or(0, |end| symbols.percpu_offset(end));
             let unsound = KernelError::Unsound {
                 what: "area of a CPU's variables",
                 at: Gva(cpu.area),
@@ -118,8 +119,11 @@ impl<'a> Names<'a> {
         }
         let cpu = self.areas.iter().find(|(_, area)| area.contains(&at));
         if let Some((cpu, area)) = cpu {
-            let within = LinkAddr(at.offset_from(area.start)?);
-            let (symbol, offset) = self.kernel.image().symbols().containing(within)?;
+            let symbols = self.kernel.image().symbols();
+            let within = symbols
+                .percpu_start()
+                .checked_add(at.offset_from(area.start)?)?;
+            let (symbol, offset) = symbols.containing(within)?;
             return Some(Place {
                 symbol: symbol.name,
                 offset,
@@ -172,7 +176,8 @@ impl<'a> Names<'a> {
     #[must_use]
     pub fn of_cpu(&self, symbol: &Symbol, cpu: usize) -> Option<Gva> {
         let (_, area) = self.areas.iter().find(|(index, _)| *index == cpu)?;
-        let at = area.start.checked_add(symbol.address.0)?;
+        let symbols = self.kernel.image().symbols();
+        let at = area.start.checked_add(symbols.percpu_offset(symbol))?;
         (symbol.percpu && area.contains(&at)).then_some(at)
     }
 }

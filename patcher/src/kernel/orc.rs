@@ -12,7 +12,6 @@ use std::sync::Arc;
 
 use super::bytes::le_i32;
 use super::image::{Bytes, Section};
-use super::sites::{SiteKind, Sites};
 use super::types::{Member, TypeError, Types};
 use crate::addr::LinkAddr;
 
@@ -310,12 +309,13 @@ pub struct OrcTable {
 }
 
 impl OrcTable {
-    /// The table of an image, in link addresses. Costs one pass over the addresses, and no memory.
+    /// The table of an image, in link addresses. Costs one pass over the addresses, and no memory. `entered` finds the first so many places
+    /// in some code where a function has just been entered.
     pub(crate) fn of_image(
         bytes: &Bytes,
         sections: &[Section],
         types: &Types,
-        sites: &Sites,
+        entered: impl FnOnce(&Range<LinkAddr>, usize) -> Vec<LinkAddr>,
     ) -> Result<Self, OrcError> {
         let find = |name| {
             let section = sections.iter().find(|section| section.name == name);
@@ -336,7 +336,30 @@ impl OrcTable {
         let end = code().map(|section| section.range.end).max();
         let code = start.unwrap_or(LinkAddr(0))..end.unwrap_or(LinkAddr(0));
         table.validate(&(code.start.0..code.end.0))?;
-        table.prove(sites, &code)?;
+        table.prove(entered(&code, PROOFS), code.start)?;
+        Ok(table)
+    }
+
+    /// A table of the image in memory of its own: the bytes of its addresses, whose first slot is at `at`, and of its entries, for `code`.
+    pub(crate) fn recovered(
+        at: LinkAddr,
+        ips: Vec<u8>,
+        entries: Vec<u8>,
+        types: &Types,
+        code: &Range<LinkAddr>,
+        entered: impl FnOnce(&Range<LinkAddr>, usize) -> Vec<LinkAddr>,
+    ) -> Result<Self, OrcError> {
+        let mut table = Self {
+            format: OrcFormat::of(types)?,
+            ips_in: 0..ips.len(),
+            entries_in: 0..entries.len(),
+            ips: Arc::new(ips),
+            entries: Arc::new(entries),
+            at: at.0,
+            blocks: (0, Vec::new()),
+        };
+        table.validate(&(code.start.0..code.end.0))?;
+        table.prove(entered(code, PROOFS), code.start)?;
         Ok(table)
     }
 
@@ -418,26 +441,36 @@ impl OrcTable {
         Ok(())
     }
 
-    /// Proves the meaning of the numbers on traced functions, whose entry is known.
-    fn prove(&self, sites: &Sites, code: &Range<LinkAddr>) -> Result<(), OrcError> {
+    /// Proves the meaning of the numbers at places where a traced function has just been entered.
+    fn prove(&self, entered: Vec<LinkAddr>, code: LinkAddr) -> Result<(), OrcError> {
         // Of some functions, whose assembly could not be followed when the table was made, it says nothing.
         let mut proved = false;
-        for site in sites.first(SiteKind::Fentry, code, PROOFS) {
-            match self.lookup(site.range.start.0) {
+        for at in entered {
+            match self.lookup(at.0) {
                 Some(Orc::Undefined) => {}
                 Some(Orc::ENTERED) => proved = true,
-                _ => {
-                    return Err(OrcError::Meaning {
-                        at: site.range.start,
-                    });
-                }
+                _ => return Err(OrcError::Meaning { at }),
             }
         }
         if proved {
             Ok(())
         } else {
-            Err(OrcError::Meaning { at: code.start })
+            Err(OrcError::Meaning { at: code })
         }
+    }
+
+    /// The bytes of its addresses and of its entries, as the kernel has them.
+    #[must_use]
+    pub fn arrays(&self) -> (&[u8], &[u8]) {
+        let ips = (*self.ips).as_ref().get(self.ips_in.clone());
+        let entries = (*self.entries).as_ref().get(self.entries_in.clone());
+        (ips.unwrap_or_default(), entries.unwrap_or_default())
+    }
+
+    /// Where its first slot is: each address is a distance from its own.
+    #[must_use]
+    pub fn at(&self) -> u64 {
+        self.at
     }
 
     fn address(&self, index: usize) -> u64 {
@@ -449,6 +482,20 @@ impl OrcTable {
 
     /// What the table says of `address`; `None` below its first one. Of several entries for one address the last counts.
     pub(crate) fn lookup(&self, address: u64) -> Option<Orc> {
+        let at = self.entries_in.start + self.index(address)? * self.format.size;
+        let entry = (*self.entries).as_ref().get(at..at + self.format.size)?;
+        let mut bytes = [0; 8];
+        bytes.get_mut(..entry.len())?.copy_from_slice(entry);
+        Some(self.decode(bytes))
+    }
+
+    /// The first address that what it says of `address` is for.
+    pub(crate) fn start(&self, address: u64) -> Option<u64> {
+        Some(self.address(self.index(address)?))
+    }
+
+    /// Which entry is for `address`.
+    fn index(&self, address: u64) -> Option<usize> {
         let (first, blocks) = &self.blocks;
         let block = usize::try_from(address.checked_sub(*first)? / BLOCK).unwrap_or(usize::MAX);
         let within = |block: usize| blocks.get(block).map(|index| *index as usize);
@@ -463,11 +510,7 @@ impl OrcTable {
                 high = middle;
             }
         }
-        let at = self.entries_in.start + low.checked_sub(1)? * self.format.size;
-        let entry = (*self.entries).as_ref().get(at..at + self.format.size)?;
-        let mut bytes = [0; 8];
-        bytes.get_mut(..entry.len())?.copy_from_slice(entry);
-        Some(self.decode(bytes))
+        low.checked_sub(1)
     }
 
     /// Bytes of an entry, at most eight.

@@ -79,7 +79,7 @@ impl Entry<'_> {
 }
 
 /// Why the tables cannot be read.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SitesError {
     /// The size of an entry is not known.
     #[error("the entries of {table} cannot be understood: {cause}")]
@@ -216,6 +216,12 @@ impl Sites {
             .flat_map(|table| self.of_table(table, range))
             .take(count)
             .collect()
+    }
+
+    /// The first `count` places in `code` where a traced function has just been entered.
+    pub(crate) fn entered(&self, code: &Range<LinkAddr>, count: usize) -> Vec<LinkAddr> {
+        let sites = self.first(SiteKind::Fentry, code, count).into_iter();
+        sites.map(|site| site.range.start).collect()
     }
 
     /// How many entries the tables of `kind` have.
@@ -370,14 +376,20 @@ mod tests {
             bytes,
             code: false,
         });
-        Image::parse(Arc::new(elf(&parts, &[&[], &[], &[]]))).map_err(|error| error.to_string())
+        Image::parse(Arc::new(elf(&parts, &[&[], &[], &[]])))
+            .map_err(|error| error.to_string())
+            .and_then(|image| match image.shipped() {
+                Ok(_) => Ok(image),
+                Err(error) => Err(error.to_string()),
+            })
     }
 
     fn check(name: &'static str, bytes: Vec<u8>, kind: SiteKind, len: u64) {
         let image = image(name, bytes).unwrap();
         let start = TEXT + 0x1100;
         let touching = |from: u64, to: u64| {
-            let found = image.sites().within(LinkAddr(from)..LinkAddr(to));
+            let sites = image.shipped().unwrap().sites();
+            let found = sites.within(LinkAddr(from)..LinkAddr(to));
             found
                 .into_iter()
                 .map(|site| (site.kind, site.range.start.0, site.range.end.0))

@@ -7,9 +7,9 @@
 use std::fmt;
 use std::ops::Range;
 
-use super::bytes::{le_i32, le_u32};
+use super::bytes::le_i32;
 use super::image::{Bytes, Section};
-use super::kallsyms::{IMAGE_BASE, MARKER_STEP, Tables, name_len};
+use super::kallsyms::{IMAGE_BASE, MARKER_STEP, MAX_NAME, Steps, Tables, name_len};
 use crate::addr::LinkAddr;
 
 pub use super::kallsyms::KallsymsError;
@@ -24,13 +24,14 @@ const NEAR_NAMES: usize = 5;
 pub struct Symbol {
     /// Its name.
     pub name: String,
-    /// Where it is in the image; for a per-CPU symbol the offset into each CPU's area.
+    /// Where it is in the image; for a per-CPU symbol where it is linked: from zero on, or (from Linux 6.15 on) where the image has
+    /// the first CPU's values, which are given back after boot.
     pub address: LinkAddr,
     /// The letter that nm(1) gives it: `T` and `t` are code.
     pub kind: u8,
     /// Bytes to the next symbol's address, padding included; zero for the last one in the image, and below it.
     pub size: u64,
-    /// The address is an offset into per-CPU areas (or another absolute value), and does not move with the kernel.
+    /// The address is that of a per-CPU variable (or another absolute value): nothing of the running kernel is there.
     pub percpu: bool,
 }
 
@@ -118,19 +119,48 @@ pub struct Symbols {
     tables: Tables,
     /// Hash of the name in the upper half, index in the lower; sorted.
     by_name: Vec<u64>,
+    /// What per-CPU symbols are linked at: from zero on, or (from Linux 6.15 on) in the image.
+    percpu: Range<u64>,
 }
 
 impl Symbols {
     /// Finds and indexes the symbols in `rodata`, the section that holds kallsyms.
     pub(crate) fn parse(bytes: Bytes, rodata: &Section) -> Result<Self, KallsymsError> {
         let data: &[u8] = (*bytes).as_ref();
-        let tables = Tables::find(data, &rodata.file)?;
-        let by_name = index_names(data, &tables)?;
-        Ok(Self {
+        let tables = Tables::find(data, &rodata.file, rodata.range.start.0, &Steps::default())?;
+        Self::new(bytes, tables)
+    }
+
+    /// Indexes the symbols of `tables`, which were found in `bytes`.
+    pub(crate) fn new(bytes: Bytes, tables: Tables) -> Result<Self, KallsymsError> {
+        let by_name = index_names((*bytes).as_ref(), &tables)?;
+        let mut symbols = Self {
             bytes,
             tables,
             by_name,
-        })
+            percpu: 0..0,
+        };
+        // Several of one name say nothing.
+        let bound = |name| match symbols.indices(name).as_slice() {
+            [index] => Some(symbols.address(*index)),
+            _ => None,
+        };
+        symbols.percpu = match (bound("__per_cpu_start"), bound("__per_cpu_end")) {
+            (Some(start), Some(end)) if start >= IMAGE_BASE => start..end,
+            // The end has a symbol too, and nothing else of the image is there.
+            (_, Some(end)) if end < IMAGE_BASE => 0..end.saturating_add(1),
+            _ => 0..0,
+        };
+        Ok(symbols)
+    }
+
+    /// The same symbols with all that moves with the kernel `by` bytes lower.
+    pub(crate) fn lowered(mut self, by: u64) -> Self {
+        self.tables.encoding = self.tables.encoding.lowered(by);
+        if self.percpu.start >= IMAGE_BASE {
+            self.percpu = self.percpu.start.wrapping_sub(by)..self.percpu.end.wrapping_sub(by);
+        }
+        self
     }
 
     /// How many symbols there are.
@@ -221,13 +251,25 @@ impl Symbols {
     /// What the address of `symbol`, one of these, means.
     #[must_use]
     pub fn space(&self, symbol: &Symbol) -> Space {
-        // Per-CPU symbols are linked from zero on; that is no address of the image.
-        let end = self.lookup("__per_cpu_end").map(|end| end.address);
-        match end {
-            _ if !symbol.percpu => Space::Image,
-            Ok(end) if symbol.address <= end => Space::PerCpu,
-            _ => Space::Absolute,
+        if self.percpu.contains(&symbol.address.0) {
+            Space::PerCpu
+        } else if symbol.percpu {
+            Space::Absolute
+        } else {
+            Space::Image
         }
+    }
+
+    /// Where the image has the per-CPU variables, from which offsets into each CPU's area count; zero where they are linked from zero on.
+    #[must_use]
+    pub fn percpu_start(&self) -> LinkAddr {
+        LinkAddr(self.percpu.start)
+    }
+
+    /// The offset into each CPU's area of `symbol`, a per-CPU one of these.
+    #[must_use]
+    pub fn percpu_offset(&self, symbol: &Symbol) -> u64 {
+        symbol.address.0.wrapping_sub(self.percpu.start)
     }
 
     /// Whether any symbol is called `name`.
@@ -267,7 +309,7 @@ impl Symbols {
 
     fn address(&self, index: usize) -> u64 {
         let entry = le_i32(self.data(), self.tables.offsets.start + index * 4).unwrap_or(0);
-        self.tables.encoding.address(self.tables.base, entry)
+        self.tables.encoding.address(index, entry)
     }
 
     /// The first index whose address `before` does not hold for.
@@ -297,6 +339,7 @@ impl Symbols {
         let next = self.partition_point_from(index, address);
         // What lies below the image does not reach up to it.
         let same_space = |next: u64| (next < IMAGE_BASE) == (address < IMAGE_BASE);
+        let percpu = address < IMAGE_BASE || self.percpu.contains(&address);
         let size = match (next < self.tables.count).then(|| self.address(next)) {
             Some(next) if same_space(next) => next.wrapping_sub(address),
             _ => 0,
@@ -306,7 +349,7 @@ impl Symbols {
             address: LinkAddr(address),
             kind,
             size,
-            percpu: address < IMAGE_BASE,
+            percpu,
         }
     }
 
@@ -320,8 +363,8 @@ impl Symbols {
 
     /// Where the compressed name of symbol `index` lies in the names.
     fn compressed(&self, index: usize) -> Range<usize> {
-        let marker = self.tables.markers.start + index / MARKER_STEP * 4;
-        let mut at = le_u32(self.data(), marker).unwrap_or(0) as usize;
+        let marker = self.tables.markers.get(self.data(), index / MARKER_STEP);
+        let mut at = marker.unwrap_or(0);
         for _ in 0..index % MARKER_STEP {
             let Some((len, from)) = name_len(self.names(), at) else {
                 return 0..0;
@@ -483,6 +526,12 @@ fn index_names(data: &[u8], tables: &Tables) -> Result<Vec<u64>, KallsymsError> 
             return Err(damaged);
         };
         let start = first[usize::from(*head)];
+        // The first character is the symbol's kind.
+        let tokens = tables.tokens.as_slice();
+        let len_of = |token: &u8| tokens[usize::from(*token)].len();
+        if len_of(head) + tail.iter().map(len_of).sum::<usize>() > MAX_NAME + 1 {
+            return Err(damaged);
+        }
         let hash = tail
             .iter()
             .fold(start, |hash, token| hash.then(whole[usize::from(*token)]));
@@ -500,11 +549,12 @@ mod tests {
     use proptest::prelude::*;
 
     use super::{KallsymsError, LinkAddr, Section, Space, SymbolError, Symbols};
-    use crate::kernel::testing::{FORMS, Form, TEXT, kallsyms, symbols};
+    use crate::kernel::testing::kallsyms::{BEFORE_KALLSYMS, ORDERS, Order, kallsyms_in};
+    use crate::kernel::testing::{FORMS, Form, RODATA, Sym, TEXT, symbols};
 
     fn parse(bytes: Vec<u8>) -> Result<Symbols, KallsymsError> {
         let file = 0..bytes.len();
-        let range = LinkAddr(0)..LinkAddr(0);
+        let range = LinkAddr(RODATA)..LinkAddr(RODATA + bytes.len() as u64);
         let section = Section {
             name: ".rodata".to_owned(),
             range,
@@ -514,26 +564,68 @@ mod tests {
         Symbols::parse(Arc::new(bytes), &section)
     }
 
+    fn kallsyms(form: Form, symbols: &[Sym]) -> Vec<u8> {
+        crate::kernel::testing::kallsyms::kallsyms(form, symbols)
+    }
+
     fn of(form: Form) -> Symbols {
         parse(kallsyms(form, &symbols(form))).unwrap()
     }
 
+    /// The symbols as `order` has them: per-CPU ones in the image where addresses are told from their own places.
+    fn symbols_in(order: Order) -> Vec<Sym> {
+        let mut all = symbols(Form::New);
+        if matches!(order, Order::FromItself | Order::Tight) {
+            let percpu = |(at, kind, name): &Sym| (PERCPU + at, *kind, name.clone());
+            let (low, high) = all.split_at(all.partition_point(|(at, ..)| *at < TEXT));
+            let start = (PERCPU, 'A', "__per_cpu_start".to_owned());
+            let moved = low.iter().map(percpu);
+            all = high.iter().cloned().chain([start]).chain(moved).collect();
+        }
+        all
+    }
+
+    /// Where per-CPU symbols are linked by such kernels.
+    const PERCPU: u64 = RODATA + 0x10_0000;
+
     #[test]
     fn every_symbol_is_found_in_every_layout() {
-        for form in FORMS {
-            let (found, want) = (of(form), symbols(form));
+        for order in ORDERS {
+            let want = symbols_in(order);
+            let found = parse(kallsyms_in(order, &want)).unwrap();
             assert_eq!(found.len(), want.len());
             for (symbol, (address, kind, name)) in found.iter().zip(&want) {
                 assert_eq!(
                     (symbol.address.0, char::from(symbol.kind), &symbol.name),
                     (*address, *kind, name)
                 );
-                assert_eq!(symbol.percpu, *kind == 'A', "{name}");
+                // The end of the per-CPU symbols is one of the image where those are.
+                let percpu = *kind == 'A' && *address != PERCPU + 0x180;
+                assert_eq!(symbol.percpu, percpu, "{name}");
+                if name == "runqueues" {
+                    assert_eq!(found.percpu_offset(&symbol), 0x40, "{order:?}");
+                }
+                let space = if percpu { Space::PerCpu } else { Space::Image };
+                assert_eq!(found.space(&symbol), space, "{name}");
                 if name != "twin" {
-                    assert_eq!(found.lookup(name).as_ref(), Ok(&symbol), "{form:?}");
+                    assert_eq!(found.lookup(name).as_ref(), Ok(&symbol), "{order:?}");
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_search_that_anybody_may_drag_out_ends() {
+        // Tokens that are whole, and before them nothing but what could be markers.
+        let order = Order::New;
+        let bytes = kallsyms_in(order, &symbols_in(order));
+        let found = parse(bytes.clone()).unwrap();
+        let tokens = found.tables.tokens[0].start;
+        let mut all: Vec<u8> = (0..8_u32 << 20)
+            .flat_map(|word| (word % 4 * 0x8000).to_le_bytes())
+            .collect();
+        all.extend(&bytes[tokens..]);
+        assert!(matches!(parse(all), Err(KallsymsError::Endless)));
     }
 
     #[test]
@@ -544,6 +636,16 @@ mod tests {
         let found = parse(kallsyms(Form::New, &all)).unwrap();
         assert_eq!(found.lookup(&long).unwrap().address.0, all[20].0);
         assert_eq!(found.lookup(&all[21].2).unwrap().address.0, all[21].0);
+    }
+
+    #[test]
+    fn a_name_that_would_be_endless_is_damaged() {
+        let mut all = symbols(Form::New);
+        all[20].2 = "x".repeat(513);
+        let found = parse(kallsyms(Form::New, &all));
+        assert!(matches!(found, Err(KallsymsError::Name { index: 20 })));
+        all[20].2 = "x".repeat(512);
+        assert!(parse(kallsyms(Form::New, &all)).is_ok());
     }
 
     #[test]
@@ -660,7 +762,7 @@ mod tests {
         ));
         // The last name's length says that it goes on: markers and names no longer agree.
         let found = parse(bytes.clone()).unwrap();
-        let markers = found.tables.markers.start;
+        let markers = found.tables.markers.at;
         bytes[markers + 4] ^= 1;
         assert!(matches!(
             parse(bytes.clone()),
@@ -678,14 +780,14 @@ mod tests {
     proptest! {
         #[test]
         fn damage_never_panics(
-            form in 0..3_usize,
-            changes in proptest::collection::vec((0x4000..usize::MAX, any::<u8>()), 1..6),
+            order in 0..ORDERS.len(),
+            changes in proptest::collection::vec((0..usize::MAX, any::<u8>()), 1..6),
             cut: Option<usize>,
         ) {
-            let mut bytes = kallsyms(FORMS[form], &symbols(FORMS[form]));
+            let mut bytes = kallsyms_in(ORDERS[order], &symbols_in(ORDERS[order]));
             let len = bytes.len();
             for (at, value) in changes {
-                bytes[0x4000 + at % (len - 0x4000)] = value;
+                bytes[BEFORE_KALLSYMS + at % (len - BEFORE_KALLSYMS)] = value;
             }
             bytes.truncate(cut.map_or(len, |cut| cut % len));
             if let Ok(symbols) = parse(bytes) {

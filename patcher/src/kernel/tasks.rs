@@ -326,15 +326,12 @@ fn cpus<R: ReadPhys + ?Sized>(
     let mut offsets = vec![0; count as usize * 8];
     memory.read(kernel.runtime(layout.offsets), &mut offsets)?;
     let mut cpus = Vec::new();
+    let first = layout.first.map_or(0, |first| kernel.runtime(first).0);
     for (index, offset) in offsets.as_chunks::<8>().0.iter().enumerate() {
+        let area = u64::from_le_bytes(*offset).wrapping_add(first);
         if is_set(&possible, index) {
             let online = is_set(&online, index);
-            cpus.push(cpu(
-                layout,
-                kernel,
-                memory,
-                (index, online, u64::from_le_bytes(*offset)),
-            )?);
+            cpus.push(cpu(layout, kernel, memory, (index, online, area))?);
         }
     }
     Ok(cpus)

@@ -1,11 +1,14 @@
 //! A kernel made up for tests: an ELF image with kallsyms, BTF, patch sites and relocations in either of their forms.
 
 pub(crate) mod guest;
+pub(crate) mod kallsyms;
 pub(crate) mod orc;
 pub(crate) mod patched;
 pub(crate) mod views;
 
 use std::collections::BTreeMap;
+
+use self::kallsyms::{kallsyms, kallsyms_base};
 
 /// Where the text of the image is linked.
 pub(crate) const TEXT: u64 = 0xffff_ffff_8100_0000;
@@ -143,8 +146,25 @@ pub(crate) const DATA_SYMBOLS: &[(u64, &str)] = &[
     (0x3748, "vmcoreinfo_size"),
     (0x3e00, "__start_mcount_loc"),
     (0x3e10, "__stop_mcount_loc"),
-    (0x3f00, "_end"),
+    (0, "_sdata"),
+    (0x3f80, "_edata"),
+    (PARTS, "__start_rodata"),
+    (PARTS + 0x7_0000, "__start_notes"),
+    (PARTS + 0x7_003c, "__stop_notes"),
+    (PARTS + 0x7_1000, "__start_BTF"),
+    (PARTS + 0x7_1000 + BTF_LEN as u64, "__stop_BTF"),
+    (PARTS + 0x8_2000, "__start_orc_unwind_ip"),
+    (PARTS + 0x8_2000 + 4 * orc::COUNT, "__stop_orc_unwind_ip"),
+    (PARTS + 0x8_4000, "__start_orc_unwind"),
+    (PARTS + 0x8_4000 + 6 * orc::COUNT, "__stop_orc_unwind"),
+    (PARTS + 0x9_0000, "__end_rodata"),
+    (PARTS + 0x9_1000, "_end"),
 ];
+
+/// Where `RODATA` is from `DATA`.
+const PARTS: u64 = RODATA - DATA;
+/// Bytes of the types, with zeros behind them.
+const BTF_LEN: usize = 0x4000;
 
 /// The address of the first symbol called `name`.
 pub(crate) fn address(form: Form, name: &str) -> u64 {
@@ -153,72 +173,6 @@ pub(crate) fn address(form: Form, name: &str) -> u64 {
         .find(|(.., candidate)| candidate == name)
         .unwrap()
         .0
-}
-
-fn aligned(mut bytes: Vec<u8>) -> Vec<u8> {
-    bytes.resize(bytes.len().next_multiple_of(8), 0);
-    bytes
-}
-
-/// The kallsyms tables for `symbols`, behind some bytes of something else.
-pub(crate) fn kallsyms(form: Form, symbols: &[Sym]) -> Vec<u8> {
-    // Every printable character is a token of its own; two longer ones are used where they fit.
-    let token = |code: u8| match code {
-        1 => "_of_many".to_owned(),
-        2 => "Tfiller_".to_owned(),
-        b' '..=b'~' => char::from(code).to_string(),
-        _ => format!("unused{code}"),
-    };
-    let (mut table, mut index) = (Vec::new(), Vec::new());
-    for code in 0..=255 {
-        index.extend(u16::try_from(table.len()).unwrap().to_le_bytes());
-        table.extend(token(code).bytes().chain([0]));
-    }
-    let (mut names, mut markers) = (Vec::new(), Vec::new());
-    for (at, (_, kind, name)) in symbols.iter().enumerate() {
-        if at % 256 == 0 {
-            markers.extend(u32::try_from(names.len()).unwrap().to_le_bytes());
-        }
-        let whole = format!("{kind}{name}")
-            .replace("Tfiller_", "\u{2}")
-            .replace("_of_many", "\u{1}");
-        let len = u16::try_from(whole.len()).unwrap();
-        if len < 0x80 {
-            names.push(u8::try_from(len).unwrap());
-        } else {
-            names.extend([
-                0x80 | (len & 0x7f).to_le_bytes()[0],
-                (len >> 7).to_le_bytes()[0],
-            ]);
-        }
-        names.extend(whole.bytes());
-    }
-    let count = u64::try_from(symbols.len()).unwrap().to_le_bytes().to_vec();
-    let entry = |at: u64| match i32::try_from(at) {
-        Ok(absolute) => absolute,
-        Err(_) => i32::try_from(TEXT.wrapping_sub(1).wrapping_sub(at).cast_signed()).unwrap(),
-    };
-    let offsets = aligned(
-        symbols
-            .iter()
-            .flat_map(|(at, ..)| entry(*at).to_le_bytes())
-            .collect(),
-    );
-    let base = TEXT.to_le_bytes().to_vec();
-    let sequence = aligned(vec![1; symbols.len() * 3]);
-    let (names, markers, table) = (aligned(names), aligned(markers), aligned(table));
-    let index = aligned(index);
-    let parts = match form {
-        Form::Old => vec![offsets, base, count, names, markers, table, index],
-        Form::OldSorted => vec![offsets, base, count, names, markers, sequence, table, index],
-        Form::New => vec![count, names, markers, table, index, offsets, base, sequence],
-    };
-    let mut bytes: Vec<u8> = (0..0x1000_u32)
-        .flat_map(|word| (word % 977).to_le_bytes())
-        .collect();
-    bytes.extend(parts.concat());
-    bytes.extend([0xff; 64]);
-    bytes
 }
 
 /// Puts a BTF section together.
@@ -547,6 +501,9 @@ pub(crate) fn parts(form: Form) -> Vec<Part> {
         bytes,
         code: false,
     };
+    let mut types = btf(form);
+    assert!(types.len() <= BTF_LEN, "{:#x}", types.len());
+    types.resize(BTF_LEN, 0);
     let returns = RODATA + 0x8_0000;
     let bugs = RODATA + 0x8_1000;
     let mut all = vec![
@@ -559,7 +516,7 @@ pub(crate) fn parts(form: Form) -> Vec<Part> {
         part(".data", DATA, data()),
         part(".rodata", RODATA, kallsyms(form, &symbols(form))),
         part(".notes", RODATA + 0x7_0000, notes()),
-        part(".BTF", RODATA + 0x7_1000, btf(form)),
+        part(".BTF", RODATA + 0x7_1000, types),
         part(
             ".return_sites",
             returns,
@@ -634,5 +591,6 @@ pub(crate) fn elf(parts: &[Part], relocs: &[&[u64]; 3]) -> Vec<u8> {
 
 /// The whole image.
 pub(crate) fn image(form: Form) -> Vec<u8> {
-    elf(&parts(form), &[&[DATA + 0x3198], &[], &[TEXT + 0x309]])
+    let add64 = [DATA + 0x3198, kallsyms_base(form)];
+    elf(&parts(form), &[&add64, &[], &[TEXT + 0x309]])
 }

@@ -5,6 +5,7 @@
 
 use std::ops::Range;
 
+use super::image::NotShipped;
 use super::locate::{Kernel, KernelError};
 use super::relocs::RelocError;
 use super::sites::{Site, SiteKind};
@@ -41,6 +42,9 @@ pub enum TextError {
     /// The image's relocations do not say.
     #[error(transparent)]
     Reloc(#[from] RelocError),
+    /// What the image says of its text is not known.
+    #[error(transparent)]
+    NotShipped(#[from] NotShipped),
 }
 
 /// Why it cannot be told how the kernel returns.
@@ -49,6 +53,9 @@ pub enum ReturnError {
     /// Something of the kernel could not be found or read.
     #[error("how the kernel returns cannot be read: {0}")]
     Kernel(#[from] KernelError),
+    /// Where it returns is not known.
+    #[error("how the kernel returns cannot be read: {0}")]
+    NotShipped(#[from] NotShipped),
     /// It returns in a way that is not known here.
     #[error(
         "the return at {at} holds {bytes:02x?}, which is neither a plain return nor a jump to the kernel's return thunk"
@@ -91,8 +98,8 @@ impl Kernel {
     pub fn expected_text(&self, range: Range<Gva>) -> Result<Vec<u8>, TextError> {
         let link = LinkAddr(range.start.0.wrapping_sub(self.slide()))
             ..LinkAddr(range.end.0.wrapping_sub(self.slide()));
-        if let Some(site) = self
-            .image()
+        let shipped = self.image().shipped()?;
+        if let Some(site) = shipped
             .sites()
             .within(link.clone())
             .into_iter()
@@ -115,18 +122,12 @@ impl Kernel {
         // Relocated fields may straddle the edge of what was asked for; within this they are whole.
         let first = LinkAddr(link.start.0.saturating_sub(FIELD)).max(section.range.start);
         let last = LinkAddr(link.end.0.saturating_add(FIELD)).min(section.range.end);
-        let mut bytes = self
-            .image()
-            .text(first..last)
-            .ok_or_else(not_text)?
-            .to_vec();
+        let mut bytes = shipped.text(first..last).ok_or_else(not_text)?.to_vec();
         let inside = |at: LinkAddr| {
             at.offset_from(first)
                 .and_then(|at| usize::try_from(at).ok())
         };
-        self.image()
-            .relocs()
-            .apply(first, &mut bytes, self.slide())?;
+        shipped.relocs().apply(first, &mut bytes, self.slide())?;
         let wanted = inside(link.start)
             .zip(inside(link.end))
             .and_then(|(start, end)| bytes.get(start..end));
@@ -145,11 +146,8 @@ impl Kernel {
             .iter()
             .find(|section| section.name == ".text");
         let text = text.map_or(LinkAddr(0)..LinkAddr(0), |section| section.range.clone());
-        for site in self
-            .image()
-            .sites()
-            .first(SiteKind::ReturnThunk, &text, RETURNS)
-        {
+        let shipped = self.image().shipped()?;
+        for site in shipped.sites().first(SiteKind::ReturnThunk, &text, RETURNS) {
             let at = self.runtime(site.range.start);
             let mut bytes = [0; 5];
             self.read(guest, at, &mut bytes)

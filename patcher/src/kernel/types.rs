@@ -8,7 +8,7 @@ pub mod print;
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use super::btf::{Kind, Layout, RawType, code};
 use super::image::{Bytes, Section};
@@ -19,6 +19,12 @@ const MAX_DEPTH: usize = 64;
 /// Why a question about a type has no answer.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TypeError {
+    /// The kernel has no types at all.
+    #[error("the kernel has no types: {need}")]
+    Absent {
+        /// What is not there, and the kernel option that makes it.
+        need: &'static str,
+    },
     /// The section is damaged.
     #[error("section .BTF has {what} at {at:#x}")]
     Damaged {
@@ -85,6 +91,8 @@ pub struct Types {
     by_name: Vec<u64>,
     /// The same of functions, indexed when the first is asked about.
     functions: OnceLock<Vec<u64>>,
+    /// Why there are none.
+    absent: Option<&'static str>,
 }
 
 impl Types {
@@ -112,7 +120,40 @@ impl Types {
             layout,
             by_name,
             functions: OnceLock::new(),
+            absent: None,
         })
+    }
+
+    /// Those of a kernel that has none, for the reason `need`: whatever is asked, that is the answer.
+    pub(crate) fn absent(need: &'static str) -> Self {
+        Self {
+            bytes: Arc::new(Vec::new()),
+            section: 0..0,
+            layout: Layout {
+                types: 0..0,
+                strings: 0..0,
+                starts: Vec::new(),
+            },
+            by_name: Vec::new(),
+            functions: OnceLock::new(),
+            absent: Some(need),
+        }
+    }
+
+    /// The whole section that they were read from.
+    #[must_use]
+    pub fn section(&self) -> &[u8] {
+        self.data()
+    }
+
+    /// What it means that nothing is called `name`.
+    fn none(&self, name: &str) -> TypeError {
+        match self.absent {
+            Some(need) => TypeError::Absent { need },
+            None => TypeError::NoType {
+                name: name.to_owned(),
+            },
+        }
     }
 
     /// How many types there are.
@@ -258,11 +299,7 @@ impl Types {
     ) -> Result<T, TypeError> {
         let ids = self.ids(name);
         let mut answers = ids.iter().map(|id| ask(*id));
-        let first = answers.next().unwrap_or_else(|| {
-            Err(TypeError::NoType {
-                name: name.to_owned(),
-            })
-        });
+        let first = answers.next().unwrap_or_else(|| Err(self.none(name)));
         if answers.any(|answer| answer != first) {
             return Err(TypeError::Ambiguous {
                 name: name.to_owned(),

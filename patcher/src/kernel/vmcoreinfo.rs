@@ -4,6 +4,7 @@ use super::locate::{Kernel, KernelError};
 use crate::addr::Gva;
 use crate::guest::ReadPhys;
 use crate::guest::core::vmcoreinfo_in;
+use crate::x86::paging::{PageTables, PagingError};
 
 /// `VMCOREINFO_BYTES`.
 const MOST: u64 = 4096;
@@ -24,27 +25,50 @@ impl Kernel {
         ) else {
             return Ok(None);
         };
-        let at = Gva(self.read_u64(guest, self.runtime(data.address))?);
-        let len = self.read_u64(guest, self.runtime(size.address))?;
-        let unsound = || KernelError::Unsound {
-            what: "vmcoreinfo",
-            at,
-            value: len,
-        };
-        if at == Gva(0) || len == 0 {
-            return Ok(None);
-        }
-        if len > MOST {
-            return Err(unsound());
-        }
-        let mut text = vec![0; usize::try_from(len).unwrap_or(0)];
-        self.read(guest, at, &mut text)?;
-        if vmcoreinfo_in(&text) == Some(&text) {
-            Ok(Some(text))
-        } else {
-            Err(unsound())
-        }
+        let (data, size) = (self.runtime(data.address), self.runtime(size.address));
+        text(guest, self.tables(), data, size)
     }
+}
+
+/// The text whose address is at `data` and whose length is at `size`, or `None` where there is none yet.
+pub(crate) fn text<R: ReadPhys + ?Sized>(
+    guest: &R,
+    tables: PageTables,
+    data: Gva,
+    size: Gva,
+) -> Result<Option<Vec<u8>>, KernelError> {
+    let word = |at: Gva| {
+        let mut bytes = [0; 8];
+        tables.read(guest, at, &mut bytes)?;
+        Ok::<u64, PagingError>(u64::from_le_bytes(bytes))
+    };
+    let (at, len) = (Gva(word(data)?), word(size)?);
+    let unsound = || KernelError::Unsound {
+        what: "vmcoreinfo",
+        at,
+        value: len,
+    };
+    if at == Gva(0) || len == 0 {
+        return Ok(None);
+    }
+    if len > MOST {
+        return Err(unsound());
+    }
+    let mut text = vec![0; usize::try_from(len).unwrap_or(0)];
+    tables.read(guest, at, &mut text)?;
+    if vmcoreinfo_in(&text) == Some(&text) {
+        Ok(Some(text))
+    } else {
+        Err(unsound())
+    }
+}
+
+/// How far the kernel that `text` is of has moved (`KERNELOFFSET`), where it says.
+pub(crate) fn slide(text: &[u8]) -> Option<u64> {
+    let text = std::str::from_utf8(text).ok()?;
+    let mut lines = text.lines();
+    let offset = lines.find_map(|line| line.strip_prefix("KERNELOFFSET="))?;
+    u64::from_str_radix(offset, 16).ok()
 }
 
 #[cfg(test)]

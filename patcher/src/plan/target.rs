@@ -8,6 +8,7 @@ use crate::addr::{Gva, LinkAddr};
 use crate::edition::link::Returns;
 use crate::edition::object::Edition;
 use crate::guest::ReadPhys;
+use crate::kernel::image::{NotShipped, Shipped};
 use crate::kernel::locate::{Kernel, KernelError};
 use crate::kernel::sites::{Site, SiteKind};
 use crate::kernel::symbols::{Symbol, SymbolError};
@@ -39,6 +40,9 @@ pub struct Target {
 /// Why a function cannot be redirected, or why that cannot be told.
 #[derive(Debug, thiserror::Error)]
 pub enum TargetError {
+    /// What the kernel's file says of its text is not known, so that nothing can be told to be safe.
+    #[error("no function of this kernel can be redirected: {0}")]
+    NotShipped(#[from] NotShipped),
     /// The kernel has no such function, or several.
     #[error("the package replaces a function that cannot be found: {0}")]
     Symbol(#[from] SymbolError),
@@ -72,6 +76,7 @@ impl Target {
         arena: &Range<Gva>,
         returns: Returns,
     ) -> Result<Self, TargetError> {
+        let shipped = kernel.image().shipped()?;
         let symbols = kernel.image().symbols();
         let symbol = match edition.position {
             0 => symbols.lookup(&edition.function)?,
@@ -80,7 +85,7 @@ impl Target {
                 usize::try_from(nth).unwrap_or(usize::MAX),
             )?,
         };
-        let function = Function::new(kernel, &symbol)?;
+        let function = Function::new(kernel, shipped, &symbol)?;
         let jump = function.jump()?;
         let displaced = function.displaced_range(jump)?;
         let displaced_sites = function.sites_in(&displaced);
@@ -121,6 +126,7 @@ impl Target {
 /// A function of the image, with its code.
 struct Function<'a> {
     kernel: &'a Kernel,
+    shipped: &'a Shipped,
     symbol: &'a Symbol,
     code: &'a [u8],
     /// What the image lists for its first [`HEAD`] bytes: all that a jump could concern.
@@ -129,7 +135,7 @@ struct Function<'a> {
 
 impl<'a> Function<'a> {
     /// The function behind `symbol`, if it lies where functions may be redirected.
-    fn new(kernel: &'a Kernel, symbol: &'a Symbol) -> Result<Self, Refusal> {
+    fn new(kernel: &'a Kernel, shipped: &'a Shipped, symbol: &'a Symbol) -> Result<Self, Refusal> {
         let at = kernel.runtime(symbol.address);
         for region in &checks::REGIONS {
             // Asking first is cheap; the error of a missing symbol looks for similar ones.
@@ -145,7 +151,7 @@ impl<'a> Function<'a> {
             }
         }
         let range = symbol.address.range(symbol.size.min(MAX_FUNCTION));
-        let code = range.and_then(|range| kernel.image().text(range));
+        let code = range.and_then(|range| shipped.text(range));
         let code = code.ok_or_else(|| Refusal::NoFentry {
             function: symbol.name.clone(),
             at,
@@ -153,9 +159,10 @@ impl<'a> Function<'a> {
         let head = symbol.address..LinkAddr(symbol.address.0.saturating_add(HEAD));
         Ok(Self {
             kernel,
+            shipped,
             symbol,
             code,
-            sites: kernel.image().sites().within(head),
+            sites: shipped.sites().within(head),
         })
     }
 
@@ -260,7 +267,7 @@ impl<'a> Function<'a> {
     ) -> Result<(), TargetError> {
         let kernel = self.kernel;
         let runtime = kernel.runtime(displaced.start)..kernel.runtime(displaced.end);
-        let leading = kernel.image().sites().leading_into(displaced);
+        let leading = self.shipped.sites().leading_into(displaced);
         if let Some(&(kind, from)) = leading.first() {
             let part = if kind == SiteKind::JumpLabel {
                 "a static branch"
@@ -285,7 +292,7 @@ impl<'a> Function<'a> {
         for cold in self.cold_parts() {
             let range = cold.address.range(cold.size.min(MAX_FUNCTION));
             let code = range
-                .and_then(|range| kernel.image().text(range))
+                .and_then(|range| self.shipped.text(range))
                 .unwrap_or_default();
             checks::no_branch_into(&cold.name, code, kernel.runtime(cold.address), &runtime)?;
             self.no_live_branch_into(guest, &cold, &runtime)?;

@@ -19,6 +19,33 @@ pub fn pushed(code: &[u8]) -> Option<i64> {
     Some(depth)
 }
 
+/// By how many bytes the stack pointer is lower at the end of `code` than at its first instruction at or behind `from`, where an unwind table
+/// describes that all from there on is alike: what is pushed there is what the table does not know of. `code` begins where a function does, so
+/// that each of its instructions is read from where it begins.
+///
+/// Where a branch leaves and nothing is pushed, what follows is come to from elsewhere, and is as the table says.
+#[must_use]
+pub fn pushed_since(code: &[u8], from: usize) -> Option<i64> {
+    let (mut depth, mut end): (i64, u64) = (0, 0);
+    for instruction in Decoder::with_ip(64, code, 0, DecoderOptions::NONE) {
+        if instruction.is_invalid() {
+            return None;
+        }
+        end = instruction.next_ip();
+        let leaves = matches!(
+            instruction.flow_control(),
+            FlowControl::UnconditionalBranch
+                | FlowControl::IndirectBranch
+                | FlowControl::Return
+                | FlowControl::Exception
+        );
+        if instruction.ip() >= from as u64 && !(leaves && depth == 0) {
+            depth = depth.checked_add(effect(&instruction, code.len() as u64)?)?;
+        }
+    }
+    (end == code.len() as u64).then_some(depth)
+}
+
 /// Whether no instruction of `code` moves the stack pointer.
 #[must_use]
 pub fn is_level(code: &[u8]) -> bool {
@@ -56,7 +83,7 @@ fn effect(instruction: &Instruction, len: u64) -> Option<i64> {
 
 #[cfg(test)]
 mod tests {
-    use super::{is_level, pushed};
+    use super::{is_level, pushed, pushed_since};
 
     #[test]
     fn each_instruction_counts_as_what_it_does_to_the_stack_pointer() {
@@ -92,6 +119,26 @@ mod tests {
         ];
         for (code, want) in cases {
             assert_eq!(pushed(code), *want, "{code:02x?}");
+        }
+    }
+
+    #[test]
+    fn only_what_is_pushed_behind_the_place_counts() {
+        // push rbp; nop; pushfq; pop rax; jmp; push rbx; jmp
+        let code = [0x55, 0x90, 0x9c, 0x58, 0xeb, 0, 0x53, 0xeb, 0];
+        for (len, from, want) in [
+            (0, 0, Some(0)),
+            (1, 0, Some(8)),
+            (2, 1, Some(0)),
+            (3, 1, Some(8)),
+            (4, 1, Some(0)),
+            (6, 1, Some(0)),
+            (7, 1, Some(8)),
+            (9, 1, None),
+            // Within an instruction.
+            (5, 1, None),
+        ] {
+            assert_eq!(pushed_since(&code[..len], from), want, "{len} {from}");
         }
     }
 

@@ -6,7 +6,9 @@ use std::process::ExitCode;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget};
 use patcher::edition::build::{Build, BuildError, Built, build, header_directories};
+use patcher::guest::ReadPhys;
 use patcher::kernel::image::Image;
+use patcher::kernel::locate::Kernel;
 use serde::Serialize;
 
 use super::Global;
@@ -156,6 +158,17 @@ pub(super) fn release(image: &Image) -> Option<String> {
     let at = image.symbols().lookup("linux_banner").ok()?.address;
     let banner = image.bytes(at.range(BANNER)?)?;
     release_in(banner)
+}
+
+/// The same, from the banner in the memory of a guest that runs `kernel`.
+pub(super) fn release_in_memory<R: ReadPhys + ?Sized>(
+    kernel: &Kernel,
+    guest: &R,
+) -> Option<String> {
+    let at = kernel.symbol("linux_banner").ok()?;
+    let mut banner = vec![0; usize::try_from(BANNER).ok()?];
+    kernel.read(guest, at, &mut banner).ok()?;
+    release_in(&banner)
 }
 
 fn release_in(banner: &[u8]) -> Option<String> {

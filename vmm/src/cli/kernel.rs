@@ -1,7 +1,7 @@
 //! `exopatch kernel`: what a guest's kernel is made of and does, seen from outside.
 //!
-//! A running exopatch is asked through its API. With `--dump` and `--kernel` the same views ([`crate::views`]) are taken here of a
-//! recorded guest. Either way they are shown as tables, or as one JSON object.
+//! A running exopatch is asked through its API. With `--dump` the same views ([`crate::views`]) are taken here of a recorded guest; of
+//! its kernel's file (`--kernel`) where there is one, or else of memory alone. Either way they are shown as tables, or as one JSON object.
 
 mod failure;
 mod info;
@@ -30,7 +30,8 @@ use crate::views::{self, Asked, Seen, View, ViewError, disasm, stack, symbols, t
 Examples:
   exopatch kernel tasks                     # of the guest behind --api-sock, which stands still for a moment
   exopatch vm dump guest.core
-  exopatch kernel --dump guest.core --kernel vmlinuz tasks")]
+  exopatch kernel --dump guest.core --kernel vmlinuz tasks
+  exopatch kernel --dump guest.core tasks   # the kernel recovered from memory: all but what needs its text as it was shipped")]
 pub struct KernelArgs {
     #[command(flatten)]
     files: Files,
@@ -46,7 +47,11 @@ pub struct KernelArgs {
 enum Show {
     /// Show the kernel's image, and the kernel found in the guest
     #[command(after_help = help("info"))]
-    Info,
+    Info {
+        /// Of a recorded guest: prove that the kernel's file and the guest's memory say the same of the kernel
+        #[arg(long)]
+        verify: bool,
+    },
     /// Show the symbols of the kernel and its modules: all, those of a name, or what is at an address
     #[command(after_help = help("symbols unix_ioctl"))]
     Symbols {
@@ -119,7 +124,7 @@ impl Show {
     /// The view that is asked for; `None` for `info`, which is more than one.
     fn asked(&self) -> Result<Option<Asked>, ViewError> {
         Ok(Some(match self {
-            Self::Info => return Ok(None),
+            Self::Info { .. } => return Ok(None),
             Self::Symbols { of } => {
                 let of = of.as_deref().map(symbols::Asked::parse).transpose();
                 Asked::Symbols(of?)
@@ -140,7 +145,8 @@ impl Show {
 
 /// Shows what was asked for, and gives the exit code.
 pub(super) fn main(args: &KernelArgs, global: &Global) -> ExitCode {
-    let recorded = args.files.any();
+    let verify = matches!(args.show, Show::Info { verify: true });
+    let recorded = args.files.any() || verify;
     match args.show.asked() {
         Ok(None) if !recorded => call(global, |client| client.kernel(args.deadline)),
         Ok(Some(asked)) if !recorded => call(global, |client| client.see(&asked, args.deadline)),
@@ -156,7 +162,12 @@ pub(super) fn main(args: &KernelArgs, global: &Global) -> ExitCode {
 /// Shows what was asked for of a recorded guest.
 fn show(args: &KernelArgs, asked: Option<&Asked>, json: bool) -> Result<(), Failure> {
     let Some(asked) = asked else {
-        let info = info::read(&args.files, &args.files.open()?);
+        let recording = args.files.open()?;
+        let verified = match args.show {
+            Show::Info { verify: true } => Some(args.files.verify(&recording)?),
+            _ => None,
+        };
+        let info = info::read(&args.files, &recording, verified);
         return print(&info, || info.table(), json);
     };
     let seen = Seen {

@@ -247,6 +247,7 @@ fn target(cause: &TargetError) -> Problem {
     match cause {
         TargetError::Symbol(error) => symbol(error, cause),
         TargetError::Refused(error) => refusal(error),
+        TargetError::NotShipped(error) => refused("kernel_not_understood", error, REPORT),
         TargetError::Unreadable { .. } | TargetError::Probes(_) => unreadable(cause),
     }
 }

@@ -162,7 +162,11 @@ pub(super) fn read(subject: &Subject<'_>, asked: &Asked) -> Result<Disassembly, 
         Some(_) => Some("the files of modules are not known".to_owned()),
         None => compare(subject, &function, &mut changes).err(),
     };
-    let image = image_of(&function, &live, &changes);
+    // Where nothing is known of the image, nothing is said to be in it.
+    let image = match subject.kernel.image().shipped() {
+        Ok(_) => image_of(&function, &live, &changes),
+        Err(_) => Vec::new(),
+    };
     let targets = Targets::new(subject, &places);
     let of = |bytes: &[u8]| decode(bytes, function.start, |it| targets.of(it));
     Ok(Disassembly {

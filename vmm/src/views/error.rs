@@ -2,6 +2,7 @@
 
 use patcher::addr::Gva;
 use patcher::kernel::changed::ChangedError;
+use patcher::kernel::image::NotShipped;
 use patcher::kernel::locate::KernelError;
 use patcher::kernel::log::LogError;
 use patcher::kernel::modules::ModuleError;
@@ -166,7 +167,8 @@ impl ViewError {
             | Self::CpuOffline { .. }
             | Self::Type(_) => Kind::NotFound,
             Self::Changed(
-                ChangedError::Boot { .. }
+                ChangedError::NotShipped(_)
+                | ChangedError::Boot { .. }
                 | ChangedError::InFlux { .. }
                 | ChangedError::Unknown { .. },
             )
@@ -205,6 +207,7 @@ impl ViewError {
             Self::Type(TypeError::NoMember { .. }) => "no_such_member",
             Self::Type(_) => "no_such_type",
             Self::Unwind(UnwindError::Orc(_) | UnwindError::Layout { .. }) => "not_unwindable",
+            Self::Changed(ChangedError::NotShipped(NotShipped::FromMemory)) => "image_needed",
             Self::Changed(_) if self.kind() == Kind::State => "not_comparable",
             Self::Kernel(_)
             | Self::Modules(_)
@@ -252,9 +255,12 @@ impl ViewError {
             Self::Changed(ChangedError::InFlux { .. }) => {
                 "look again: the guest changes its text for moments only"
             }
-            Self::Changed(ChangedError::Unknown { .. }) => {
-                "this cannot be compared: please report it with the kernel's version"
+            Self::Changed(ChangedError::NotShipped(NotShipped::FromMemory)) => {
+                "give the vmlinuz that the guest ran: --kernel VMLINUZ"
             }
+            Self::Changed(
+                ChangedError::Unknown { .. } | ChangedError::NotShipped(NotShipped::Sites(_)),
+            ) => "this cannot be compared: please report it with the kernel's version",
             Self::Unwind(UnwindError::Orc(_) | UnwindError::Layout { .. }) => {
                 "give a kernel that was built with its unwind table (CONFIG_UNWINDER_ORC)"
             }

@@ -207,13 +207,11 @@ fn all(subject: &Subject<'_>) -> Result<SymbolList, ViewError> {
     let kernel = subject.kernel;
     let names = Names::read(kernel, subject.guest)?;
     let table = kernel.image().symbols();
-    // Asked once, as it looks a symbol up by name.
-    let end = table.optional("__per_cpu_end")?.map(|end| end.address);
     let own = table.iter().map(|found| {
-        let (space, address) = match found.percpu {
-            false => (Space::Image, kernel.runtime(found.address).0),
-            true if end.is_some_and(|end| found.address <= end) => (Space::PerCpu, found.address.0),
-            true => (Space::Absolute, found.address.0),
+        let space = table.space(&found);
+        let address = match space {
+            Space::Image => kernel.runtime(found.address).0,
+            Space::PerCpu | Space::Absolute => found.address.0,
         };
         symbol(found, space, format!("{address:#x}"))
     });

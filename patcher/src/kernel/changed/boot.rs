@@ -100,7 +100,7 @@ pub(super) fn apply_first(facts: &Facts<'_>, window: &mut Window<'_>) -> Result<
 }
 
 fn entries<'a>(facts: &Facts<'a>, kind: SiteKind, window: &Window<'_>) -> Vec<Entry<'a>> {
-    let sites = facts.kernel.image().sites();
+    let sites = facts.shipped.sites();
     sites.entries(kind, &window.range).collect()
 }
 
@@ -325,7 +325,7 @@ fn calls(facts: &Facts<'_>, window: &mut Window<'_>) {
             let Some(call @ [CALL, ..]) = call else {
                 continue;
             };
-            let to = target(call, at).and_then(|to| counting.entry(facts.kernel, to));
+            let to = target(call, at).and_then(|to| counting.entry(facts.shipped, to));
             if let Some(to) = to.map(|to| facts.kernel.runtime(to)) {
                 let call = branch(&[CALL], facts.kernel.runtime(at), to);
                 window.put(at, &call, Cause::CallThunk);

@@ -12,6 +12,7 @@ use super::boot::REGISTERS;
 use super::moved::moved;
 use crate::addr::{Gva, LinkAddr};
 use crate::guest::ReadPhys;
+use crate::kernel::image::Shipped;
 use crate::kernel::locate::{Kernel, KernelError};
 use crate::kernel::memory::Memory;
 use crate::kernel::text::ReturnForm;
@@ -66,12 +67,10 @@ impl Counting {
             value: end.0,
         };
         let len = end.offset_from(from).filter(|len| (1..=MOST).contains(len));
-        let code = len.and_then(|_| kernel.image().bytes(from..end));
+        let shipped = kernel.image().shipped()?;
+        let code = len.and_then(|_| shipped.bytes(from..end));
         let mut code = code.ok_or(unsound)?.to_vec();
-        kernel
-            .image()
-            .relocs()
-            .apply(from, &mut code, kernel.slide())?;
+        shipped.relocs().apply(from, &mut code, kernel.slide())?;
         let mut thunks = HashMap::new();
         for (number, register) in (0..).zip(REGISTERS) {
             for (called, how) in [(true, "call"), (false, "jump")] {
@@ -110,7 +109,7 @@ impl Counting {
     }
 
     /// Where a call of the kernel's own function at `to` goes, if it is counted.
-    pub(super) fn entry(&self, kernel: &Kernel, to: LinkAddr) -> Option<LinkAddr> {
+    pub(super) fn entry(&self, shipped: &Shipped, to: LinkAddr) -> Option<LinkAddr> {
         let in_kexec = |start: LinkAddr| to.offset_from(start).is_some_and(|at| at < KEXEC_CODE);
         if !self.text.contains(&to)
             || self.not_counted.contains(&to)
@@ -119,7 +118,7 @@ impl Counting {
             return None;
         }
         let pad = to.checked_sub(self.code.len() as u64)?;
-        let room = kernel.image().text(pad..to)?;
+        let room = shipped.text(pad..to)?;
         room.iter().all(|byte| *byte == NOP).then_some(pad)
     }
 
@@ -132,7 +131,7 @@ impl Counting {
     ) -> Result<Gva, ChangedError> {
         if let Some(link) = kernel.link(to) {
             return Ok(self
-                .entry(kernel, link)
+                .entry(kernel.image().shipped()?, link)
                 .map_or(to, |pad| kernel.runtime(pad)));
         }
         let pad = Gva(to.0.wrapping_sub(self.code.len() as u64));

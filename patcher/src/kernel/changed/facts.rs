@@ -10,6 +10,7 @@ use crate::addr::{Gva, LinkAddr};
 use crate::guest::ReadPhys;
 use crate::kernel::bytes::{le_u32, le_u64};
 use crate::kernel::gather::Bound;
+use crate::kernel::image::Shipped;
 use crate::kernel::locate::{Kernel, KernelError};
 use crate::kernel::memory::Memory;
 use crate::kernel::sites::{Site, SiteKind};
@@ -52,6 +53,7 @@ pub(super) enum Probe {
 /// All of it.
 pub(super) struct Facts<'a> {
     pub(super) kernel: &'a Kernel,
+    pub(super) shipped: &'a Shipped,
     pub(super) returns: ReturnForm,
     /// The thunk that only returns in the lower half of a cache line jump to.
     pub(super) its_thunk: Option<Gva>,
@@ -86,9 +88,11 @@ impl<'a> Facts<'a> {
     ) -> Result<Self, ChangedError> {
         let symbols = kernel.image().symbols();
         let its = symbols.optional("its_return_thunk")?;
+        let shipped = kernel.image().shipped()?;
         let returns = kernel.return_form(guest)?;
         let mut facts = Self {
             kernel,
+            shipped,
             returns,
             counting: Counting::of(kernel, returns)?,
             its_thunk: its.map(|thunk| kernel.runtime(thunk.address)),
@@ -106,7 +110,7 @@ impl<'a> Facts<'a> {
             trampolines: trampolines(kernel),
         };
         let text = super::text(kernel)?;
-        let alone = |kind| alone(kernel, kind, &text);
+        let alone = |kind| alone(shipped, kind, &text);
         facts.retpolines = facts.retpoline_form(memory, &alone(SiteKind::Retpoline))?;
         if let Some(site) = alone(SiteKind::SmpLock).first() {
             let mut byte = [0];
@@ -141,11 +145,7 @@ impl<'a> Facts<'a> {
             forms.push(Counted);
         }
         for site in sites {
-            let image = self
-                .kernel
-                .image()
-                .text(site.range.clone())
-                .unwrap_or_default();
+            let image = self.shipped.text(site.range.clone()).unwrap_or_default();
             let mut live = vec![0; image.len()];
             let at = self.kernel.runtime(site.range.start);
             memory.read(at, &mut live)?;
@@ -166,8 +166,8 @@ impl<'a> Facts<'a> {
 }
 
 /// The first sites of `kind` that no alternative replaces.
-fn alone(kernel: &Kernel, kind: SiteKind, text: &Range<LinkAddr>) -> Vec<Site> {
-    let sites = kernel.image().sites();
+fn alone(shipped: &Shipped, kind: SiteKind, text: &Range<LinkAddr>) -> Vec<Site> {
+    let sites = shipped.sites();
     let mut found = sites.first(kind, text, SAMPLE);
     found.retain(|site| {
         sites

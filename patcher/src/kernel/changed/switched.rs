@@ -95,7 +95,12 @@ impl<R: ReadPhys + ?Sized> Switch<'_, R> {
         let of = |path| image.types().offset_of("jump_entry", path);
         let (target, key) = (of("target")?, of("key")?);
         let enabled = image.types().offset_of("static_key", "enabled")?;
-        for entry in image.sites().entries(SiteKind::JumpLabel, &window.range) {
+        for entry in self
+            .facts
+            .shipped
+            .sites()
+            .entries(SiteKind::JumpLabel, &window.range)
+        {
             let range = entry.site.range.clone();
             let field = usize::try_from(key)
                 .ok()
@@ -172,7 +177,12 @@ impl<R: ReadPhys + ?Sized> Switch<'_, R> {
     fn calls(&self, window: &mut Window<'_>) -> Result<(), ChangedError> {
         let image = self.facts.kernel.image();
         let field = image.types().offset_of("static_call_site", "key")?;
-        for entry in image.sites().entries(SiteKind::StaticCall, &window.range) {
+        for entry in self
+            .facts
+            .shipped
+            .sites()
+            .entries(SiteKind::StaticCall, &window.range)
+        {
             let at = entry.site.range.start;
             let (Some(key), Some(site)) = (entry.relative(field), at.range(6)) else {
                 continue;
@@ -223,10 +233,11 @@ impl<R: ReadPhys + ?Sized> Switch<'_, R> {
         let at = LinkAddr(key.0.wrapping_add(field));
         let mut bytes = at
             .range(8)
-            .and_then(|range| image.bytes(range))
+            .and_then(|range| self.facts.shipped.bytes(range))
             .unwrap_or_default()
             .to_vec();
-        image
+        self.facts
+            .shipped
             .relocs()
             .apply(at, &mut bytes, self.facts.kernel.slide())?;
         Ok(Gva(le_u64(&bytes, 0).unwrap_or(0)))
@@ -234,7 +245,12 @@ impl<R: ReadPhys + ?Sized> Switch<'_, R> {
 
     fn tracing(&self, window: &mut Window<'_>) -> Result<(), ChangedError> {
         let image = self.facts.kernel.image();
-        for entry in image.sites().entries(SiteKind::Fentry, &window.range) {
+        for entry in self
+            .facts
+            .shipped
+            .sites()
+            .entries(SiteKind::Fentry, &window.range)
+        {
             let at = entry.site.range.start;
             let code = match self.facts.traced.get(&at) {
                 None => NOP5.to_vec(),

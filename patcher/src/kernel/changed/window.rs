@@ -31,10 +31,10 @@ impl<'a> Window<'a> {
             at: kernel.runtime(range.start),
             value: range.end.0,
         };
-        let bytes = kernel.image().text(range.clone()).ok_or(outside)?;
+        let shipped = kernel.image().shipped()?;
+        let bytes = shipped.text(range.clone()).ok_or(outside)?;
         let mut image = bytes.to_vec();
-        kernel
-            .image()
+        shipped
             .relocs()
             .apply(range.start, &mut image, kernel.slide())?;
         Ok(Self {

@@ -110,10 +110,8 @@ impl TinyGuest {
         let image = Image::parse(Arc::new(image(self.form))).unwrap();
         for part in parts(self.form) {
             let mut bytes = part.bytes;
-            image
-                .relocs()
-                .apply(LinkAddr(part.at), &mut bytes, SLIDE)
-                .unwrap();
+            let relocs = image.shipped().unwrap().relocs();
+            relocs.apply(LinkAddr(part.at), &mut bytes, SLIDE).unwrap();
             let at = usize::try_from(KERNEL_AT + (part.at - TEXT)).unwrap();
             if part.name != ".data" {
                 self.memory[at..at + bytes.len()].copy_from_slice(&bytes);
@@ -184,7 +182,7 @@ impl TinyGuest {
     }
 
     /// Makes the next new page one with an even number.
-    pub(crate) fn next_even_page(&mut self) {
+    fn next_even_page(&mut self) {
         self.next_page = self.next_page.next_multiple_of(2 * PAGE);
     }
 
@@ -244,6 +242,21 @@ impl TinyGuest {
             table + (at >> (12 + 9 * (u32::from(level) - 1)) & 511) * 8,
             to | 3 | large,
         );
+    }
+
+    /// Puts the only vCPU on the user's tables, as page-table isolation has it: the kernel's tables, and on the next page the user's, which
+    /// map only the entry area.
+    pub(crate) fn isolate(&mut self) {
+        self.next_even_page();
+        let (own, user) = (self.page(), self.page());
+        let root = usize::try_from(self.vcpus[0].cr3).unwrap();
+        let tables = self.memory[root..root + 4096].to_vec();
+        let at = usize::try_from(own).unwrap();
+        self.memory[at..at + 4096].copy_from_slice(&tables);
+        let entry = usize::try_from((ENTRY_AREA >> 39 & 511) * 8).unwrap();
+        self.memory[at + 4096 + entry..at + 4096 + entry + 8]
+            .copy_from_slice(&tables[entry..entry + 8]);
+        self.vcpus = vec![vcpu(user | 0x805, 4)];
     }
 
     /// Takes away the page at `at`.
@@ -352,6 +365,21 @@ impl TinyGuest {
         self.link();
         let image = Arc::new(Image::parse(Arc::new(image(self.form))).unwrap());
         Kernel::locate(image, self, &self.vcpus).unwrap()
+    }
+
+    /// The same, with the kernel recovered from memory; its tracer has been made ready, as every kernel's is at boot.
+    pub(crate) fn recovered(&mut self) -> Kernel {
+        self.link();
+        self.trace_nothing();
+        let image = Arc::new(Image::from_memory(self, &self.vcpus).unwrap());
+        Kernel::locate(image, self, &self.vcpus).unwrap()
+    }
+
+    /// Puts NOPs where `victim` and `patient` call the tracer.
+    pub(crate) fn trace_nothing(&mut self) {
+        for function in ["victim", "patient"] {
+            self.put_bytes(self.at(function), &[0x0f, 0x1f, 0x44, 0, 0]);
+        }
     }
 
     pub(crate) fn link(&mut self) {

@@ -111,6 +111,9 @@ const MORE: [(u64, Rule); 4] = [
     (TRACER + 0x10, Undefined),
 ];
 
+/// How many there are.
+pub(crate) const COUNT: u64 = (RULES.len() + MORE.len()) as u64;
+
 /// All of them, in the order of their addresses.
 pub(crate) fn rules() -> impl Iterator<Item = (u64, Rule)> {
     RULES.into_iter().chain(MORE)

@@ -111,9 +111,7 @@ impl Types {
             }
         }
         if layouts.is_empty() {
-            return Err(TypeError::NoType {
-                name: name.to_owned(),
-            });
+            return Err(self.none(name));
         }
         Ok(layouts)
     }

@@ -1,7 +1,8 @@
 //! What is known of a piece of code: how to find its caller, and whether an address in it is a return address.
 //!
-//! The image answers for its own code, without a read of the guest: what it says does not change while the kernel runs. Other code is what
-//! the caller of the unwinder says it is, or a copy of the image's that a tracer of the guest made.
+//! The image answers for its own code, without a read of the guest: what it says does not change while the kernel runs. Where what was shipped
+//! is not known, the guest's code answers alone, as far as it is still there. Other code is what the caller of the unwinder says it is, or a copy of the image's that a
+//! tracer of the guest made.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -12,9 +13,9 @@ use super::reason::{Reason, Region};
 use super::taken::Taken;
 use crate::addr::{Gva, LinkAddr};
 use crate::guest::ReadPhys;
-use crate::kernel::orc::{Orc, OrcTable};
+use crate::kernel::orc::{Base, Orc, OrcTable};
 use crate::kernel::sites::SiteKind;
-use crate::x86::depth::pushed;
+use crate::x86::depth::{pushed, pushed_since};
 
 /// Code outside the kernel's image: a module, the arena.
 #[derive(Clone, Debug)]
@@ -34,6 +35,10 @@ const KERNEL_HALF: Gva = Gva(1 << 63);
 const PAGE: u64 = 4096;
 /// Addresses that are remembered.
 const SEEN: usize = 1024;
+/// The section of the code that the kernel starts with.
+const START: &str = ".init.text";
+/// Bytes of the longest function that is read to its interrupted instruction.
+const LONGEST: u64 = 1 << 16;
 /// The function tracer's site is as long as its call.
 const FENTRY: u64 = 5;
 
@@ -42,8 +47,11 @@ pub(crate) struct Code<'a, R: ?Sized> {
     pub(crate) table: &'a OrcTable,
     pub(crate) others: &'a [OtherCode],
     pub(crate) taken: Taken<'a, R>,
-    /// The image's executable sections, and their bytes.
+    /// The image's executable sections, and their bytes as they were shipped; none where that is not known.
     sections: Vec<(Range<LinkAddr>, &'a [u8])>,
+    /// The code that the kernel starts with and gives back when it has booted, where what was shipped is not known: nothing can be looked up
+    /// there any more. The stack of the first thread still begins in it, and that never returns there.
+    given_back: Range<LinkAddr>,
     /// What has been found out, each at the place that its address gives: threads wait in few places.
     seen: RefCell<Vec<Option<(Gva, bool, Orc)>>>,
 }
@@ -52,13 +60,21 @@ impl<'a, R: ReadPhys + ?Sized> Code<'a, R> {
     pub(crate) fn new(table: &'a OrcTable, others: &'a [OtherCode], taken: Taken<'a, R>) -> Self {
         let image = taken.kernel.image();
         let code = image.sections().iter().filter(|section| section.executable);
-        let bytes = |range: &Range<LinkAddr>| image.text(range.clone()).unwrap_or_default();
+        let shipped = image.shipped().ok();
+        let bytes =
+            |range: &Range<LinkAddr>| shipped.and_then(|shipped| shipped.text(range.clone()));
+        let start = code.clone().find(|section| section.name == START);
+        let given_back = start.filter(|_| shipped.is_none());
         Self {
             table,
             others,
             sections: code
-                .map(|section| (section.range.clone(), bytes(&section.range)))
+                .map(|section| {
+                    let shipped = bytes(&section.range).unwrap_or_default();
+                    (section.range.clone(), shipped)
+                })
                 .collect(),
+            given_back: given_back.map_or(LinkAddr(0)..LinkAddr(0), |start| start.range.clone()),
             taken,
             seen: RefCell::new(vec![None; SEEN]),
         }
@@ -151,13 +167,18 @@ impl<'a, R: ReadPhys + ?Sized> Code<'a, R> {
     /// Within code that the kernel put in another's place and that moves the stack pointer: what held where it begins, and what it has pushed since.
     fn replaced(&self, ip: Gva) -> Result<Option<Orc>, Reason> {
         let link = self.link(ip);
-        let mut places = self.taken.layout.unlevel.iter();
+        let Some(unlevel) = &self.taken.layout.unlevel else {
+            return self.pushed_by_live(ip);
+        };
+        let mut places = unlevel.iter();
         let Some(place) = places.find(|place| place.start < link && link < place.end) else {
             return Ok(None);
         };
         let kernel = self.taken.kernel;
         let start = kernel.runtime(place.start);
-        let shipped = kernel.image().text(place.clone()).unwrap_or_default();
+        let shipped = kernel.image().shipped().ok();
+        let shipped = shipped.and_then(|shipped| shipped.text(place.clone()));
+        let shipped = shipped.unwrap_or_default();
         let mut live = vec![0; shipped.len()];
         let read = self.taken.memory.read(start, &mut live);
         read.map_err(Reason::unreadable)?;
@@ -173,6 +194,41 @@ impl<'a, R: ReadPhys + ?Sized> Code<'a, R> {
             (rule, Some(by)) => rule.lower(by),
             (_, None) => Orc::Undefined,
         }))
+    }
+
+    /// Where it is not known which code the kernel replaced: the rule that the table has for `ip`, and what the guest's code pushes between the
+    /// first byte that the rule is for and `ip`. The table has a rule of its own behind each push that it knows of.
+    fn pushed_by_live(&self, ip: Gva) -> Result<Option<Orc>, Reason> {
+        let link = self.link(ip);
+        if !self.of_image(link) {
+            return Ok(None);
+        }
+        let rule = self.rule(ip)?;
+        let by_sp = matches!(
+            rule,
+            Orc::Caller {
+                base: Base::Sp | Base::AtSp,
+                ..
+            }
+        );
+        let start = self.table.start(link.0).filter(|start| *start < link.0);
+        let Some(start) = start.filter(|_| by_sp) else {
+            return Ok(None);
+        };
+        let symbols = self.taken.kernel.image().symbols();
+        let function = symbols.containing(link).map(|(symbol, _)| symbol.address);
+        let len = function.and_then(|function| link.offset_from(function));
+        let (Some(function), Some(len)) = (function, len.filter(|len| *len <= LONGEST)) else {
+            return Ok(Some(Orc::Undefined));
+        };
+        let mut live = vec![0; usize::try_from(len).unwrap_or(0)];
+        let at = self.taken.kernel.runtime(function);
+        let read = self.taken.memory.read(at, &mut live);
+        read.map_err(Reason::unreadable)?;
+        // A rule may be for the padding before the function too.
+        let from = usize::try_from(start.saturating_sub(function.0)).unwrap_or(usize::MAX);
+        let pushed = pushed_since(&live, from).and_then(|by| i16::try_from(by).ok());
+        Ok(Some(pushed.map_or(Orc::Undefined, |by| rule.lower(by))))
     }
 
     /// In a module, or in a copy of the image's code.
@@ -212,20 +268,21 @@ impl<'a, R: ReadPhys + ?Sized> Code<'a, R> {
     /// Whether a call lies before `ip`: in the image, or else in the guest, where the kernel may have put it since.
     fn follows_call(&self, ip: Gva, rule: Orc) -> Result<bool, Reason> {
         let link = self.link(ip);
-        if let Some(code) = self.image_before(link) {
-            // The first code of a CPU pushes its own return address, which is where its stack ends.
-            if ends_with_call(code) || rule == Orc::End && ends_with_far_return(code) {
-                return Ok(true);
-            }
-        }
-        if ends_with_call(&self.live_before(ip)?) {
+        // The first code of a CPU pushes its own return address, which is where its stack ends.
+        let called =
+            |code: &[u8]| ends_with_call(code) || rule == Orc::End && ends_with_far_return(code);
+        if self.image_before(link).is_some_and(called)
+            || self.given_back.contains(&link)
+            || called(&self.live_before(ip)?)
+        {
             return Ok(true);
         }
         // The tracer takes its call away while threads may still be in what it called.
         let site = link.checked_sub(FENTRY).map(|start| start..link);
-        let sites = self.taken.kernel.image().sites();
-        Ok(site.is_some_and(|site| {
-            sites
+        let shipped = self.taken.kernel.image().shipped().ok();
+        Ok(site.zip(shipped).is_some_and(|(site, shipped)| {
+            shipped
+                .sites()
                 .first(SiteKind::Fentry, &site, 1)
                 .first()
                 .is_some_and(|found| found.range == site)

@@ -19,8 +19,8 @@ pub(crate) struct UnwindLayout {
     /// the stack, or nothing, but there the stack is as at the entry of a function.
     pub(crate) thunks: Vec<LinkAddr>,
     /// Code that the kernel may have replaced at boot by other code which moves the stack pointer within it: the unwind table
-    /// describes one of several, or none.
-    pub(crate) unlevel: Vec<Range<LinkAddr>>,
+    /// describes one of several, or none. `None` where it is not known which code that is.
+    pub(crate) unlevel: Option<Vec<Range<LinkAddr>>>,
     pub(crate) graph: Option<TakenByGraph>,
     pub(crate) probe: Option<TakenByProbe>,
     pub(crate) ftrace: Option<FtraceLayout>,
@@ -166,10 +166,13 @@ fn thunks(image: &Image) -> Result<Vec<LinkAddr>, LayoutError> {
 }
 
 /// The places of alternatives of which any moves the stack pointer, in the order of their addresses.
-fn unlevel(image: &Image) -> Result<Vec<Range<LinkAddr>>, LayoutError> {
-    let (sites, types) = (image.sites(), image.types());
+fn unlevel(image: &Image) -> Result<Option<Vec<Range<LinkAddr>>>, LayoutError> {
+    let Ok(shipped) = image.shipped() else {
+        return Ok(None);
+    };
+    let (sites, types) = (shipped.sites(), image.types());
     if sites.count(SiteKind::Alternative) == 0 {
-        return Ok(Vec::new());
+        return Ok(Some(Vec::new()));
     }
     let from = types.offset_of("alt_instr", "repl_offset")?;
     let len = types.offset_of("alt_instr", "replacementlen")?;
@@ -178,7 +181,7 @@ fn unlevel(image: &Image) -> Result<Vec<Range<LinkAddr>>, LayoutError> {
     for entry in sites.entries(SiteKind::Alternative, &everywhere) {
         let len = usize::try_from(len).ok().and_then(|at| entry.bytes.get(at));
         let code = entry.relative(from).zip(len);
-        let code = code.and_then(|(from, len)| image.bytes(from.range((*len).into())?));
+        let code = code.and_then(|(from, len)| shipped.bytes(from.range((*len).into())?));
         if !code.is_some_and(is_level) {
             found.push(entry.site.range);
         }
@@ -192,7 +195,7 @@ fn unlevel(image: &Image) -> Result<Vec<Range<LinkAddr>>, LayoutError> {
         }
         same
     });
-    Ok(found)
+    Ok(Some(found))
 }
 
 fn graph(image: &Image) -> Result<Option<TakenByGraph>, LayoutError> {

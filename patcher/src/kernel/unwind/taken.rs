@@ -94,13 +94,33 @@ impl<R: ReadPhys + ?Sized> Taken<'_, R> {
             slot: sp,
         };
         let graph = self.layout.graph.as_ref().ok_or_else(unknown)?;
-        let before = graph.handler..self.kernel.link(at).ok_or_else(unknown)?;
-        let code = self.kernel.image().text(before);
-        let pushed = code.and_then(pushed).ok_or_else(unknown)?;
+        let code = self.handler_to(graph, at)?.ok_or_else(unknown)?;
+        let pushed = pushed(&code).ok_or_else(unknown)?;
         // The function's return had taken its address from the stack when this code began.
         let slot = Gva(sp.0.wrapping_add_signed(pushed).wrapping_sub(8));
         let real = self.given_back(owners, self.kernel.runtime(graph.handler), slot)?;
         Ok((slot, real))
+    }
+
+    /// The code of the tracer's handler before `at`: the image's, or where that is not known the guest's.
+    fn handler_to(&self, graph: &TakenByGraph, at: Gva) -> Result<Option<Vec<u8>>, Reason> {
+        let Some(end) = self.kernel.link(at) else {
+            return Ok(None);
+        };
+        if let Ok(shipped) = self.kernel.image().shipped() {
+            let code = shipped.text(graph.handler..end);
+            return Ok(code.map(<[u8]>::to_vec));
+        }
+        let len = end.offset_from(graph.handler);
+        let len = len.filter(|len| *len < graph.handler_len);
+        let Some(len) = len.and_then(|len| usize::try_from(len).ok()) else {
+            return Ok(None);
+        };
+        let mut code = vec![0; len];
+        let start = self.kernel.runtime(graph.handler);
+        let read = self.memory.read(start, &mut code);
+        read.map_err(Reason::unreadable)?;
+        Ok(Some(code))
     }
 
     /// The one answer that any of the tasks has.

@@ -145,9 +145,17 @@ pub(super) fn check_in(
         guest.task(7, "sleeper", &[]);
         sleeps(&mut guest, 2, after(f::PLAIN), &[after(f::FIRST)]);
         prepare(&mut guest);
-        let (kernel, found) = unwound(&mut guest, &others);
-        let got = of(&found, who).map_or("none".to_owned(), |stack| told(&kernel, stack));
-        assert!(got.contains(want), "{form:?}: {got}\n instead of {want}");
+        // By the kernel's file, and by what is left of it in memory.
+        for kernel in [guest.kernel(), guest.recovered()] {
+            let others = others(&kernel);
+            let found = stacks(&kernel, &guest, &guest.vcpus, &others).unwrap();
+            let got = of(&found, who).map_or("none".to_owned(), |stack| told(&kernel, stack));
+            let source = kernel.image().source();
+            assert!(
+                got.contains(want),
+                "{form:?} {source:?}: {got}\n instead of {want}"
+            );
+        }
     }
 }
 

@@ -40,8 +40,8 @@ fn vcpus_are_followed_from_their_registers() {
     );
     check(
         &vcpu,
-        at(start(f::PLAIN) + 5, vec![text(SAVED_REGISTERS)]),
-        "filler_000+0x5 asm_exc_divide_error+0x18 | User",
+        at(start(f::PLAIN) + 3, vec![text(SAVED_REGISTERS)]),
+        "filler_000+0x3 asm_exc_divide_error+0x18 | User",
     );
     check(
         &vcpu,

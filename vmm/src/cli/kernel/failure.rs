@@ -4,7 +4,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use patcher::guest::dump::DumpError;
+use patcher::kernel::agree::Disagreement;
 use patcher::kernel::locate::LocateError;
+use patcher::kernel::recover::RecoverError;
 
 use crate::api::wire::ErrorBody;
 use crate::failure::{FAILED, USAGE};
@@ -15,10 +17,8 @@ use crate::views::{ViewError, hex};
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Failure {
-    /// No recorded guest was named, or no image.
-    #[error(
-        "a recorded guest is shown by --dump CORE with --kernel IMAGE, and {missing} was not given"
-    )]
+    /// No recorded guest was named, or no image where one is needed.
+    #[error("this is of a recorded guest, and {missing} was not given")]
     NotGiven { missing: &'static str },
     #[error("cannot read the dump {path}: {cause}")]
     File { path: PathBuf, cause: io::Error },
@@ -26,11 +26,20 @@ pub(super) enum Failure {
     Dump { path: PathBuf, cause: DumpError },
     #[error(transparent)]
     Image(#[from] IndexError),
-    #[error("cannot find the kernel {kernel} in the dump {dump}: {cause}")]
+    #[error("cannot find the kernel {} in the dump {dump}: {cause}", of_memory(.kernel.as_ref()))]
     Locate {
         dump: PathBuf,
-        kernel: PathBuf,
+        /// Its file, unless it was recovered from memory.
+        kernel: Option<PathBuf>,
         cause: LocateError,
+    },
+    #[error("cannot recover a kernel from the dump {dump}: {cause}")]
+    Recover { dump: PathBuf, cause: RecoverError },
+    #[error("the kernel {kernel} and the memory of the dump {dump} do not say the same: {cause}")]
+    Disagree {
+        dump: PathBuf,
+        kernel: PathBuf,
+        cause: Disagreement,
     },
     #[error(transparent)]
     View(#[from] ViewError),
@@ -47,6 +56,13 @@ impl From<serde_json::Error> for Failure {
     fn from(error: serde_json::Error) -> Self {
         Self::Output(error.into())
     }
+}
+
+fn of_memory(kernel: Option<&PathBuf>) -> String {
+    kernel.map_or_else(
+        || "recovered from memory".to_owned(),
+        |kernel| kernel.display().to_string(),
+    )
 }
 
 /// What a system's error with the dump `path` becomes.
@@ -81,6 +97,8 @@ impl Failure {
                 ..
             } => "other_kernel",
             Self::Locate { .. } => "kernel_not_found",
+            Self::Recover { .. } => "kernel_not_recovered",
+            Self::Disagree { .. } => "kernels_disagree",
             Self::View(error) => error.code(),
             Self::Unexplained { .. } => "differs",
             Self::Output(_) => "cannot_print",
@@ -91,7 +109,7 @@ impl Failure {
     fn hint(&self) -> String {
         let hint = match self {
             Self::NotGiven { .. } => {
-                "make a dump with exopatch vm dump FILE, then say --dump FILE --kernel VMLINUZ"
+                "make a dump with exopatch vm dump FILE, then say --dump FILE, and --kernel VMLINUZ with the kernel that the guest ran"
             }
             Self::File { .. } | Self::Image(IndexError::File { .. }) => {
                 "give the path of a file that you can read"
@@ -114,6 +132,10 @@ impl Failure {
                 }
                 _ => "give the vmlinuz that the guest ran, and a dump made when it had booted",
             },
+            Self::Recover { .. } => "give the vmlinuz that the guest ran: --kernel VMLINUZ",
+            Self::Disagree { .. } => {
+                "the guest's memory is damaged, or not what its kernel made of it: believe neither"
+            }
             Self::View(error) => return error.hint(),
             Self::Unexplained { .. } => {
                 "a function that an update replaced shows so too, as a dump does not say what was updated"
@@ -141,6 +163,8 @@ impl crate::failure::Failure for Failure {
             Self::File { cause, .. } => cause.to_string(),
             Self::Dump { cause, .. } => cause.to_string(),
             Self::Locate { cause, .. } => cause.to_string(),
+            Self::Recover { cause, .. } => cause.to_string(),
+            Self::Disagree { cause, .. } => cause.to_string(),
             _ => self.to_string(),
         };
         ErrorBody {

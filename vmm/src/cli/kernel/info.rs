@@ -4,14 +4,16 @@
 
 use patcher::addr::Gva;
 use patcher::guest::{Registers, Vcpu, VcpuState};
+use patcher::kernel::agree::Agreed;
 use patcher::kernel::boot::BootState;
+use patcher::kernel::image::Source;
 use patcher::kernel::modules;
 use patcher::kernel::names::Names;
 use patcher::kernel::tasks::Tasks;
 use serde::Serialize;
 
 use super::recording::{Files, Recording};
-use crate::cli::build::release;
+use crate::cli::build::{release, release_in_memory};
 use crate::views::table::{Side, Table, line, or_dash};
 use crate::views::{hex, text_of};
 
@@ -19,7 +21,13 @@ use crate::views::{hex, text_of};
 #[derive(Debug, Serialize)]
 pub(super) struct Info {
     dump: String,
-    kernel: String,
+    /// Its file; `None` when it was recovered from memory.
+    kernel: Option<String>,
+    /// What is known of the kernel comes from its `file` or from the guest's `memory`.
+    source: &'static str,
+    /// What file and memory agree on, where that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    verified: Option<Verified>,
     /// As uname -r says it.
     release: Option<String>,
     build_id: String,
@@ -43,6 +51,14 @@ pub(super) struct Info {
     problems: Vec<String>,
 }
 
+/// What was compared, and is equal.
+#[derive(Debug, Serialize)]
+struct Verified {
+    symbols: usize,
+    type_bytes: usize,
+    unwind_entries: usize,
+}
+
 #[derive(Debug, Serialize)]
 struct Cpu {
     vcpu: usize,
@@ -55,7 +71,7 @@ struct Cpu {
 }
 
 /// Reads what there is.
-pub(super) fn read(files: &Files, recording: &Recording) -> Info {
+pub(super) fn read(files: &Files, recording: &Recording, verified: Option<Agreed>) -> Info {
     let Recording { dump, kernel } = recording;
     let image = kernel.image();
     let mut problems = Vec::new();
@@ -69,17 +85,27 @@ pub(super) fn read(files: &Files, recording: &Recording) -> Info {
     // It fails only as they do.
     let names = Names::read(kernel, dump).ok();
     let path = |path: &Option<std::path::PathBuf>| {
-        path.as_ref()
-            .map_or_else(String::new, |path| path.display().to_string())
+        let path = path.as_ref();
+        path.map(|path| path.display().to_string())
     };
+    let verified = verified.map(|agreed| Verified {
+        symbols: agreed.symbols,
+        type_bytes: agreed.type_bytes,
+        unwind_entries: agreed.unwind,
+    });
     let bytes = dump
         .memory()
         .filter_map(|range| range.end.offset_from(range.start));
     let vcpus = dump.vcpus().iter().enumerate();
     Info {
-        dump: path(&files.dump),
+        dump: path(&files.dump).unwrap_or_default(),
         kernel: path(&files.kernel),
-        release: release(image),
+        source: match image.source() {
+            Source::File => "file",
+            Source::Memory => "memory",
+        },
+        verified,
+        release: release(image).or_else(|| release_in_memory(kernel, dump)),
         build_id: hex(image.build_id()),
         symbols: image.symbols().len(),
         types: image.types().len(),
@@ -138,7 +164,23 @@ impl Info {
     pub(super) fn table(&self) -> String {
         let mut text = String::new();
         line(&mut text, "dump", &self.dump);
-        line(&mut text, "file", &self.kernel);
+        line(&mut text, "file", or_dash(self.kernel.as_ref()));
+        line(&mut text, "known from", self.source);
+        if let Some(verified) = &self.verified {
+            let Verified {
+                symbols,
+                type_bytes,
+                unwind_entries,
+            } = verified;
+            line(
+                &mut text,
+                "verified",
+                format_args!(
+                    "file and memory agree on {symbols} symbols, {type_bytes} bytes of types and {unwind_entries} entries of \
+                     the unwind table"
+                ),
+            );
+        }
         line(&mut text, "release", or_dash(self.release.as_ref()));
         line(&mut text, "build id", &self.build_id);
         line(&mut text, "symbols", self.symbols);

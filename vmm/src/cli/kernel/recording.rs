@@ -1,4 +1,5 @@
-//! A recorded guest and the image of its kernel, opened together: what can be asked needs both.
+//! A recorded guest and the image of its kernel, opened together. Where no file of the kernel is given, what the guest's memory holds of it
+//! has to do.
 //!
 //! The dump is mapped, not read: it is as large as the guest was, and little of it is looked at.
 #![expect(unsafe_code, reason = "maps the dump into memory")]
@@ -11,6 +12,8 @@ use std::sync::Arc;
 use memmap2::Mmap;
 use patcher::guest::Registers;
 use patcher::guest::dump::Dump;
+use patcher::kernel::agree::{Agreed, agree};
+use patcher::kernel::image::Image;
 use patcher::kernel::locate::Kernel;
 
 use super::failure::{Failure, unreadable};
@@ -23,7 +26,7 @@ pub(super) struct Files {
     /// Look at this recorded guest, not at a running one: an ELF core by exopatch vm dump or QEMU's dump-guest-memory
     #[arg(long, global = true, value_name = "CORE")]
     pub(super) dump: Option<PathBuf>,
-    /// The kernel that the recorded guest ran: its bzImage (vmlinuz), or the ELF file in it
+    /// The kernel that the recorded guest ran: its bzImage (vmlinuz), or the ELF file in it; without one it is recovered from memory
     #[arg(long, global = true, value_name = "IMAGE")]
     pub(super) kernel: Option<PathBuf>,
 }
@@ -53,21 +56,45 @@ impl Files {
         self.dump.is_some() || self.kernel.is_some()
     }
 
-    /// Opens both, and proves that they belong together.
+    /// Opens what is given: of both it is proved that they belong together.
     pub(super) fn open(&self) -> Result<Recording, Failure> {
-        let missing = |missing| Failure::NotGiven { missing };
-        let path = self.dump.as_deref().ok_or(missing("--dump CORE"))?;
-        let image_path = self.kernel.as_deref().ok_or(missing("--kernel IMAGE"))?;
+        let missing = "--dump CORE";
+        let path = self.dump.as_deref().ok_or(Failure::NotGiven { missing })?;
         let dump = open_dump(path)?;
-        let image = Arc::new(kernel_index::load(image_path)?);
-        let kernel =
-            Kernel::locate(image, &dump, dump.vcpus()).map_err(|cause| Failure::Locate {
+        let image = match &self.kernel {
+            Some(image) => kernel_index::load(image)?,
+            None => recover(path, &dump)?,
+        };
+        let kernel = Kernel::locate(Arc::new(image), &dump, dump.vcpus()).map_err(|cause| {
+            Failure::Locate {
                 dump: path.to_owned(),
-                kernel: image_path.to_owned(),
+                kernel: self.kernel.clone(),
                 cause,
-            })?;
+            }
+        })?;
         Ok(Recording { dump, kernel })
     }
+
+    /// Proves that the kernel's file and the recorded guest's memory say the same of the kernel.
+    pub(super) fn verify(&self, recording: &Recording) -> Result<Agreed, Failure> {
+        let (Some(path), Some(kernel)) = (&self.dump, &self.kernel) else {
+            let missing = "--kernel IMAGE";
+            return Err(Failure::NotGiven { missing });
+        };
+        let memory = recover(path, &recording.dump)?;
+        agree(recording.kernel.image(), &memory).map_err(|cause| Failure::Disagree {
+            dump: path.clone(),
+            kernel: kernel.clone(),
+            cause,
+        })
+    }
+}
+
+fn recover(path: &Path, dump: &Dump) -> Result<Image, Failure> {
+    Image::from_memory(dump, dump.vcpus()).map_err(|cause| Failure::Recover {
+        dump: path.to_owned(),
+        cause,
+    })
 }
 
 fn open_dump(path: &Path) -> Result<Dump, Failure> {

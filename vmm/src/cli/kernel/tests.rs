@@ -72,6 +72,14 @@ fn core() -> Vec<u8> {
     file
 }
 
+/// What comes of `words` about a good dump, whose guest is none.
+fn of_nothing(words: &str) -> (Failure, String) {
+    let directory = tempfile::tempdir().unwrap();
+    let dump = directory.path().join("guest.core").display().to_string();
+    std::fs::write(&dump, core()).unwrap();
+    (refused(&format!("--dump {dump} {words}")), dump)
+}
+
 /// What comes of `bytes` as a dump, with an image that is none either.
 fn with_dump(bytes: &[u8]) -> (Failure, String) {
     let directory = tempfile::tempdir().unwrap();
@@ -119,22 +127,22 @@ fn wrong_usage_is_told_by_the_command_line() {
 }
 
 #[test]
-fn a_recorded_guest_needs_both_files() {
+fn a_recorded_guest_needs_a_dump_and_to_be_verified_a_file_too() {
     let usage = ("no_recorded_guest", USAGE);
-    for view in VIEWS {
+    for view in VIEWS.into_iter().chain(["info --verify"]) {
         check(
             &refused(&format!("--kernel x {view}")),
             usage,
             "--dump CORE was not given",
             "exopatch vm dump FILE",
         );
-        check(
-            &refused(&format!("{view} --dump x")),
-            usage,
-            "--kernel IMAGE was not given",
-            "--kernel VMLINUZ",
-        );
     }
+    check(
+        &refused("info --verify"),
+        usage,
+        "--dump CORE was not given",
+        "exopatch vm dump FILE",
+    );
 }
 
 #[test]
@@ -211,6 +219,16 @@ fn a_dump_that_was_cut_short_says_where() {
 }
 
 #[test]
+fn a_kernel_that_is_not_in_memory_needs_its_file() {
+    for view in VIEWS {
+        let (failure, dump) = of_nothing(view);
+        let code = ("kernel_not_recovered", FAILED);
+        check(&failure, code, &dump, "--kernel VMLINUZ");
+        assert!(failure.to_string().contains("no vCPU"), "{failure}");
+    }
+}
+
+#[test]
 fn a_good_dump_needs_a_good_image() {
     let (failure, dump) = with_dump(&core());
     let kernel = Path::new(&dump).with_file_name("vmlinuz");
@@ -227,7 +245,7 @@ fn a_good_dump_needs_a_good_image() {
 fn another_kernel_is_told_by_its_build_id() {
     let failure = Failure::Locate {
         dump: "guest.core".into(),
-        kernel: "vmlinuz".into(),
+        kernel: Some("vmlinuz".into()),
         cause: LocateError::BuildId {
             found: vec![0xab, 0x01],
             expected: vec![0xcd],

@@ -103,8 +103,15 @@ impl<'a> Targets<'a> {
         if !direct && !instruction.is_ip_rel_memory_operand() {
             return None;
         }
-        let symbols = self.subject.kernel.image().symbols();
-        let (symbol, offset) = symbols.containing(LinkAddr(at))?;
+        let kernel = self.subject.kernel;
+        let symbols = kernel.image().symbols();
+        // What is linked from zero on does not move; what is linked in the image does.
+        let moved = if symbols.percpu_start() == LinkAddr(0) {
+            0
+        } else {
+            kernel.slide()
+        };
+        let (symbol, offset) = symbols.containing(LinkAddr(at.wrapping_sub(moved)))?;
         symbol
             .percpu
             .then(|| format!("{}+{offset:#x} of this CPU", symbol.name))
