@@ -18,7 +18,7 @@ use crate::lab;
 use crate::stock::{self, Stock};
 
 /// Seconds that a boot and its recordings may take in the lab. A large guest's are slow to write.
-const LIMIT_S: u32 = 420;
+const LIMIT_S: u32 = 600;
 /// Threads that sleep beside those of a busy guest.
 const SLEEPERS: u32 = 200;
 /// How recordings are written: they are made anew when that changes.

@@ -18,6 +18,8 @@ const SIZES: [(u32, u64); 3] = [(100, 256), (1000, 256), (10_000, 768)];
 const OF_PEER: f64 = 1.0 / 20.0;
 /// What one task of the largest guest may cost beside one of the guest before: the cost grows with the tasks, and no faster.
 const LINEAR: f64 = 1.5;
+/// How often exopatch follows them at least: it takes milliseconds, in which much else can come between.
+const ROUNDS: usize = 25;
 /// drgn takes a second for some hundred tasks: above this number it is measured once.
 const OFTEN: u32 = 1000;
 
@@ -40,7 +42,7 @@ pub(crate) fn unwind(figures: &mut Figures, stock: Stock, samples: usize) -> Res
             memory_mib,
         };
         let core = recorded.kept()?;
-        let ours = ours(stock, &core, samples.max(5))?;
+        let ours = ours(stock, &core, samples.max(ROUNDS))?;
         let mut times = Vec::new();
         for _ in 0..if threads > OFTEN { 1 } else { samples } {
             let theirs = oracle::drgn("stacks.py", stock, &core, &[])?;
