@@ -12,22 +12,26 @@
  *   devmem ADDRESS LENGTH             try to read and to map physical memory through /dev/mem
  *   busy THREADS                      spin for ever
  *   churn THREADS                     go through the kernel in many ways for ever: calls, faults, pipes, sockets, signals, timers, forks
+ *   sleepers COUNT                    threads that sleep in one of several system calls each; "sleepers: COUNT" when all are there
  *   power-button                      open the power button, go to the background, power off when it is pressed
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <glob.h>
+#include <linux/futex.h>
 #include <linux/input.h>
 #include <linux/sockios.h>
 #include <poll.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/reboot.h>
@@ -37,7 +41,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { MAX_THREADS = 1024, ERRNO_MAX = 4096 };
+enum { MAX_THREADS = 1024, MAX_SLEEPERS = 30000, ERRNO_MAX = 4096 };
 
 static _Noreturn void fail(const char *what)
 {
@@ -47,7 +51,7 @@ static _Noreturn void fail(const char *what)
 
 static _Noreturn void usage(void)
 {
-	fprintf(stderr, "usage: probe siocatmark|siocatmark-loop|answers|heartbeat|clock|kexec|devmem|busy|churn|power-button ...\n");
+	fprintf(stderr, "usage: probe siocatmark|siocatmark-loop|answers|heartbeat|clock|kexec|devmem|busy|churn|sleepers|power-button ...\n");
 	exit(2);
 }
 
@@ -345,6 +349,82 @@ static void *churn(void *index)
 	return NULL;
 }
 
+/* What sleepers sleep on: nothing ever comes. */
+static int sleep_pipe[2], sleep_sockets[2], sleep_epoll;
+static uint32_t sleep_word;
+static atomic_ulong sleepers_begun;
+
+/* Without the C library's threads: its stacks would take more memory than the kernel's. All share one errno, so nobody looks at it. */
+static int sleeper(void *index)
+{
+	char byte;
+	struct pollfd poll_pipe = { .fd = sleep_pipe[0], .events = POLLIN };
+	struct epoll_event event;
+	struct timespec long_time = { .tv_sec = 1000000 };
+	sigset_t signals;
+	sigemptyset(&signals);
+	sigaddset(&signals, SIGUSR2);
+	atomic_fetch_add(&sleepers_begun, 1);
+	for (;;)
+		switch ((uintptr_t)index % 7) {
+		case 0:
+			syscall(SYS_clock_nanosleep, CLOCK_MONOTONIC, 0, &long_time, NULL);
+			break;
+		case 1:
+			syscall(SYS_read, sleep_pipe[0], &byte, 1);
+			break;
+		case 2:
+			syscall(SYS_poll, &poll_pipe, 1, -1);
+			break;
+		case 3:
+			syscall(SYS_futex, &sleep_word, FUTEX_WAIT_PRIVATE, 0, NULL, NULL, 0);
+			break;
+		case 4:
+			syscall(SYS_epoll_wait, sleep_epoll, &event, 1, -1);
+			break;
+		case 5:
+			syscall(SYS_recvfrom, sleep_sockets[0], &byte, 1, 0, NULL, NULL);
+			break;
+		case 6:
+			syscall(SYS_rt_sigtimedwait, &signals, NULL, NULL, 8);
+			break;
+		}
+	return 0;
+}
+
+/* Raises the kernel's limit of threads, which it takes from its memory, to this. */
+static void allow_threads(unsigned long wanted)
+{
+	char text[32] = "";
+	int fd = open("/proc/sys/kernel/threads-max", O_RDWR | O_CLOEXEC);
+	if (fd < 0 || read(fd, text, sizeof text - 1) < 1)
+		fail("threads-max");
+	if (strtoul(text, NULL, 10) < wanted) {
+		int length = snprintf(text, sizeof text, "%lu", wanted);
+		if (pwrite(fd, text, (size_t)length, 0) != length)
+			fail("threads-max");
+	}
+	close(fd);
+}
+
+static _Noreturn void sleepers(unsigned long count)
+{
+	enum { STACK = 2048 };
+	char *stacks = mmap(NULL, count * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	allow_threads(count + 1000);
+	sleep_epoll = epoll_create1(EPOLL_CLOEXEC);
+	if (stacks == MAP_FAILED || sleep_epoll < 0 || pipe(sleep_pipe) || socketpair(AF_UNIX, SOCK_STREAM, 0, sleep_sockets))
+		fail("sleepers");
+	for (unsigned long i = 0; i < count; i++)
+		if (clone(sleeper, stacks + (i + 1) * STACK, CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD, (void *)i) < 0)
+			fail("clone");
+	while (atomic_load(&sleepers_begun) < count)
+		usleep(1000);
+	printf("sleepers: %lu\n", count);
+	for (;;)
+		pause();
+}
+
 /* Opens every input device that is a power button before going to the background, so that no press is lost once this returns. */
 static int power_button(void)
 {
@@ -415,6 +495,8 @@ int main(int argc, char **argv)
 			fail("signal");
 		return on_threads(number(arg[0], MAX_THREADS), churn), 0;
 	}
+	if (!strcmp(name, "sleepers") && args == 1)
+		sleepers(number(arg[0], MAX_SLEEPERS));
 	if (!strcmp(name, "power-button") && args == 0)
 		return power_button();
 	usage();

@@ -68,3 +68,14 @@ check_rust() {
 has_hardware_kvm() {
     [ -r /dev/kvm ] && [ -w /dev/kvm ] && grep -qwE 'vmx|svm' /proc/cpuinfo
 }
+
+# build_kernel_tests: builds the tests of kernels, which run inside the lab and are started there by path, and all that they need: sets
+# $kernel_tests to their program.
+build_kernel_tests() {
+    guest-images/build
+    cargo build --release --locked -p vmm -p tests --bins
+    scripts/editions
+    kernel_tests=$(cargo test --release --locked -p tests --features lab --test kernels --no-run --message-format=json |
+        sed -n 's/.*"executable":"\([^"]*\/kernels-[^"]*\)".*/\1/p' | tail -n 1)
+    [ -n "$kernel_tests" ] || die "cargo built no kernel tests"
+}

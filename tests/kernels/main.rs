@@ -6,6 +6,7 @@
 mod boot;
 mod coexist;
 mod end;
+mod flavours;
 mod input;
 mod patch;
 mod pause;

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tests::api::Api;
+use tests::figures;
 use tests::guest::{Guest, Options};
 use tests::stock::{self, LTS_6_1, NEWEST_6_12, Stock};
 
@@ -79,6 +80,7 @@ fn rounds(stock: Stock, rounds: usize) {
     }
     assert_eq!(identity(&mut guest), before);
     assert_clean(&mut guest);
+    figures::note(&serde_json::json!({ "applies": rounds }));
 }
 
 #[test]

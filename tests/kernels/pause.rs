@@ -4,6 +4,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::Value;
 use tests::api::Api;
+use tests::figures;
 use tests::guest::{Guest, Options};
 use tests::stock::{self, LTS_6_1};
 
@@ -69,6 +70,7 @@ fn many_pauses_of_four_busy_cpus_hang_none() {
         );
     }
     assert_clean(&mut guest);
+    figures::note(&serde_json::json!({ "pauses": pauses, "stop_us_most": longest_us }));
 }
 
 #[test]

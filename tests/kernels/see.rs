@@ -297,7 +297,7 @@ fn refusals(guest: &Guest) {
     }
 }
 
-fn all_views(stock: Stock) {
+pub(crate) fn all_views(stock: Stock) {
     const CPUS: u32 = 2;
     let mut guest = Guest::boot(&Options::new(stock).cpus(CPUS));
     let types = see(&guest, &["types", "task_struct", "thread.sp"]);

@@ -5,7 +5,11 @@
 pub mod api;
 pub mod client;
 pub mod console;
+pub mod figures;
 pub mod guest;
 pub mod initrd;
+pub mod lab;
+pub mod oracle;
+pub mod recorded;
 pub mod stock;
 pub mod stops;

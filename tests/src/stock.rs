@@ -13,8 +13,28 @@ pub const LTS_6_1: Stock = Stock("6.1");
 pub const NEWEST_6_1: Stock = Stock("6.1-new");
 /// The newest 6.12 cloud kernel.
 pub const NEWEST_6_12: Stock = Stock("6.12");
-/// All of them.
+/// The cloud kernels.
 pub const ALL: [Stock; 3] = [LTS_6_1, NEWEST_6_1, NEWEST_6_12];
+/// The newest generic kernels: with all of Debian's drivers and options.
+pub const GENERIC_6_1: Stock = Stock("6.1-generic");
+/// See [`GENERIC_6_1`].
+pub const GENERIC_6_12: Stock = Stock("6.12-generic");
+/// The newest kernels that are preemptible throughout (`CONFIG_PREEMPT_RT`).
+pub const RT_6_1: Stock = Stock("6.1-rt");
+/// See [`RT_6_1`].
+pub const RT_6_12: Stock = Stock("6.12-rt");
+/// All of these: other configurations than the cloud kernels'.
+pub const FLAVOURS: [Stock; 4] = [GENERIC_6_1, RT_6_1, GENERIC_6_12, RT_6_12];
+
+/// The kernel of this name.
+///
+/// # Errors
+/// When there is none.
+pub fn named(name: &str) -> Result<Stock, String> {
+    let mut all = ALL.into_iter().chain(FLAVOURS);
+    all.find(|stock| stock.0 == name)
+        .ok_or_else(|| format!("no kernel is called {name}"))
+}
 
 impl Stock {
     /// A file of this kernel: `vmlinuz`, `vmlinux`, `initramfs.cpio.gz`, `config`.
@@ -49,7 +69,12 @@ impl Stock {
     }
 }
 
-fn cache() -> PathBuf {
+/// Where the scripts keep what they fetch and make.
+///
+/// # Panics
+/// When there is no home directory.
+#[must_use]
+pub fn cache() -> PathBuf {
     if let Some(dir) = env::var_os("EXOPATCH_CACHE") {
         return dir.into();
     }
@@ -102,8 +127,16 @@ pub fn layouts() -> Vec<(String, Option<PathBuf>)> {
 /// When it has not been built.
 #[must_use]
 pub fn exopatch() -> PathBuf {
-    let path = env::var_os("EXOPATCH_BIN")
-        .map_or_else(|| target().join("release/exopatch"), PathBuf::from);
+    env::var_os("EXOPATCH_BIN").map_or_else(|| program("exopatch"), PathBuf::from)
+}
+
+/// A program of this repository.
+///
+/// # Panics
+/// When it has not been built.
+#[must_use]
+pub fn program(name: &str) -> PathBuf {
+    let path = target().join("release").join(name);
     assert!(
         path.exists(),
         "{} is missing: run cargo build --release",

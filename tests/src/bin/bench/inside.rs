@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tests::api::Api;
 use tests::client::Client;
-use tests::stock::{ALL, LTS_6_1, Stock};
+use tests::stock::{LTS_6_1, Stock, named};
 
 use crate::figures::median;
 use crate::machine::{Control, Kind, Machine, Request};
@@ -22,17 +22,12 @@ const GUEST_MAPPING_KIB: u64 = 128 << 10;
 
 /// Measures one part, in the lab or on hardware.
 pub(crate) fn measure(part: &str, args: &[&str]) -> Result<Value, String> {
-    let kernel = |name: &str| {
-        ALL.into_iter()
-            .find(|stock| stock.0 == name)
-            .ok_or(format!("no kernel is called {name}"))
-    };
     match (part, args) {
-        ("boot", ["exopatch", name]) => boot(Kind::Exopatch, kernel(name)?),
-        ("boot", ["qemu", name]) => boot(Kind::QemuMicrovm, kernel(name)?),
+        ("boot", ["exopatch", name]) => boot(Kind::Exopatch, named(name)?),
+        ("boot", ["qemu", name]) => boot(Kind::QemuMicrovm, named(name)?),
         ("pause", ["exopatch"]) => pause(Kind::Exopatch),
         ("pause", ["qemu"]) => pause(Kind::QemuMicrovm),
-        ("apply", [name, dump]) => apply(kernel(name)?, dump),
+        ("apply", [name, dump]) => apply(named(name)?, dump),
         ("memory", []) => memory(),
         _ => Err(format!("there is no part {part} {args:?}")),
     }

@@ -7,15 +7,18 @@
 )]
 
 mod figures;
+mod index;
 mod inside;
 mod machine;
 mod outside;
+mod unwind;
 
 use std::process::ExitCode;
 
 use figures::Figures;
+use tests::stock::{LTS_6_1, NEWEST_6_12, named};
 
-const USAGE: &str = "usage: exopatch-bench first [--json] [--samples N]";
+const USAGE: &str = "usage: exopatch-bench first|kernel [--json] [--samples N]";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -24,7 +27,11 @@ fn main() -> ExitCode {
         ["inside", part, ref rest @ ..] => {
             inside::measure(part, rest).map(|values| println!("{values}"))
         }
-        ["first", ref options @ ..] => first(options),
+        ["index-memory", kernel] => named(kernel)
+            .and_then(index::own_memory)
+            .map(|values| println!("{values}")),
+        ["first", ref options @ ..] => run(options, first),
+        ["kernel", ref options @ ..] => run(options, kernel),
         _ => Err(USAGE.to_owned()),
     };
     match outcome {
@@ -36,7 +43,11 @@ fn main() -> ExitCode {
     }
 }
 
-fn first(options: &[&str]) -> Result<(), String> {
+/// Runs a benchmark with that many samples of each figure, and prints its figures.
+fn run(
+    options: &[&str],
+    benchmark: fn(&mut Figures, usize) -> Result<(), String>,
+) -> Result<(), String> {
     let mut samples = 3;
     let mut json = false;
     let mut options = options.iter();
@@ -53,16 +64,30 @@ fn first(options: &[&str]) -> Result<(), String> {
         }
     }
     let mut figures = Figures::default();
-    outside::lab_start(&mut figures, samples)?;
-    outside::boot(&mut figures, samples)?;
-    outside::index(&mut figures, samples.max(5))?;
-    outside::pause(&mut figures, samples)?;
-    outside::work(&mut figures)?;
-    outside::memory(&mut figures)?;
+    benchmark(&mut figures, samples)?;
     if json {
         println!("{}", figures.json());
     } else {
         println!("{}", figures.table());
+    }
+    Ok(())
+}
+
+fn first(figures: &mut Figures, samples: usize) -> Result<(), String> {
+    outside::lab_start(figures, samples)?;
+    outside::boot(figures, samples)?;
+    index::index(figures, samples.max(5))?;
+    outside::pause(figures, samples)?;
+    outside::work(figures)?;
+    outside::memory(figures)
+}
+
+fn kernel(figures: &mut Figures, samples: usize) -> Result<(), String> {
+    for stock in [LTS_6_1, NEWEST_6_12] {
+        index::beside_peer(figures, stock, samples)?;
+        index::memory(figures, stock)?;
+        index::lookups(figures, stock)?;
+        unwind::unwind(figures, stock, samples)?;
     }
     Ok(())
 }

@@ -2,7 +2,7 @@
 //! run guests boots the next one more slowly.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -17,14 +17,13 @@ use patcher::kernel::image::Image;
 use patcher::kernel::locate::Kernel;
 use patcher::kernel::payload::Payload;
 use serde_json::Value;
-use tests::stock::{ALL, LTS_6_1, NEWEST_6_12, Stock};
+use tests::lab;
+use tests::stock::{LTS_6_1, NEWEST_6_12, Stock};
 
 use crate::figures::{Figures, Target, median};
 
 /// Seconds until the lab is ready that are too many.
 const LAB_START_S: f64 = 6.0;
-/// Milliseconds that symbols and types may take beyond decompression.
-const INDEX_MS: f64 = 30.0;
 /// Work under the pause of an apply, natively.
 const PAUSE_WORK_US: f64 = 300.0;
 /// Anonymous memory beside guest memory, in MiB: without and with the kernel's index.
@@ -36,46 +35,18 @@ const RECORDED_ROUNDS: usize = 200;
 const ARENA: Gpa = Gpa(1 << 36);
 const ARENA_LEN: u64 = 6 << 20;
 
-fn lab() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .with_file_name("scripts")
-        .join("lab")
-}
-
-/// How often a part is tried: the emulated processor fails now and then, as `scripts/test` explains.
-const TRIES: u32 = 4;
 /// What a part may take before its lab counts as wedged.
-const PART_LIMIT_S: &str = "150";
+const PART_LIMIT_S: u32 = 150;
 
 /// Runs a part inside a fresh lab and gives the numbers that it printed.
 fn inside(args: &[&str]) -> Result<Value, String> {
     eprintln!("measuring {}", args.join(" "));
     let own = std::env::current_exe().map_err(|error| error.to_string())?;
-    let mut last = String::new();
-    for _ in 0..TRIES {
-        let output = Command::new(lab())
-            .args(["--fresh", "--with-qemu", "--timeout", PART_LIMIT_S])
-            .arg(&own)
-            .arg("inside")
-            .args(args)
-            .stdin(Stdio::null())
-            .output()
-            .map_err(|error| format!("{}: {error}", lab().display()))?;
-        if output.status.success() {
-            return serde_json::from_slice(&output.stdout)
-                .map_err(|error| format!("{args:?}: {error}"));
-        }
-        last = format!(
-            "{args:?}: {}: {}",
-            output.status,
-            String::from_utf8_lossy(&output.stderr)
-        );
-        eprintln!("{last}");
-    }
-    Err(last)
+    let output = lab::run(&own, &[&["inside"], args].concat(), PART_LIMIT_S)?;
+    serde_json::from_slice(&output).map_err(|error| format!("{args:?}: {error}"))
 }
 
-fn number(values: &Value, name: &str) -> Result<f64, String> {
+pub(crate) fn number(values: &Value, name: &str) -> Result<f64, String> {
     values[name]
         .as_f64()
         .ok_or_else(|| format!("no {name} in {values}"))
@@ -86,7 +57,7 @@ pub(crate) fn lab_start(figures: &mut Figures, samples: usize) -> Result<(), Str
     let mut times = Vec::new();
     for _ in 0..samples {
         let run = |action: &str| {
-            let status = Command::new(lab())
+            let status = Command::new(lab::script())
                 .args(["--name", "bench", action])
                 .stdout(Stdio::null())
                 .status();
@@ -131,53 +102,6 @@ pub(crate) fn boot(figures: &mut Figures, samples: usize) -> Result<(), String> 
             "s",
             peer,
             Some(Target::RatioAtMost(1.0)),
-        );
-    }
-    Ok(())
-}
-
-/// Symbols and types from the bzImage, natively.
-pub(crate) fn index(figures: &mut Figures, samples: usize) -> Result<(), String> {
-    for stock in ALL {
-        eprintln!("measuring index {}", stock.0);
-        let path = stock.file("vmlinuz");
-        let file = fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
-        let (mut unpack, mut parse) = (Vec::new(), Vec::new());
-        for _ in 0..samples {
-            let failed = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
-            let payload = Payload::find(&file).map_err(|error| failed(&error))?;
-            let mut vmlinux = vec![0; payload.size()];
-            let start = Instant::now();
-            payload
-                .decompress_into(&mut vmlinux)
-                .map_err(|error| failed(&error))?;
-            unpack.push(start.elapsed().as_secs_f64() * 1e3);
-            let start = Instant::now();
-            let image = Image::parse(Arc::new(vmlinux)).map_err(|error| failed(&error))?;
-            image
-                .symbols()
-                .lookup("schedule")
-                .map_err(|error| failed(&error))?;
-            image
-                .types()
-                .member("task_struct", "thread.sp")
-                .map_err(|error| failed(&error))?;
-            parse.push(start.elapsed().as_secs_f64() * 1e3);
-        }
-        figures.add(
-            format!("index {}: decompression", stock.0),
-            median(unpack)?,
-            "ms",
-            None,
-            None,
-        );
-        let name = format!("index {}: symbols and types beyond it", stock.0);
-        figures.add(
-            name,
-            median(parse)?,
-            "ms",
-            None,
-            Some(Target::AtMost(INDEX_MS)),
         );
     }
     Ok(())
