@@ -3,6 +3,7 @@
 //! `scripts/test kernels [FILTER]` runs them where a KVM that carries a kernel is.
 #![expect(clippy::print_stdout, reason = "a test prints the figures that it saw")]
 
+mod asleep;
 mod boot;
 mod coexist;
 mod end;

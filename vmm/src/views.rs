@@ -22,6 +22,7 @@ pub mod types;
 use std::ops::Range;
 
 use patcher::addr::Gva;
+use patcher::edition::resident::Resident;
 use patcher::guest::{ReadPhys, Vcpu};
 use patcher::kernel::image::Image;
 use patcher::kernel::locate::Kernel;
@@ -48,15 +49,15 @@ pub struct Subject<'a> {
     pub updates: &'a [Update],
 }
 
-/// An update that is in effect.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// An update that is in effect, or was.
+#[derive(Clone, Debug)]
 pub struct Update {
-    /// Its number.
-    pub id: u64,
+    /// Its number, while it is in effect.
+    pub id: Option<u64>,
     /// Its jumps in the kernel's text.
     pub jumps: Vec<Range<Gva>>,
-    /// Its code, and for each piece the name of what it is.
-    pub code: Vec<(Range<Gva>, String)>,
+    /// Its code, which stays.
+    pub code: Resident,
 }
 
 /// What can be asked of a kernel.

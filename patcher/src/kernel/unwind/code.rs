@@ -12,11 +12,12 @@ use super::reason::{Reason, Region};
 use super::taken::Taken;
 use crate::addr::{Gva, LinkAddr};
 use crate::guest::ReadPhys;
+use crate::kernel::arena;
 use crate::kernel::orc::{Orc, OrcTable};
 use crate::kernel::sites::SiteKind;
 use crate::x86::depth::pushed;
 
-/// Code outside the kernel's image: a module, the arena.
+/// Code outside the kernel's image: an update's, or all of the arena. Of several for one address the first counts.
 #[derive(Clone, Debug)]
 pub struct OtherCode {
     /// What it is, for reasons.
@@ -25,6 +26,18 @@ pub struct OtherCode {
     pub range: Range<Gva>,
     /// How to unwind there, in running addresses.
     pub table: Option<OrcTable>,
+}
+
+impl OtherCode {
+    /// All of the arena's code: what nothing more is known of.
+    #[must_use]
+    pub fn arena() -> Self {
+        Self {
+            name: "the arena".to_owned(),
+            range: arena::CODE,
+            table: None,
+        }
+    }
 }
 
 /// `MODULES_VADDR` of a kernel that can move itself, and `MODULES_END`.
