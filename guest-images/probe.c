@@ -12,6 +12,7 @@
  *   devmem ADDRESS LENGTH             try to read and to map physical memory through /dev/mem
  *   busy THREADS                      spin for ever
  *   churn THREADS                     go through the kernel in many ways for ever: calls, faults, pipes, sockets, signals, timers, forks
+ *   bpf THREADS                       attach BPF programs to what churn goes through ("bpf: N programs"), then churn, and run another program
  *   power-button                      open the power button, go to the background, power off when it is pressed
  */
 #define _GNU_SOURCE
@@ -37,9 +38,11 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "probe.h"
+
 enum { MAX_THREADS = 1024, ERRNO_MAX = 4096 };
 
-static _Noreturn void fail(const char *what)
+_Noreturn void fail(const char *what)
 {
 	fprintf(stderr, "probe: %s: %s\n", what, strerror(errno));
 	exit(1);
@@ -47,7 +50,7 @@ static _Noreturn void fail(const char *what)
 
 static _Noreturn void usage(void)
 {
-	fprintf(stderr, "usage: probe siocatmark|siocatmark-loop|answers|heartbeat|clock|kexec|devmem|busy|churn|power-button ...\n");
+	fprintf(stderr, "usage: probe siocatmark|siocatmark-loop|answers|heartbeat|clock|kexec|devmem|busy|churn|bpf|power-button ...\n");
 	exit(2);
 }
 
@@ -345,6 +348,22 @@ static void *churn(void *index)
 	return NULL;
 }
 
+static int churn_traced(unsigned long threads)
+{
+	pthread_t runner;
+	printf("bpf: %d programs\n", attach_bpf());
+	if ((errno = pthread_create(&runner, NULL, run_bpf, NULL)))
+		fail("pthread_create");
+	on_threads(threads, churn);
+	return 0;
+}
+
+static void expect_signals(void)
+{
+	if (signal(SIGUSR1, on_signal) == SIG_ERR)
+		fail("signal");
+}
+
 /* Opens every input device that is a power button before going to the background, so that no press is lost once this returns. */
 static int power_button(void)
 {
@@ -410,11 +429,10 @@ int main(int argc, char **argv)
 		return devmem(number(arg[0], -1UL), number(arg[1], 1UL << 30));
 	if (!strcmp(name, "busy") && args == 1)
 		return on_threads(number(arg[0], MAX_THREADS), busy), 0;
-	if (!strcmp(name, "churn") && args == 1) {
-		if (signal(SIGUSR1, on_signal) == SIG_ERR)
-			fail("signal");
-		return on_threads(number(arg[0], MAX_THREADS), churn), 0;
-	}
+	if (!strcmp(name, "churn") && args == 1)
+		return expect_signals(), on_threads(number(arg[0], MAX_THREADS), churn), 0;
+	if (!strcmp(name, "bpf") && args == 1)
+		return expect_signals(), churn_traced(number(arg[0], MAX_THREADS));
 	if (!strcmp(name, "power-button") && args == 0)
 		return power_button();
 	usage();

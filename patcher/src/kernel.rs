@@ -5,6 +5,7 @@
 
 pub mod arena;
 pub mod boot;
+pub mod bpf;
 pub(crate) mod btf;
 pub(crate) mod bytes;
 pub mod changed;

@@ -5,6 +5,7 @@
 
 mod asleep;
 mod boot;
+mod bpf;
 mod coexist;
 mod end;
 mod input;

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use patcher::guest::{Guest as _, PausedGuest as _, Registers as _};
+use patcher::kernel::bpf::Bpf;
 use patcher::kernel::locate::Kernel;
 use patcher::kernel::unwind::stacks;
 use tests::initrd;
@@ -43,6 +44,10 @@ echo 'vfs_*' >set_ftrace_filter; echo '*_fault' >>set_ftrace_filter
 echo function_graph >current_tracer && echo exopatch-guest: loaded
 probe churn 6";
 
+/// The same with BPF programs on functions that the load goes through, at their entry, at their return, and in place of it; and with
+/// others that run in system calls of their own.
+const BPF: &str = "probe bpf 6 | while read -r line; do echo exopatch-guest: loaded, $line; done";
+
 /// The next of a row of numbers that looks random (Marsaglia's xorshift).
 fn next(state: &mut u64) -> u64 {
     *state ^= *state << 13;
@@ -52,7 +57,7 @@ fn next(state: &mut u64) -> u64 {
 }
 
 /// Boots `stock` in this process with `script` as its load, and waits until that runs.
-fn boot(dir: &Path, stock: Stock, script: &str) -> Vm {
+pub(crate) fn boot(dir: &Path, stock: Stock, script: &str) -> Vm {
     let (load, archive, console) = (dir.join("load.sh"), dir.join("initrd"), dir.join("console"));
     fs::write(&load, script).expect("a script");
     initrd::write(&archive, &stock.file("initramfs.cpio.gz"), &[load]).expect("an initrd");
@@ -99,13 +104,14 @@ fn stop_at_random(vm: &Vm, stock: Stock, stops: usize, seed: u64) -> Tally {
             Kernel::locate(image.into(), &paused, paused.vcpus()).expect("the kernel")
         });
         let found = stacks(kernel, &paused, paused.vcpus(), &[]).expect("the stacks");
-        tally.add(kernel, paused.vcpus(), &found);
+        let bpf = Bpf::read(kernel, &paused).expect("the BPF code");
+        tally.add(kernel, paused.vcpus(), &found, &bpf);
         paused.resume().expect("a guest that goes on");
     }
     tally
 }
 
-fn check(stock: Stock, script: &str) {
+fn check(stock: Stock, script: &str) -> Tally {
     let dir = tempfile::tempdir().expect("a directory");
     let vm = boot(dir.path(), stock, script);
     let stops = count("EXOPATCH_STOPS", STOPS);
@@ -128,6 +134,15 @@ fn check(stock: Stock, script: &str) {
         assert_eq!(all, reliable, "{stock:?}, {place:?}: {tally}");
     }
     assert_eq!(tally.sleeping.0, tally.sleeping.1, "{stock:?}: {tally}");
+    tally
+}
+
+/// BPF's code is not only loaded: vCPUs are stopped in it and beneath it, and tasks sleep there.
+fn through_bpf(stock: Stock) {
+    let Tally { bpf, .. } = check(stock, BPF);
+    let stops = count("EXOPATCH_STOPS", STOPS);
+    assert!(bpf.running > stops / 20, "{stock:?}: {bpf:?}");
+    assert!(bpf.sleeping > 0 && bpf.innermost > 0, "{stock:?}: {bpf:?}");
 }
 
 #[test]
@@ -144,6 +159,16 @@ fn stacks_of_a_busy_6_12_are_reliable_wherever_it_stops() {
 fn stacks_through_kprobes_are_reliable() {
     check(LTS_6_1, PROBED);
     check(NEWEST_6_12, PROBED);
+}
+
+#[test]
+fn stacks_through_bpf_on_6_1_are_reliable() {
+    through_bpf(LTS_6_1);
+}
+
+#[test]
+fn stacks_through_bpf_on_6_12_are_reliable() {
+    through_bpf(NEWEST_6_12);
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! A kernel made up for tests: an ELF image with kallsyms, BTF, patch sites and relocations in either of their forms.
 
+mod bpf;
 pub(crate) mod guest;
 pub(crate) mod orc;
 pub(crate) mod patched;
@@ -141,6 +142,7 @@ pub(crate) const DATA_SYMBOLS: &[(u64, &str)] = &[
     (0x3730, "taint_flags"),
     (0x3740, "vmcoreinfo_data"),
     (0x3748, "vmcoreinfo_size"),
+    (0x3760, "bpf_kallsyms"),
     (0x3e00, "__start_mcount_loc"),
     (0x3e10, "__stop_mcount_loc"),
     (0x3f00, "_end"),
@@ -330,6 +332,7 @@ pub(crate) fn btf(form: Form) -> Vec<u8> {
     text_types(&mut btf, basic);
     views::module_types(&mut btf, form, basic);
     views::log_types(&mut btf, basic);
+    bpf::types(&mut btf, basic);
     patched::types(&mut btf, form, basic);
     orc::types(&mut btf, form, basic);
     if form == Form::New {

@@ -1,11 +1,12 @@
 //! What is known of a piece of code: how to find its caller, and whether an address in it is a return address.
 //!
 //! The image answers for its own code, without a read of the guest: what it says does not change while the kernel runs. Other code is what
-//! the caller of the unwinder says it is, or a copy of the image's that a tracer of the guest made.
+//! the caller of the unwinder says it is, a module's, what BPF made, or a copy of the image's that a tracer of the guest made.
 
 use std::cell::RefCell;
 use std::ops::Range;
 
+use super::bpf::BpfFrames;
 use super::call::{BEFORE, ends_with_call, ends_with_far_return};
 use super::module;
 use super::reason::{Reason, Region};
@@ -55,6 +56,7 @@ pub(crate) struct Code<'a, R: ?Sized> {
     pub(crate) table: &'a OrcTable,
     pub(crate) others: &'a [OtherCode],
     pub(crate) taken: Taken<'a, R>,
+    bpf: BpfFrames<'a, R>,
     /// The image's executable sections, and their bytes.
     sections: Vec<(Range<LinkAddr>, &'a [u8])>,
     /// What has been found out, each at the place that its address gives: threads wait in few places.
@@ -72,6 +74,7 @@ impl<'a, R: ReadPhys + ?Sized> Code<'a, R> {
             sections: code
                 .map(|section| (section.range.clone(), bytes(&section.range)))
                 .collect(),
+            bpf: BpfFrames::new(taken.kernel, taken.memory),
             taken,
             seen: RefCell::new(vec![None; SEEN]),
         }
@@ -188,7 +191,7 @@ impl<'a, R: ReadPhys + ?Sized> Code<'a, R> {
         }))
     }
 
-    /// In a module, or in a copy of the image's code.
+    /// In a module, in what BPF made, or in a copy of the image's code.
     fn of_modules(&self, at: Gva) -> Result<Orc, Reason> {
         let Taken {
             kernel,
@@ -200,6 +203,9 @@ impl<'a, R: ReadPhys + ?Sized> Code<'a, R> {
             if let Some(rule) = rule.map_err(Reason::unreadable)? {
                 return Ok(rule);
             }
+        }
+        if let Some(rule) = self.bpf.rule(at)? {
+            return Ok(rule);
         }
         let copied = self.taken.copied_from(at).map_err(Reason::unreadable)?;
         let region = Region::Modules;
