@@ -13,4 +13,5 @@ mod patch;
 mod pause;
 mod see;
 mod stops;
+mod types;
 mod witness;

@@ -164,7 +164,9 @@ impl View {
 #[must_use]
 pub fn of_image(asked: &Asked, image: &Image) -> Option<Result<View, ViewError>> {
     match asked {
-        Asked::Types(asked) => Some(types::read(image, asked).map(View::Types)),
+        Asked::Types(asked) if asked.module.is_none() => {
+            Some(types::of_image(image, asked).map(View::Types))
+        }
         _ => None,
     }
 }
@@ -176,7 +178,7 @@ pub fn of_image(asked: &Asked, image: &Image) -> Option<Result<View, ViewError>>
 pub fn take(asked: &Asked, subject: &Subject<'_>) -> Result<View, ViewError> {
     match asked {
         Asked::Symbols(of) => symbols::read(subject, of.as_ref()).map(View::Symbols),
-        Asked::Types(asked) => types::read(subject.kernel.image(), asked).map(View::Types),
+        Asked::Types(asked) => types::read(subject, asked).map(View::Types),
         Asked::Modules => modules::read(subject).map(View::Modules),
         Asked::Tasks => tasks::read(subject).map(View::Tasks),
         Asked::Log => log::read(subject).map(View::Log),

@@ -81,7 +81,7 @@ pub struct Image {
     build_id: Vec<u8>,
     build_id_at: LinkAddr,
     symbols: Symbols,
-    types: Types,
+    types: Arc<Types>,
     sites: Sites,
     relocs: Relocs,
     orc: Result<OrcTable, OrcError>,
@@ -115,7 +115,7 @@ impl Image {
             build_id,
             build_id_at,
             symbols,
-            types,
+            types: Arc::new(types),
             sites,
             relocs,
             orc,
@@ -145,6 +145,11 @@ impl Image {
     #[must_use]
     pub fn types(&self) -> &Types {
         &self.types
+    }
+
+    /// The same, for those that stand on them.
+    pub(crate) fn shared_types(&self) -> Arc<Types> {
+        Arc::clone(&self.types)
     }
 
     /// The places that the kernel itself patches, or has entries about.
