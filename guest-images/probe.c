@@ -13,6 +13,7 @@
  *   busy THREADS                      spin for ever
  *   churn THREADS                     go through the kernel in many ways for ever: calls, faults, pipes, sockets, signals, timers, forks
  *   sleepers COUNT                    threads that sleep in one of several system calls each; "sleepers: COUNT" when all are there
+ *   bpf THREADS                       attach BPF programs to what churn goes through ("bpf: N programs"), then churn, and run another program
  *   power-button                      open the power button, go to the background, power off when it is pressed
  */
 #define _GNU_SOURCE
@@ -41,9 +42,11 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "probe.h"
+
 enum { MAX_THREADS = 1024, MAX_SLEEPERS = 30000, ERRNO_MAX = 4096 };
 
-static _Noreturn void fail(const char *what)
+_Noreturn void fail(const char *what)
 {
 	fprintf(stderr, "probe: %s: %s\n", what, strerror(errno));
 	exit(1);
@@ -51,7 +54,7 @@ static _Noreturn void fail(const char *what)
 
 static _Noreturn void usage(void)
 {
-	fprintf(stderr, "usage: probe siocatmark|siocatmark-loop|answers|heartbeat|clock|kexec|devmem|busy|churn|sleepers|power-button ...\n");
+	fprintf(stderr, "usage: probe siocatmark|siocatmark-loop|answers|heartbeat|clock|kexec|devmem|busy|churn|bpf|sleepers|power-button ...\n");
 	exit(2);
 }
 
@@ -425,6 +428,22 @@ static _Noreturn void sleepers(unsigned long count)
 		pause();
 }
 
+static int churn_traced(unsigned long threads)
+{
+	pthread_t runner;
+	printf("bpf: %d programs\n", attach_bpf());
+	if ((errno = pthread_create(&runner, NULL, run_bpf, NULL)))
+		fail("pthread_create");
+	on_threads(threads, churn);
+	return 0;
+}
+
+static void expect_signals(void)
+{
+	if (signal(SIGUSR1, on_signal) == SIG_ERR)
+		fail("signal");
+}
+
 /* Opens every input device that is a power button before going to the background, so that no press is lost once this returns. */
 static int power_button(void)
 {
@@ -490,13 +509,12 @@ int main(int argc, char **argv)
 		return devmem(number(arg[0], -1UL), number(arg[1], 1UL << 30));
 	if (!strcmp(name, "busy") && args == 1)
 		return on_threads(number(arg[0], MAX_THREADS), busy), 0;
-	if (!strcmp(name, "churn") && args == 1) {
-		if (signal(SIGUSR1, on_signal) == SIG_ERR)
-			fail("signal");
-		return on_threads(number(arg[0], MAX_THREADS), churn), 0;
-	}
 	if (!strcmp(name, "sleepers") && args == 1)
 		sleepers(number(arg[0], MAX_SLEEPERS));
+	if (!strcmp(name, "churn") && args == 1)
+		return expect_signals(), on_threads(number(arg[0], MAX_THREADS), churn), 0;
+	if (!strcmp(name, "bpf") && args == 1)
+		return expect_signals(), churn_traced(number(arg[0], MAX_THREADS));
 	if (!strcmp(name, "power-button") && args == 0)
 		return power_button();
 	usage();

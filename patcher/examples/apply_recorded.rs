@@ -65,7 +65,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             );
         }
         reports.push(report);
-        reports.push(revert(&mut guest, &kernel, applied, &options)?);
+        reports.push(revert(&mut guest, &kernel, &draft, applied, &options)?);
         // The room may be used again here: no thread of a recorded guest is in the edition.
         arena.layout = draft.layout;
     }

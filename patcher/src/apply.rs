@@ -10,17 +10,20 @@ use std::time::{Duration, Instant};
 
 use crate::addr::Gva;
 
-use self::live::Live;
+use self::live::{Inhabited, Live};
 use crate::commit::{Blocked, CommitError, Quiescent, Running, Times};
 use crate::edition::link::{self, LinkError, Linked, Returns};
 use crate::edition::object::Package;
+use crate::edition::resident::Resident;
 use crate::edition::space::ArenaSpace;
 use crate::guest::counted::Counted;
 use crate::guest::{Guest, GuestError, PausedGuest};
 use crate::kernel::arena::{ArenaError, ArenaLayout, ArenaPart, SLOT_SIZE};
 use crate::kernel::boot::BootState;
 use crate::kernel::locate::{Kernel, KernelError};
+use crate::kernel::orc::OrcError;
 use crate::kernel::text::{ReturnError, ReturnForm};
+use crate::kernel::unwind::OtherCode;
 use crate::plan::target::{Target, TargetError};
 use crate::plan::{ArenaMap, Entry, Plan, PlanError};
 
@@ -145,6 +148,9 @@ pub enum ApplyError {
     /// The arena cannot be mapped.
     #[error(transparent)]
     Arena(#[from] ArenaError),
+    /// The stacks of threads in the editions could not be followed.
+    #[error("the package's unwind entries are not those of this kernel: {0}")]
+    Unwind(#[from] OrcError),
     /// No plan can be made.
     #[error(transparent)]
     Plan(#[from] PlanError),
@@ -175,12 +181,14 @@ impl CommitFailed {
 }
 
 /// Our part of a guest's memory, as one running kernel sees it. Another kernel needs another one.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Arena {
     /// Where it is mapped.
     pub layout: ArenaLayout,
     /// What of it is handed out.
     pub space: ArenaSpace,
+    /// The code that is in it, of reverted updates too: threads may still be there.
+    pub residents: Vec<Resident>,
 }
 
 impl Arena {
@@ -191,7 +199,18 @@ impl Arena {
     pub fn new<G: Guest>(guest: &G, kernel: &Kernel) -> Result<Self, ArenaError> {
         let layout = ArenaLayout::plan(kernel, guest, &guest.arena())?;
         let space = ArenaSpace::new(range(&layout.code), range(&layout.data));
-        Ok(Self { layout, space })
+        Ok(Self {
+            layout,
+            space,
+            residents: Vec::new(),
+        })
+    }
+
+    /// The kernel with what is in the arena.
+    fn inhabited<'k>(&self, kernel: &'k Kernel) -> Inhabited<'k> {
+        let known = self.residents.iter().map(|resident| resident.code.clone());
+        let others = known.chain([OtherCode::arena()]).collect();
+        Inhabited { kernel, others }
     }
 
     /// The arena in both address spaces, with the page-table entries that are still to be written.
@@ -236,26 +255,29 @@ pub fn apply<G: Guest>(
     booted(guest, kernel, options)?;
     let mut draft = arena.space.clone();
     let applied = prepare(guest, kernel, arena, &mut draft, package)?;
-    let report = commit(guest, kernel, &applied.plan, options)?;
+    let resident = Resident::of(&applied.linked, kernel)?;
+    let report = commit(guest, &arena.inhabited(kernel), &applied.plan, options)?;
     if options.check_only {
         return Ok((None, report));
     }
     arena.space = draft;
+    arena.residents.push(resident);
     Ok((Some(applied), report))
 }
 
-/// Takes the jumps of an update back. Its code stays where it is: a thread may still be in it.
+/// Takes the jumps of an update back. Its code stays where it is in `arena`: a thread may still be in it.
 ///
 /// # Errors
 /// [`NotReverted`], with the update if it is still applied.
 pub fn revert<G: Guest>(
     guest: &mut G,
     kernel: &Kernel,
+    arena: &Arena,
     applied: Applied,
     options: &ApplyOptions<'_>,
 ) -> Result<Report, NotReverted> {
     let plan = applied.plan.revert();
-    commit(guest, kernel, &plan, options).map_err(|cause| {
+    commit(guest, &arena.inhabited(kernel), &plan, options).map_err(|cause| {
         let gone = matches!(cause, CommitFailed::Resume(_));
         NotReverted {
             applied: (!gone).then(|| Box::new(applied)),

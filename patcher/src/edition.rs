@@ -1,11 +1,12 @@
 //! Editions: from a source file to placed bytes.
 //!
 //! [`build`] compiles one against a kernel's headers, [`object`] reads the package back, [`link`] resolves it against the
-//! running kernel and gives every byte its place in the arena ([`space`]).
+//! running kernel and gives every byte its place in the arena ([`space`]), and [`resident`] is what stays there.
 
 pub mod build;
 pub mod link;
 pub mod object;
 pub mod reloc;
+pub mod resident;
 pub mod section;
 pub mod space;

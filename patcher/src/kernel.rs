@@ -6,6 +6,7 @@
 pub mod agree;
 pub mod arena;
 pub mod boot;
+pub mod bpf;
 pub(crate) mod btf;
 pub(crate) mod bytes;
 pub mod changed;

@@ -1,5 +1,6 @@
 //! The x86-64 architecture, as far as a patcher needs it.
 
 pub mod depth;
+pub mod frames;
 pub mod insn;
 pub mod paging;

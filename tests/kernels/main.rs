@@ -3,7 +3,9 @@
 //! `scripts/test kernels [FILTER]` runs them where a KVM that carries a kernel is.
 #![expect(clippy::print_stdout, reason = "a test prints the figures that it saw")]
 
+mod asleep;
 mod boot;
+mod bpf;
 mod coexist;
 mod end;
 mod flavours;
@@ -13,4 +15,5 @@ mod pause;
 mod recover;
 mod see;
 mod stops;
+mod types;
 mod witness;

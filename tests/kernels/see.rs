@@ -297,6 +297,28 @@ fn refusals(guest: &Guest) {
     }
 }
 
+/// The types that a module brought are found where they are asked for, and there alone.
+fn module_types(guest: &Guest) {
+    const MODULE: &str = "evdev";
+    let of_module = ["types", "--module", MODULE, "evdev_client", "head"];
+    let args = [&["kernel"], &of_module[..], &["--deadline", "30s"]].concat();
+    let seen = guest.client.call(&args).expect("a type of a module");
+    assert_eq!(number(&seen, "size"), 4, "{seen}");
+    let of_kernel = ["kernel", "types", "--module", MODULE, "task_struct", "pid"];
+    let (theirs, own) = (
+        guest.client.call(&of_kernel).expect("a type of the kernel"),
+        see(guest, &["types", "task_struct", "pid"]),
+    );
+    assert_eq!(theirs["offset"], own["offset"]);
+    for (args, code) in [
+        (&["evdev_client"][..], "no_such_type"),
+        (&["--module", "nothing", "list_head"], "no_such_module"),
+    ] {
+        let reply = guest.client.call(&[&["kernel", "types"], args].concat());
+        assert_eq!(reply.refusal("types"), code, "{reply:?}");
+    }
+}
+
 pub(crate) fn all_views(stock: Stock) {
     const CPUS: u32 = 2;
     let mut guest = Guest::boot(&Options::new(stock).cpus(CPUS));
@@ -309,6 +331,7 @@ pub(crate) fn all_views(stock: Stock) {
     stack(&mut guest);
     stacks(&guest, CPUS.into());
     code(&mut guest, stock);
+    module_types(&guest);
     paused(&guest);
     refusals(&guest);
     assert_clean(&mut guest);

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use patcher::guest::{Guest as _, PausedGuest as _, Registers as _};
+use patcher::kernel::bpf::Bpf;
 use patcher::kernel::locate::Kernel;
 use patcher::kernel::unwind::stacks;
 use tests::figures;
@@ -43,6 +44,10 @@ pub(crate) const TRACED: &str = "cd /sys/kernel/tracing
 echo 'vfs_*' >set_ftrace_filter; echo '*_fault' >>set_ftrace_filter
 echo function_graph >current_tracer && echo exopatch-guest: loaded
 probe churn 6";
+
+/// The same with BPF programs on functions that the load goes through, at their entry, at their return, and in place of it; and with
+/// others that run in system calls of their own.
+const BPF: &str = "probe bpf 6 | while read -r line; do echo exopatch-guest: loaded, $line; done";
 
 /// The next of a row of numbers that looks random (Marsaglia's xorshift).
 pub(crate) fn next(state: &mut u64) -> u64 {
@@ -100,14 +105,15 @@ fn stop_at_random(vm: &Vm, stock: Stock, stops: usize, seed: u64) -> Tally {
             Kernel::locate(image.into(), &paused, paused.vcpus()).expect("the kernel")
         });
         let found = stacks(kernel, &paused, paused.vcpus(), &[]).expect("the stacks");
-        tally.add(kernel, paused.vcpus(), &found);
+        let bpf = Bpf::read(kernel, &paused).expect("the BPF code");
+        tally.add(kernel, paused.vcpus(), &found, &bpf);
         paused.resume().expect("a guest that goes on");
     }
     tally
 }
 
 /// Follows all stacks of a guest that is busy with `script`, at that many stops unless `EXOPATCH_STOPS` says otherwise.
-pub(crate) fn check(stock: Stock, script: &str, stops: usize) {
+pub(crate) fn check(stock: Stock, script: &str, stops: usize) -> Tally {
     let dir = tempfile::tempdir().expect("a directory");
     let vm = boot(dir.path(), stock, script);
     let stops = count("EXOPATCH_STOPS", stops);
@@ -131,6 +137,7 @@ pub(crate) fn check(stock: Stock, script: &str, stops: usize) {
     }
     assert_eq!(tally.sleeping.0, tally.sleeping.1, "{stock:?}: {tally}");
     note(&tally, stops);
+    tally
 }
 
 /// Leaves the figures.
@@ -151,6 +158,14 @@ fn note(tally: &Tally, stops: usize) {
     }));
 }
 
+/// BPF's code is not only loaded: vCPUs are stopped in it and beneath it, and tasks sleep there.
+fn through_bpf(stock: Stock) {
+    let Tally { bpf, .. } = check(stock, BPF, STOPS);
+    let stops = count("EXOPATCH_STOPS", STOPS);
+    assert!(bpf.running > stops / 20, "{stock:?}: {bpf:?}");
+    assert!(bpf.sleeping > 0 && bpf.innermost > 0, "{stock:?}: {bpf:?}");
+}
+
 #[test]
 fn stacks_of_a_busy_6_1_are_reliable_wherever_it_stops() {
     check(LTS_6_1, PLAIN, STOPS);
@@ -165,6 +180,16 @@ fn stacks_of_a_busy_6_12_are_reliable_wherever_it_stops() {
 fn stacks_through_kprobes_are_reliable() {
     check(LTS_6_1, PROBED, STOPS);
     check(NEWEST_6_12, PROBED, STOPS);
+}
+
+#[test]
+fn stacks_through_bpf_on_6_1_are_reliable() {
+    through_bpf(LTS_6_1);
+}
+
+#[test]
+fn stacks_through_bpf_on_6_12_are_reliable() {
+    through_bpf(NEWEST_6_12);
 }
 
 #[test]

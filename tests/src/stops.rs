@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use patcher::guest::{Vcpu, VcpuState};
+use patcher::kernel::bpf::Bpf;
 use patcher::kernel::locate::Kernel;
 use patcher::kernel::stack::Who;
-use patcher::kernel::unwind::{Stack, Stacks};
+use patcher::kernel::unwind::{Frame, Stack, Stacks};
 
 /// Where a vCPU was stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -30,14 +31,28 @@ pub struct Tally {
     pub sleeping: (usize, usize),
     /// Stacks of no task: just given up by one that ended, or not yet taken by one that begins. Only their words can be looked at.
     pub unowned: usize,
+    /// Stacks through code that BPF made.
+    pub bpf: ThroughBpf,
     /// Why stacks were not reliable, with an example of each reason.
     pub reasons: BTreeMap<String, (usize, String)>,
 }
 
+/// Reliable stacks that led through code that BPF made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ThroughBpf {
+    /// Of vCPUs.
+    pub running: usize,
+    /// Of those, where the vCPU was in that code itself.
+    pub innermost: usize,
+    /// Of tasks that did not run.
+    pub sleeping: usize,
+}
+
 impl Tally {
     /// Counts the vCPUs and tasks of one stop.
-    pub fn add(&mut self, kernel: &Kernel, vcpus: &[Vcpu], found: &Stacks) {
+    pub fn add(&mut self, kernel: &Kernel, vcpus: &[Vcpu], found: &Stacks, bpf: &Bpf) {
         for stack in &found.stacks {
+            self.bpf.add(stack, bpf);
             let reliable = stack.end.is_ok();
             let count = match stack.who {
                 Who::Vcpu(index) => {
@@ -74,6 +89,23 @@ impl Tally {
     }
 }
 
+impl ThroughBpf {
+    fn add(&mut self, stack: &Stack, bpf: &Bpf) {
+        let mut frames = stack.frames.iter();
+        let within = |frame: &Frame| bpf.at(frame.ip).is_some();
+        let innermost = stack.frames.first().is_some_and(within);
+        if stack.end.is_err() || !frames.any(within) {
+            return;
+        }
+        if matches!(stack.who, Who::Vcpu(_)) {
+            self.running += 1;
+            self.innermost += usize::from(innermost);
+        } else {
+            self.sleeping += 1;
+        }
+    }
+}
+
 fn place(kernel: &Kernel, vcpu: &Vcpu, stack: &Stack) -> Place {
     if vcpu.cpl == 3 {
         return Place::User;
@@ -107,6 +139,9 @@ impl fmt::Display for Tally {
             "sleeping {}/{} reliable, {} stacks of no task",
             self.sleeping.1, self.sleeping.0, self.unowned
         )?;
+        if self.bpf != ThroughBpf::default() {
+            write!(f, ", {:?}", self.bpf)?;
+        }
         for (count, example) in self.reasons.values() {
             write!(f, "\n  {count} times such as {example}")?;
         }

@@ -235,7 +235,7 @@ impl Patcher for KernelPatcher {
             Ok(guest) => guest,
             Err(problem) => return Err((problem, Some(applied))),
         };
-        let Some(Found { kernel, .. }) = &self.found else {
+        let Some(Found { kernel, arena }) = &self.found else {
             return Err((problem::gone(), Some(applied)));
         };
         let options = ApplyOptions {
@@ -243,7 +243,7 @@ impl Patcher for KernelPatcher {
             check_only: false,
             doing,
         };
-        let failed = match apply::revert(&mut guest, kernel, *applied, &options) {
+        let failed = match apply::revert(&mut guest, kernel, arena, *applied, &options) {
             Ok(report) => return Ok(report),
             Err(failed) => failed,
         };
@@ -333,13 +333,12 @@ impl Patcher for KernelPatcher {
             return view.map(seen).map_err(|error| problem::view(&error));
         }
         let mut guest = self.guest()?;
-        let updates = applied
-            .iter()
-            .map(|(id, applied)| look::update(*id, applied));
-        let updated = self
-            .found
-            .as_ref()
-            .map(|found| (&found.kernel, updates.collect()));
+        let applied = applied.iter().map(|(id, applied)| (*id, &***applied));
+        let applied: Vec<(u64, &Applied)> = applied.collect();
+        let updated = self.found.as_ref().map(|Found { kernel, arena }| {
+            let updates = look::updates(&applied, &arena.residents);
+            (kernel, updates)
+        });
         let mut known = look::Known {
             image: &image,
             updated,

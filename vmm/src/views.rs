@@ -22,6 +22,7 @@ pub mod types;
 use std::ops::Range;
 
 use patcher::addr::Gva;
+use patcher::edition::resident::Resident;
 use patcher::guest::{ReadPhys, Vcpu};
 use patcher::kernel::image::Image;
 use patcher::kernel::locate::Kernel;
@@ -48,15 +49,15 @@ pub struct Subject<'a> {
     pub updates: &'a [Update],
 }
 
-/// An update that is in effect.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// An update that is in effect, or was.
+#[derive(Clone, Debug)]
 pub struct Update {
-    /// Its number.
-    pub id: u64,
+    /// Its number, while it is in effect.
+    pub id: Option<u64>,
     /// Its jumps in the kernel's text.
     pub jumps: Vec<Range<Gva>>,
-    /// Its code, and for each piece the name of what it is.
-    pub code: Vec<(Range<Gva>, String)>,
+    /// Its code, which stays.
+    pub code: Resident,
 }
 
 /// What can be asked of a kernel.
@@ -163,7 +164,9 @@ impl View {
 #[must_use]
 pub fn of_image(asked: &Asked, image: &Image) -> Option<Result<View, ViewError>> {
     match asked {
-        Asked::Types(asked) => Some(types::read(image, asked).map(View::Types)),
+        Asked::Types(asked) if asked.module.is_none() => {
+            Some(types::of_image(image, asked).map(View::Types))
+        }
         _ => None,
     }
 }
@@ -175,7 +178,7 @@ pub fn of_image(asked: &Asked, image: &Image) -> Option<Result<View, ViewError>>
 pub fn take(asked: &Asked, subject: &Subject<'_>) -> Result<View, ViewError> {
     match asked {
         Asked::Symbols(of) => symbols::read(subject, of.as_ref()).map(View::Symbols),
-        Asked::Types(asked) => types::read(subject.kernel.image(), asked).map(View::Types),
+        Asked::Types(asked) => types::read(subject, asked).map(View::Types),
         Asked::Modules => modules::read(subject).map(View::Modules),
         Asked::Tasks => tasks::read(subject).map(View::Tasks),
         Asked::Log => log::read(subject).map(View::Log),

@@ -6,7 +6,6 @@ use crate::addr::{Gpa, Gva, LinkAddr};
 use crate::commit::{Blocked, Running, Scanned};
 use crate::edition::link::{Resolve, Returns};
 use crate::guest::{ReadPhys, Registers};
-use crate::kernel::arena;
 use crate::kernel::locate::Kernel;
 use crate::kernel::quiescence::quiescent;
 use crate::kernel::stack::ScanError;
@@ -47,21 +46,29 @@ impl Resolve for Live<'_> {
     }
 }
 
+/// A located kernel, and the code of ours that its threads may be in.
+#[derive(Clone, Debug)]
+pub(super) struct Inhabited<'k> {
+    pub(super) kernel: &'k Kernel,
+    pub(super) others: Vec<OtherCode>,
+}
+
 fn unreadable(cause: impl std::fmt::Display) -> Blocked {
     Blocked::Unreadable {
         cause: cause.to_string(),
     }
 }
 
-impl Running for Kernel {
+impl Running for Inhabited<'_> {
     fn prove_same<G: ReadPhys + Registers>(&self, guest: &G) -> Result<(), Blocked> {
-        Self::prove_same(self, guest, guest.vcpus()).map_err(|error| Blocked::OtherKernel {
+        let same = self.kernel.prove_same(guest, guest.vcpus());
+        same.map_err(|error| Blocked::OtherKernel {
             cause: error.to_string(),
         })
     }
 
     fn settled<G: ReadPhys>(&self, guest: &G) -> Result<(), Blocked> {
-        match self.text_in_flux(guest) {
+        match self.kernel.text_in_flux(guest) {
             Ok(None) => Ok(()),
             Ok(Some(cause)) => Err(Blocked::InFlux {
                 cause: cause.to_string(),
@@ -77,16 +84,10 @@ impl Running for Kernel {
     ) -> Result<Scanned, Blocked> {
         // A probe that is not armed yet would be written over our jump when it is.
         for range in forbidden {
-            let probes = self.kprobes_in(guest, range).map_err(unreadable)?;
+            let probes = self.kernel.kprobes_in(guest, range).map_err(unreadable)?;
             checks::no_kprobe("the redirected function", &probes).map_err(Blocked::Changed)?;
         }
-        // Threads may sleep in editions; what lies beneath those is for the words to tell.
-        let editions = OtherCode {
-            name: "the arena".to_owned(),
-            range: arena::CODE,
-            table: None,
-        };
-        match quiescent(self, guest, guest.vcpus(), forbidden, &[editions]) {
+        match quiescent(self.kernel, guest, guest.vcpus(), forbidden, &self.others) {
             Ok(scan) => Ok(Scanned {
                 tasks: scan.tasks as u64,
                 words: scan.words,
@@ -99,6 +100,6 @@ impl Running for Kernel {
     }
 
     fn translate<G: ReadPhys>(&self, guest: &G, at: Gva) -> Result<Gpa, Blocked> {
-        Self::translate(self, guest, at).map_err(unreadable)
+        self.kernel.translate(guest, at).map_err(unreadable)
     }
 }

@@ -3,15 +3,17 @@
 use std::time::{Duration, Instant};
 
 use super::{Applied, ApplyError, ApplyOptions, Arena, CommitFailed, Report, apply, revert};
-use crate::addr::Gpa;
+use crate::addr::{Gpa, Gva};
 use crate::commit::CommitError;
 use crate::edition::object::Package;
 use crate::edition::object::tests::Maker;
-use crate::guest::fake::{FakeGuest, Fault, Region};
+use crate::guest::fake::{FakeGuest, Fault, Region as Memory};
 use crate::kernel::locate::Kernel;
+use crate::kernel::stack::Who;
 use crate::kernel::testing::guest::{SLIDE, TinyGuest};
-use crate::kernel::testing::orc::{AFTER_CALL, FUNCTION, FUNCTIONS, function};
-use crate::kernel::testing::{BUILD_ID, FORMS, Form, TEXT};
+use crate::kernel::testing::orc::{AFTER_CALL, FUNCTION, FUNCTIONS, Rule, entry, function};
+use crate::kernel::testing::{BUILD_ID, FORMS, Form, TEXT, task};
+use crate::kernel::unwind::{End, OtherCode, Reason, Region, Stack, stacks};
 use crate::observe::verify;
 use crate::x86::insn::{NOP5, whole_instructions};
 
@@ -35,13 +37,17 @@ fn booted(form: Form) -> (FakeGuest, Kernel, Arena) {
     // It sleeps in the function that it began with.
     let first = TEXT + SLIDE + FUNCTIONS + function::FIRST * FUNCTION + AFTER_CALL;
     tiny.task(7, "worker", &[0, 0, 0, 0, 0, 0, first]);
+    started(tiny)
+}
+
+fn started(mut tiny: TinyGuest) -> (FakeGuest, Kernel, Arena) {
     let kernel = tiny.kernel();
     let memory = vec![
-        Region {
+        Memory {
             at: Gpa(0),
             bytes: tiny.memory,
         },
-        Region {
+        Memory {
             at: ARENA,
             bytes: vec![0; 6 << 20],
         },
@@ -69,7 +75,7 @@ fn apply_it(
 /// What the kernel sees at `JUMP`, 6 bytes.
 fn live(guest: &FakeGuest, kernel: &Kernel) -> Vec<u8> {
     let mut bytes = vec![0; 6];
-    let at = crate::addr::Gva(JUMP + SLIDE);
+    let at = Gva(JUMP + SLIDE);
     kernel.read(guest, at, &mut bytes).unwrap();
     bytes
 }
@@ -117,7 +123,7 @@ fn a_package_reaches_the_guest_and_leaves_it() {
             check_only: false,
             doing: &|_| {},
         };
-        revert(&mut guest, &kernel, applied.clone(), &options).unwrap();
+        revert(&mut guest, &kernel, &arena, applied.clone(), &options).unwrap();
         assert_eq!(live(&guest, &kernel), before);
         assert_eq!(
             verify(&guest, &kernel, &applied).differences.len(),
@@ -166,7 +172,7 @@ fn what_stands_in_the_way_is_named() {
             assert!(guest.memory() == before && !guest.is_paused());
         };
     let poke = |guest: &mut FakeGuest, kernel: &Kernel, at: u64, bytes: &[u8]| {
-        let at = kernel.translate(&*guest, crate::addr::Gva(at)).unwrap();
+        let at = kernel.translate(&*guest, Gva(at)).unwrap();
         guest.poke(at, bytes).unwrap();
     };
     let nothing = |_: &mut FakeGuest, _: &Kernel| {};
@@ -245,10 +251,82 @@ fn another_kernel_is_refused() {
         check_only: false,
         doing: &|_| {},
     };
-    let error = revert(&mut guest, &kernel, applied.unwrap(), &options).unwrap_err();
+    let error = revert(&mut guest, &kernel, &arena, applied.unwrap(), &options).unwrap_err();
     assert!(
         error.to_string().contains("no longer runs the kernel"),
         "{error}"
     );
     assert!(error.applied.is_some());
+}
+
+/// A thread that sleeps beneath an edition is followed through it and through the head, while the update is in effect and after.
+#[test]
+fn stacks_lead_through_editions_that_stay() {
+    for form in FORMS {
+        let after = |number| TEXT + SLIDE + FUNCTIONS + number * FUNCTION + AFTER_CALL;
+        let stack = [
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            after(function::OTHERS),
+            after(function::FIRST),
+        ];
+        let mut tiny = TinyGuest::new(form, 4);
+        let sleeper = tiny.task(7, "sleeper", &stack);
+        let slot = tiny.get(tiny.tasks[sleeper] + task::SP) + 8 * 6;
+        let (mut guest, kernel, mut arena) = started(tiny);
+        // The edition calls the original and goes on behind that.
+        let mut maker = Maker::for_kernel(&[0xe8, 0, 0, 0, 0, 0xe8, 0, 0, 0, 0, 0xc3], &BUILD_ID);
+        maker.relocate_text(1, 4, "__fentry__", -4);
+        maker.relocate_text(6, 4, "exopatch_original_patient", -4);
+        maker.edition("patient", 0, 0);
+        maker.orc_entry(entry(form, Rule::Call((5, 8), (0, 0))));
+        let package = Package::parse(&maker.finish()).unwrap();
+        let (applied, _) = apply_it(&mut guest, &kernel, &mut arena, &package, false).unwrap();
+        let applied = applied.unwrap();
+        let [redirection] = &applied.linked.redirections[..] else {
+            panic!("one redirection")
+        };
+        let back = redirection.edition.0 + 10;
+        let at = kernel.translate(&guest, Gva(slot)).unwrap();
+        guest.poke(at, &back.to_le_bytes()).unwrap();
+
+        let vcpus = guest.vcpus_mut().clone();
+        let follow = |guest: &FakeGuest, arena: &Arena| {
+            let known = arena.residents.iter().map(|resident| resident.code.clone());
+            let others: Vec<_> = known.chain([OtherCode::arena()]).collect();
+            let found = stacks(&kernel, guest, &vcpus, &others).unwrap();
+            let of_it = |stack: &Stack| matches!(&stack.who, Who::Task { pid: 7, .. });
+            let stack = found.stacks.into_iter().find(of_it).unwrap();
+            let ips: Vec<u64> = stack.frames.iter().map(|frame| frame.ip.0).collect();
+            (ips, stack.end.map_err(|unreliable| unreliable.reason))
+        };
+        let whole = (vec![back, after(function::FIRST)], Ok(End::First));
+        assert_eq!(follow(&guest, &arena), whole, "{form:?}");
+        // Nothing is known of it in another arena.
+        let mut other = arena.clone();
+        other.residents.clear();
+        let unknown = Err(Reason::NoTable {
+            at: Gva(back - 1),
+            region: Region::Given("the arena".to_owned()),
+        });
+        assert_eq!(follow(&guest, &other), (Vec::new(), unknown));
+
+        let options = ApplyOptions {
+            deadline: Instant::now() + Duration::from_millis(200),
+            check_only: false,
+            doing: &|_| {},
+        };
+        let refused = revert(&mut guest, &kernel, &other, applied.clone(), &options);
+        let refused = refused.unwrap_err().to_string();
+        assert!(
+            refused.contains("task 7 (sleeper) cannot be followed"),
+            "{refused}"
+        );
+        revert(&mut guest, &kernel, &arena, applied, &options).unwrap();
+        assert_eq!(follow(&guest, &arena), whole, "{form:?}, reverted");
+    }
 }

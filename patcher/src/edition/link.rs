@@ -130,7 +130,7 @@ pub struct Linked {
     pub data: Placed,
     /// What is redirected where.
     pub redirections: Vec<Redirection>,
-    /// Unwind entries of the editions: from where each applies, in the kernel's own encoding. Kept for publication.
+    /// Unwind entries of the editions: from where each applies, in the kernel's own encoding.
     pub orc: Vec<(Gva, Vec<u8>)>,
 }
 

@@ -44,6 +44,8 @@ pub(crate) enum Kind {
 /// `struct btf_type`, decoded.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RawType {
+    /// Its number.
+    pub(crate) id: u32,
     pub(crate) name: u32,
     pub(crate) kind: Kind,
     /// The kind's number, for those that [`Kind`] does not tell apart.
@@ -124,7 +126,7 @@ impl Layout {
     pub(crate) fn get(&self, btf: &[u8], id: u32) -> Option<RawType> {
         let index = usize::try_from(id.checked_sub(1)?).ok()?;
         let start = *self.starts.get(index)? as usize;
-        decode(btf.get(self.types.clone())?, start).map(|(raw, _)| raw)
+        decode(btf.get(self.types.clone())?, start).map(|(raw, _)| RawType { id, ..raw })
     }
 
     /// The string at `offset` of the string section, without its zero.
@@ -208,6 +210,7 @@ fn decode(section: &[u8], at: usize) -> Option<(RawType, usize)> {
         _ => return None,
     };
     let raw = RawType {
+        id: 0,
         name: le_u32(section, at)?,
         kind,
         code,

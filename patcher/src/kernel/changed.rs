@@ -63,6 +63,8 @@ pub enum Cause {
     StaticCall,
     /// The function tracer's site at a function's beginning: idle, or in use.
     Fentry,
+    /// The function tracer's site of a function that BPF programs trace.
+    Bpf,
     /// The function tracer's own code.
     Tracer,
     /// A kprobe, or the jump of an optimised one.

@@ -109,7 +109,7 @@ pub struct Image {
     build_id: Vec<u8>,
     build_id_at: LinkAddr,
     symbols: Symbols,
-    types: Types,
+    types: Arc<Types>,
     orc: Result<OrcTable, OrcError>,
     shipped: Result<Shipped, NotShipped>,
 }
@@ -164,7 +164,7 @@ impl Image {
             build_id,
             build_id_at,
             symbols,
-            types,
+            types: Arc::new(types),
             orc,
             shipped,
             sections,
@@ -180,7 +180,7 @@ impl Image {
             build_id: from.build_id.0,
             build_id_at: from.build_id.1,
             symbols: from.symbols,
-            types: from.types,
+            types: Arc::new(from.types),
             orc: from.orc,
             shipped: Err(NotShipped::FromMemory),
         }
@@ -225,6 +225,11 @@ impl Image {
     #[must_use]
     pub fn types(&self) -> &Types {
         &self.types
+    }
+
+    /// The same, for those that stand on them.
+    pub(crate) fn shared_types(&self) -> Arc<Types> {
+        Arc::clone(&self.types)
     }
 
     /// How to unwind the stacks of the image's code.

@@ -4,6 +4,7 @@
 
 use std::ops::Range;
 
+use super::bpf::BpfLayout;
 use super::image::Image;
 use super::symbols::SymbolError;
 use super::types::TypeError;
@@ -41,6 +42,7 @@ pub(crate) struct Layout {
     /// Bytes of the user's registers at the top of a task's stack.
     pub(crate) user_registers: u64,
     pub(crate) flux: FluxLayout,
+    pub(crate) bpf: Option<BpfLayout>,
     /// What unwinding needs; a kernel that lacks it can do without everything but that.
     pub(crate) unwind: Result<UnwindLayout, LayoutError>,
     /// Code that runs between the user and the kernel proper, part of it on the user's stack pointer.
@@ -166,6 +168,7 @@ impl Layout {
             task: task(image)?,
             vmap: vmap(image)?,
             flux: flux(image)?,
+            bpf: BpfLayout::resolve(image)?,
             unwind: UnwindLayout::resolve(image),
             stack_size: types.size_of("irq_stack")?,
             user_registers: types.size_of("pt_regs")?,

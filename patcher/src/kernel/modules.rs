@@ -7,6 +7,7 @@
 
 mod layout;
 pub mod symbols;
+pub mod types;
 
 use std::collections::HashMap;
 use std::ops::Range;

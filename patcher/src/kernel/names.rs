@@ -1,10 +1,11 @@
-//! Names and addresses of the whole running kernel, both ways: its image, its modules, and each CPU's variables.
+//! Names and addresses of the whole running kernel, both ways: its image, its modules, the code that BPF made, and each CPU's variables.
 //!
 //! [`Names`] is a picture of one moment: modules come and go. An address has one answer or none; a name has as many as
 //! there are symbols of it, each with what tells it from the others.
 
 use std::ops::Range;
 
+use super::bpf::{Bpf, BpfCode};
 use super::locate::{Kernel, KernelError};
 use super::modules::symbols::ModuleSymbol;
 use super::modules::{self, Module, ModuleError};
@@ -12,6 +13,9 @@ use super::symbols::{Namesake, Space, Symbol};
 use super::tasks::Tasks;
 use crate::addr::{Gva, LinkAddr};
 use crate::guest::ReadPhys;
+
+/// The name that the kernel gives BPF's code where it names modules.
+pub const BPF: &str = "bpf";
 
 /// What is at an address.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,7 +26,7 @@ pub struct Place {
     pub offset: u64,
     /// Bytes of it: of the kernel's own to the next symbol, of a module's as its symbol table says.
     pub size: u64,
-    /// The module that it is in; `None` for the kernel's own.
+    /// The module that it is in, or [`BPF`]; `None` for the kernel's own.
     pub module: Option<String>,
     /// The CPU whose variable it is.
     pub cpu: Option<usize>,
@@ -54,6 +58,8 @@ pub enum Found {
 pub struct Names<'a> {
     kernel: &'a Kernel,
     modules: Vec<(Module, Vec<ModuleSymbol>)>,
+    /// The code that BPF made, in the order of addresses.
+    bpf: Vec<ModuleSymbol>,
     /// Where each CPU's variables are.
     areas: Vec<(usize, Range<Gva>)>,
 }
@@ -95,6 +101,7 @@ impl<'a> Names<'a> {
         Ok(Self {
             kernel,
             modules,
+            bpf: bpf(kernel, guest)?,
             areas,
         })
     }
@@ -103,6 +110,12 @@ impl<'a> Names<'a> {
     #[must_use]
     pub fn modules(&self) -> &[(Module, Vec<ModuleSymbol>)] {
         &self.modules
+    }
+
+    /// The code that BPF made, in the order of addresses: the kernel shows it as that of a module called [`BPF`].
+    #[must_use]
+    pub fn bpf(&self) -> &[ModuleSymbol] {
+        &self.bpf
     }
 
     /// What is at `at`.
@@ -132,6 +145,9 @@ impl<'a> Names<'a> {
                 cpu: Some(*cpu),
             });
         }
+        if let Some(found) = self.in_bpf(at) {
+            return Some(found);
+        }
         let owner = |(module, _): &&(Module, Vec<ModuleSymbol>)| module.part_at(at).is_some();
         let (module, symbols) = self.modules.iter().find(owner)?;
         let part = module.part_at(at)?;
@@ -148,7 +164,20 @@ impl<'a> Names<'a> {
         })
     }
 
-    /// All symbols called `name`: the kernel's own in the order of addresses, then the modules'.
+    fn in_bpf(&self, at: Gva) -> Option<Place> {
+        let after = self.bpf.partition_point(|code| code.address <= at);
+        let code = self.bpf.get(after.checked_sub(1)?)?;
+        let offset = at.offset_from(code.address)?;
+        (offset < code.size).then(|| Place {
+            symbol: code.name.clone(),
+            offset,
+            size: code.size,
+            module: Some(BPF.to_owned()),
+            cpu: None,
+        })
+    }
+
+    /// All symbols called `name`: the kernel's own in the order of addresses, then the modules', then BPF's.
     #[must_use]
     pub fn find(&self, name: &str) -> Vec<Found> {
         let symbols = self.kernel.image().symbols();
@@ -169,7 +198,12 @@ impl<'a> Names<'a> {
                 symbol: symbol.clone(),
             })
         });
-        own.chain(modules).collect()
+        let bpf = self.bpf.iter().filter(|code| code.name == name);
+        let bpf = bpf.map(|code| Found::Module {
+            module: BPF.to_owned(),
+            symbol: code.clone(),
+        });
+        own.chain(modules).chain(bpf).collect()
     }
 
     /// Where CPU `cpu` has the variable that the per-CPU symbol `symbol` names.
@@ -182,6 +216,24 @@ impl<'a> Names<'a> {
     }
 }
 
+/// BPF's code as symbols.
+fn bpf<R: ReadPhys + ?Sized>(kernel: &Kernel, guest: &R) -> Result<Vec<ModuleSymbol>, KernelError> {
+    let symbol = |code: &BpfCode| {
+        Ok(ModuleSymbol {
+            name: code.name(kernel, guest)?,
+            address: code.range.start,
+            kind: b't',
+            size: code.range.end.0 - code.range.start.0,
+            undefined: false,
+        })
+    };
+    Bpf::read(kernel, guest)?
+        .pieces()
+        .iter()
+        .map(symbol)
+        .collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::{Found, Names, Place};
@@ -191,10 +243,14 @@ mod tests {
     use crate::kernel::testing::guest::SLIDE;
     use crate::kernel::testing::{FORMS, TEXT};
 
+    const CODE: u64 = 0xffff_ffff_c0a0_0000;
+
     #[test]
     fn addresses_lead_to_names_wherever_they_are() {
         for form in FORMS {
             let mut fixture = fixture(form);
+            let code = (CODE + 0x80, CODE + 0x90, "bpf_prog_1", true);
+            fixture.guest.bpf(&[code]);
             let kernel = fixture.guest.kernel();
             let names = Names::read(&kernel, &fixture.guest).unwrap();
             let check = |at: u64, want: Option<(&str, u64, Option<&str>, Option<usize>)>| {
@@ -223,6 +279,8 @@ mod tests {
                 Some(("runqueues", 2, None, Some(1))),
             );
             check(0x1234, None);
+            check(CODE + 0x8f, Some(("bpf_prog_1", 0xf, Some("bpf"), None)));
+            check(CODE + 0x90, None);
             let runqueues = kernel.image().symbols().lookup("runqueues").unwrap();
             let at = fixture.guest.percpu(1, "runqueues");
             assert_eq!(names.of_cpu(&runqueues, 1), Some(Gva(at)));
@@ -234,6 +292,8 @@ mod tests {
     fn names_lead_to_all_that_bear_them() {
         for form in FORMS {
             let mut fixture = fixture(form);
+            let code = (CODE, CODE + 0x10, "bpf_prog_1", true);
+            fixture.guest.bpf(&[code]);
             let kernel = fixture.guest.kernel();
             let names = Names::read(&kernel, &fixture.guest).unwrap();
             let twins = names.find("twin");
@@ -251,6 +311,10 @@ mod tests {
             ));
             let open = names.find("alpha_open");
             assert!(matches!(open.as_slice(), [Found::Module { module, .. }] if module == "alpha"));
+            let program = names.find("bpf_prog_1");
+            assert!(
+                matches!(program.as_slice(), [Found::Module { module, .. }] if module == "bpf")
+            );
             // Used there, and defined nowhere here.
             assert_eq!(names.find("printk"), []);
         }

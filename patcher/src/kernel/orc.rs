@@ -416,8 +416,12 @@ impl OrcTable {
         {
             return Err(OrcError::Shape { ips, entries });
         }
-        let mut last = self.address(0);
-        let first = last;
+        let first = self.address(0);
+        let elsewhere = |to| OrcError::Elsewhere { from: first, to };
+        if first < code.start {
+            return Err(elsewhere(self.address(count - 1)));
+        }
+        let mut last = first;
         let mut blocks = vec![0];
         for index in 1..count {
             let at = self.address(index);
@@ -431,11 +435,8 @@ impl OrcTable {
             last = at;
         }
         // A table may end with an entry for the first byte behind its code.
-        if first < code.start || last > code.end {
-            return Err(OrcError::Elsewhere {
-                from: first,
-                to: last,
-            });
+        if last > code.end {
+            return Err(elsewhere(last));
         }
         self.blocks = (first, blocks);
         Ok(())
@@ -482,8 +483,7 @@ impl OrcTable {
 
     /// What the table says of `address`; `None` below its first one. Of several entries for one address the last counts.
     pub(crate) fn lookup(&self, address: u64) -> Option<Orc> {
-        let at = self.entries_in.start + self.index(address)? * self.format.size;
-        let entry = (*self.entries).as_ref().get(at..at + self.format.size)?;
+        let entry = self.entry(address)?;
         let mut bytes = [0; 8];
         bytes.get_mut(..entry.len())?.copy_from_slice(entry);
         Some(self.decode(bytes))
@@ -492,6 +492,17 @@ impl OrcTable {
     /// The first address that what it says of `address` is for.
     pub(crate) fn start(&self, address: u64) -> Option<u64> {
         Some(self.address(self.index(address)?))
+    }
+
+    /// The entry for `address` as the kernel has it.
+    pub(crate) fn entry(&self, address: u64) -> Option<&[u8]> {
+        let at = self.entries_in.start + self.index(address)? * self.format.size;
+        (*self.entries).as_ref().get(at..at + self.format.size)
+    }
+
+    /// An entry that says nothing: zeros do so in every form.
+    pub(crate) fn silence(&self) -> Vec<u8> {
+        vec![0; self.format.size]
     }
 
     /// Which entry is for `address`.
@@ -688,6 +699,13 @@ mod tests {
         };
         let found = table(0x3_0000, [-0x2_0000, -0x1_fff4]).unwrap();
         assert_eq!(found.lookup(0x1_0007), Some(Orc::End));
+        assert_eq!(found.entry(0x1_0007), Some(&entries[..6]));
+        for form in FORMS {
+            let image = super::tests::image(form, |_| {});
+            let table = image.orc().unwrap();
+            assert_eq!(table.silence().len(), table.entry_size());
+            assert_eq!(table.decode([0; 8]), Orc::Undefined);
+        }
         // A rule goes on over the edge of a block of the index.
         let over = table(0x3_0000, [-0x2_0000, -0x1_f000]).unwrap();
         assert_eq!(over.lookup(0x1_1003), Some(Orc::End));

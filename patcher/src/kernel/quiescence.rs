@@ -2,8 +2,8 @@
 //!
 //! The word scan ([`super::stack`]) finds every word that could be a return address; the unwinder ([`super::unwind`]) finds the return
 //! addresses. What the first turns away stays turned away. The second has to agree: a frame that the scan missed, or a stack that
-//! cannot be followed to its end, refuses. The words alone decide where there is nothing to follow: on a stack of no known task,
-//! beneath code of ours that has no unwind table, and in a kernel that has none.
+//! cannot be followed to its end, refuses. The words alone decide where there is nothing to follow: on a stack of no known task, and
+//! in a kernel that has no unwind table.
 
 use std::ops::Range;
 
@@ -12,9 +12,7 @@ use super::memory::Memory;
 use super::orc::OrcError;
 use super::stack::{Scan, ScanError, words};
 use super::tasks::Tasks;
-use super::unwind::{
-    End, Frame, OtherCode, Reason, Region, Unreliable, UnwindError, Whose, each_stack,
-};
+use super::unwind::{End, Frame, OtherCode, Reason, Unreliable, UnwindError, Whose, each_stack};
 use crate::addr::Gva;
 use crate::guest::{ReadPhys, Vcpu};
 
@@ -27,8 +25,7 @@ enum Objection {
     Unreliable(Unreliable),
 }
 
-/// Looks for anything that is inside `forbidden` in the paused guest. `others` is code outside the kernel's image that threads may be in;
-/// what of it has no unwind table is code of ours.
+/// Looks for anything that is inside `forbidden` in the paused guest. `others` is code outside the kernel's image that threads may be in.
 ///
 /// # Errors
 /// [`ScanError::Hit`] when something is, and when that cannot be told.
@@ -84,24 +81,19 @@ fn judge(
     if let Some(frame) = frames.iter().find(inside) {
         return Some(Objection::Inside(frame.ip));
     }
-    let words_decide = |reason: &Reason| match reason {
-        Reason::Unowned => true,
-        Reason::NoTable { region, .. } => matches!(region, Region::Given(_)),
-        _ => false,
-    };
     end.err()
-        .filter(|unreliable| !words_decide(&unreliable.reason))
+        .filter(|unreliable| unreliable.reason != Reason::Unowned)
         .map(Objection::Unreliable)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{End, Frame, Gva, Objection, OtherCode, Reason, Region, Unreliable, judge};
+    use super::{End, Frame, Gva, Objection, OtherCode, Reason, Unreliable, judge};
     use crate::kernel::stack::Scan;
     use crate::kernel::testing::guest::{SLIDE, TinyGuest};
     use crate::kernel::testing::orc::{AFTER_CALL, FUNCTION, FUNCTIONS, function};
     use crate::kernel::testing::{FORMS, STACK, TEXT};
-    use crate::kernel::unwind::Via;
+    use crate::kernel::unwind::{Region, Via};
 
     const ARENA: u64 = 0xffff_ffff_ff80_0000;
 
@@ -119,12 +111,8 @@ mod tests {
             let kernel = guest.kernel();
             let first = TEXT + SLIDE + FUNCTIONS;
             let forbidden = [Gva(first)..Gva(first + FUNCTION)];
-            let arena = OtherCode {
-                name: "the arena".to_owned(),
-                range: Gva(ARENA)..Gva(ARENA + 0x1000),
-                table: None,
-            };
-            let got = super::quiescent(&kernel, &guest, &guest.vcpus, &forbidden, &[arena]);
+            let arena = [OtherCode::arena()];
+            let got = super::quiescent(&kernel, &guest, &guest.vcpus, &forbidden, &arena);
             match (&got, want) {
                 (Ok(Scan { frames, .. }), Ok(want)) => assert_eq!(*frames, want),
                 (Err(got), Err(want)) => assert!(got.to_string().contains(want), "{got}"),
@@ -145,7 +133,8 @@ mod tests {
         check(pushes, &[after(function::PLAIN), end], nothing, Err(hit));
         let silent = "task 7 (sleeper) cannot be followed: the unwind table says nothing of";
         check(other, &[after(function::SILENT)], nothing, Err(silent));
-        check(other, &[ARENA + 0x10], nothing, Ok(1));
+        let unknown = "nothing says how to unwind 0xffffffffff80000f, which is in the arena";
+        check(other, &[ARENA + 0x10], nothing, Err(unknown));
         let unowned = |guest: &mut TinyGuest| {
             guest.stack(true);
         };
@@ -170,7 +159,6 @@ mod tests {
             reason,
         };
         let table = |region| Reason::NoTable { at: Gva(9), region };
-        let given = table(Region::Given("ours".to_owned()));
         let modules = unreliable(table(Region::Modules));
         let deep = unreliable(Reason::TooDeep);
         let forbidden = [Gva(10)..Gva(20), Gva(30)..Gva(31)];
@@ -185,7 +173,6 @@ mod tests {
                 Some(Objection::Unreliable(modules)),
             ),
             (&[], Err(unreliable(Reason::Unowned)), None),
-            (&[], Err(unreliable(given)), None),
         ] {
             let frames: Vec<Frame> = ips.iter().map(|ip| frame(*ip)).collect();
             assert_eq!(judge(&frames, end, &forbidden), want, "{ips:?}");

@@ -1,5 +1,6 @@
 //! A kernel made up for tests: an ELF image with kallsyms, BTF, patch sites and relocations in either of their forms.
 
+mod bpf;
 pub(crate) mod guest;
 pub(crate) mod kallsyms;
 pub(crate) mod orc;
@@ -144,6 +145,8 @@ pub(crate) const DATA_SYMBOLS: &[(u64, &str)] = &[
     (0x3730, "taint_flags"),
     (0x3740, "vmcoreinfo_data"),
     (0x3748, "vmcoreinfo_size"),
+    (0x3760, "bpf_kallsyms"),
+    (0x3780, "btf_modules"),
     (0x3e00, "__start_mcount_loc"),
     (0x3e10, "__stop_mcount_loc"),
     (0, "_sdata"),
@@ -181,17 +184,19 @@ pub(crate) struct Btf {
     types: Vec<u8>,
     strings: Vec<u8>,
     count: u32,
+    /// Where the strings begin, of a module's types.
+    first_string: u32,
 }
 
 impl Btf {
     pub(crate) fn string(&mut self, text: &str) -> u32 {
-        if self.strings.is_empty() || text.is_empty() {
+        if self.first_string == 0 {
             self.strings.resize(self.strings.len().max(1), 0);
         }
         if text.is_empty() {
             return 0;
         }
-        let at = u32::try_from(self.strings.len()).unwrap();
+        let at = self.first_string + u32::try_from(self.strings.len()).unwrap();
         self.strings.extend(text.bytes().chain([0]));
         at
     }
@@ -216,6 +221,15 @@ impl Btf {
         );
         self.count += 1;
         self.count
+    }
+
+    /// Those of a module, behind `first` types and `first_string` bytes of strings.
+    fn behind(first: u32, first_string: u32) -> Self {
+        Self {
+            count: first - 1,
+            first_string,
+            ..Self::default()
+        }
     }
 
     pub(crate) fn int(&mut self, bytes: u32) -> u32 {
@@ -284,6 +298,7 @@ pub(crate) fn btf(form: Form) -> Vec<u8> {
     text_types(&mut btf, basic);
     views::module_types(&mut btf, form, basic);
     views::log_types(&mut btf, basic);
+    bpf::types(&mut btf, basic);
     patched::types(&mut btf, form, basic);
     orc::types(&mut btf, form, basic);
     if form == Form::New {
@@ -295,6 +310,30 @@ pub(crate) fn btf(form: Form) -> Vec<u8> {
         let busy = btf.structure("rb_list", 32, &[("root", long, 0), ("head", list, 8)]);
         btf.structure("vmap_node", 64, &[("busy", busy, 16)]);
     }
+    btf.finish()
+}
+
+/// The types of a module that stand on [`btf`]'s, behind the numbers that those have: a pointer, a structure, an enumeration.
+pub(crate) fn module_btf(first: u32, first_string: u32) -> Vec<u8> {
+    // As `btf` numbers them.
+    const INT: u32 = 1;
+    const LIST: u32 = 4;
+    const TASK: u32 = 9;
+    let mut btf = Btf::behind(first, first_string);
+    let task = btf.add("", 2, 0, TASK, &[]);
+    let plain = |offset: u32| offset * 8;
+    let members = [
+        ("flag", INT, 3 << 24 | plain(4)),
+        ("link", LIST, plain(16)),
+        ("owner", task, plain(32)),
+    ];
+    let mut extra = Vec::new();
+    for (name, kind, offset) in members {
+        extra.extend([btf.string(name), kind, offset]);
+    }
+    btf.add("alpha_private", 4 | 0x80, members.len(), 40, &extra);
+    let large = btf.string("ALPHA_LARGE");
+    btf.add("alpha_mode", 19, 1, 8, &[large, 5, 1]);
     btf.finish()
 }
 

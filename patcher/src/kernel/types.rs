@@ -4,6 +4,7 @@
 //! One pass over the section indexes the names; a type is decoded when it is asked about. Where several types bear
 //! one name and answer differently, that is an error too.
 
+mod parts;
 pub mod print;
 
 use std::fmt;
@@ -82,8 +83,9 @@ pub struct Member {
     pub bits: Option<(u8, u8)>,
 }
 
-/// The types of one image.
+/// The types of one image, or of a module: those stand on the image's, refer to them by number, and share their strings.
 pub struct Types {
+    base: Option<Arc<Types>>,
     bytes: Bytes,
     section: Range<usize>,
     layout: Layout,
@@ -98,7 +100,14 @@ pub struct Types {
 impl Types {
     /// Indexes the types in `btf`, the section `.BTF`.
     pub(crate) fn parse(bytes: Bytes, btf: &Section) -> Result<Self, TypeError> {
-        let section = btf.file.clone();
+        Self::parse_part(bytes, btf.file.clone(), None)
+    }
+
+    fn parse_part(
+        bytes: Bytes,
+        section: Range<usize>,
+        base: Option<Arc<Types>>,
+    ) -> Result<Self, TypeError> {
         let data = (*bytes).as_ref().get(section.clone()).unwrap_or_default();
         let mut named = Vec::new();
         let layout = Layout::parse(data, |id, raw| {
@@ -111,17 +120,23 @@ impl Types {
             }
         })
         .map_err(|(what, at)| TypeError::Damaged { what, at })?;
-        let key = |&(id, name): &(u32, u32)| key(layout.string(data, name)) | u64::from(id);
-        let mut by_name: Vec<u64> = named.iter().map(key).collect();
-        by_name.sort_unstable();
-        Ok(Self {
+        let mut types = Self {
+            base,
             bytes,
             section,
             layout,
-            by_name,
+            by_name: Vec::new(),
             functions: OnceLock::new(),
             absent: None,
-        })
+        };
+        let (first, _) = types.first_own();
+        let key = |(id, name): (u32, u32)| {
+            key(types.string(name)) | u64::from(id.saturating_add(first - 1))
+        };
+        let mut by_name: Vec<u64> = named.into_iter().map(key).collect();
+        by_name.sort_unstable();
+        types.by_name = by_name;
+        Ok(types)
     }
 
     /// Those of a kernel that has none, for the reason `need`: whatever is asked, that is the answer.
@@ -137,6 +152,7 @@ impl Types {
             by_name: Vec::new(),
             functions: OnceLock::new(),
             absent: Some(need),
+            base: None,
         }
     }
 
@@ -148,7 +164,7 @@ impl Types {
 
     /// What it means that nothing is called `name`.
     fn none(&self, name: &str) -> TypeError {
-        match self.absent {
+        match self.absent.or_else(|| self.base.as_ref()?.absent) {
             Some(need) => TypeError::Absent { need },
             None => TypeError::NoType {
                 name: name.to_owned(),
@@ -156,7 +172,7 @@ impl Types {
         }
     }
 
-    /// How many types there are.
+    /// How many types there are, those of the base not counted.
     #[must_use]
     pub fn len(&self) -> usize {
         self.layout.starts.len()
@@ -207,14 +223,14 @@ impl Types {
                 .resolve(id)
                 .filter(|raw| matches!(raw.kind, Kind::Struct | Kind::Union))
                 .ok_or_else(none)?;
-            let raw = (0..of.vlen).filter_map(|index| self.layout.member(self.data(), &of, index));
+            let raw = (0..of.vlen).filter_map(|index| self.raw_member(&of, index));
             let named = raw.filter(|member| member.name != 0).filter_map(|member| {
                 let place = Place {
                     id: member.kind,
                     bit: member.bit_offset.into(),
                     bits: member.bits,
                 };
-                let text = String::from_utf8_lossy(self.layout.string(self.data(), member.name));
+                let text = String::from_utf8_lossy(self.string(member.name));
                 Some((text.into_owned(), self.finish(place)?))
             });
             Ok(named.collect())
@@ -276,10 +292,8 @@ impl Types {
                 .resolve(id)
                 .filter(|of| matches!(of.kind, Kind::Enum | Kind::Enum64))
                 .ok_or_else(none)?;
-            let data = self.data();
-            let named = (0..of.vlen).filter_map(|index| self.layout.enumerator(data, &of, index));
-            let text =
-                |offset| String::from_utf8_lossy(self.layout.string(data, offset)).into_owned();
+            let named = (0..of.vlen).filter_map(|index| self.raw_enumerator(&of, index));
+            let text = |offset| String::from_utf8_lossy(self.string(offset)).into_owned();
             Ok(named.map(|(offset, value)| (text(offset), value)).collect())
         })
     }
@@ -309,13 +323,16 @@ impl Types {
         first
     }
 
-    /// The structures, unions and enumerations called `name`; if there are none, the typedefs.
+    /// The structures, unions and enumerations called `name`; if there are none, the typedefs; if there are none, the base's.
     fn ids(&self, name: &str) -> Vec<u32> {
         let (typedefs, tagged): (Vec<_>, Vec<_>) = self
             .named(&self.by_name, name)
             .partition(|(_, raw)| raw.kind == Kind::Typedef);
-        let ids = if tagged.is_empty() { typedefs } else { tagged };
-        ids.into_iter().map(|(id, _)| id).collect()
+        match (&self.base, tagged.is_empty(), typedefs.is_empty()) {
+            (Some(base), true, true) => base.ids(name),
+            (_, true, _) => typedefs.into_iter().map(|(id, _)| id).collect(),
+            (_, false, _) => tagged.into_iter().map(|(id, _)| id).collect(),
+        }
     }
 
     /// The types of `index` that are called `name`.
@@ -331,8 +348,8 @@ impl Types {
             .take_while(move |entry| **entry >> 32 == hash >> 32);
         let of = move |entry: &u64| {
             let id = u32::try_from(entry & 0xffff_ffff).unwrap_or(0);
-            let raw = self.layout.get(self.data(), id)?;
-            (self.layout.string(self.data(), raw.name) == name.as_bytes()).then_some((id, raw))
+            let raw = self.raw(id)?;
+            (self.string(raw.name) == name.as_bytes()).then_some((id, raw))
         };
         same.filter_map(of)
     }
@@ -340,13 +357,13 @@ impl Types {
     /// The functions' names, as `by_name`.
     fn functions(&self) -> &[u64] {
         self.functions.get_or_init(|| {
-            let count = u32::try_from(self.layout.starts.len()).unwrap_or(0);
+            let ((first, _), (behind, _)) = (self.first_own(), self.behind());
             let entry = |id| {
-                let raw = self.layout.get(self.data(), id)?;
-                let name = self.layout.string(self.data(), raw.name);
+                let raw = self.raw(id)?;
+                let name = self.string(raw.name);
                 (raw.code == code::FUNCTION).then(|| key(name) | u64::from(id))
             };
-            let mut functions: Vec<u64> = (1..=count).filter_map(entry).collect();
+            let mut functions: Vec<u64> = (first..behind).filter_map(entry).collect();
             functions.sort_unstable();
             functions
         })
@@ -355,7 +372,7 @@ impl Types {
     /// Type `id` with its typedefs and qualifiers taken off.
     fn resolve(&self, mut id: u32) -> Option<RawType> {
         for _ in 0..MAX_DEPTH {
-            let raw = self.layout.get(self.data(), id)?;
+            let raw = self.raw(id)?;
             match raw.kind {
                 Kind::Alias | Kind::Typedef => id = raw.size_or_type,
                 _ => return Some(raw),
@@ -372,7 +389,7 @@ impl Types {
         match raw.kind {
             Kind::Ptr => Some(8),
             Kind::Array => {
-                let (element, count) = self.layout.array(self.data(), &raw)?;
+                let (element, count) = self.raw_array(&raw)?;
                 self.size(element, depth + 1)?.checked_mul(u64::from(count))
             }
             Kind::Int | Kind::Struct | Kind::Union | Kind::Enum | Kind::Enum64 | Kind::Float => {
@@ -391,10 +408,8 @@ impl Types {
         let mut at = self.find(at, member.as_bytes(), 0, &mut budget)?;
         while !indices.is_empty() {
             let (index, rest) = indices.split_once(']')?;
-            let (element, count) = self.layout.array(
-                self.data(),
-                &self.resolve(at.id).filter(|raw| raw.kind == Kind::Array)?,
-            )?;
+            let array = self.resolve(at.id).filter(|raw| raw.kind == Kind::Array)?;
+            let (element, count) = self.raw_array(&array)?;
             let index: u64 = index
                 .parse()
                 .ok()
@@ -421,7 +436,7 @@ impl Types {
             return None;
         }
         (0..of.vlen).find_map(|index| {
-            let member = self.layout.member(self.data(), &of, index)?;
+            let member = self.raw_member(&of, index)?;
             let place = Place {
                 id: member.kind,
                 bit: at.bit.checked_add(member.bit_offset.into())?,
@@ -430,7 +445,7 @@ impl Types {
             if member.name == 0 {
                 self.find(place, name, depth + 1, budget)
             } else {
-                (self.layout.string(self.data(), member.name) == name).then_some(place)
+                (self.string(member.name) == name).then_some(place)
             }
         })
     }

@@ -5,6 +5,7 @@
 //! and if it lies further up than the one before; and a stack only if it ends where stacks end. The word scan of
 //! [`super::stack`] knows nothing of all this: the two check each other.
 
+pub(crate) mod bpf;
 pub(crate) mod call;
 pub(crate) mod code;
 pub(crate) mod known;
@@ -292,6 +293,8 @@ impl Frame {
     }
 }
 
+#[cfg(test)]
+mod bpf_tests;
 #[cfg(test)]
 mod taken_tests;
 #[cfg(test)]

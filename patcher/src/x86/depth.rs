@@ -54,7 +54,7 @@ pub fn is_level(code: &[u8]) -> bool {
 }
 
 /// What one instruction of code of `len` bytes pushes.
-fn effect(instruction: &Instruction, len: u64) -> Option<i64> {
+pub(super) fn effect(instruction: &Instruction, len: u64) -> Option<i64> {
     let immediate = || instruction.try_immediate(1).ok();
     let writes_sp = instruction.op0_register().full_register() == Register::RSP;
     match (instruction.flow_control(), instruction.mnemonic()) {

@@ -194,7 +194,8 @@ pub struct Head {
     pub at: Gva,
     /// Its bytes, the jump back included.
     pub bytes: Vec<u8>,
-    /// For each moved instruction its offset in `bytes` and the address that it had: what its unwind entries follow from.
+    /// For each instruction its offset in `bytes`, and the address whose unwind rule holds there: that which it had, and of the jump
+    /// back that which it leads to.
     pub moved: Vec<(u32, Gva)>,
 }
 
@@ -237,12 +238,12 @@ pub fn relocate(displaced: &[Instruction], at: Gva) -> Result<Head, InsnError> {
         &encoded.new_instruction_offsets,
         at,
     )?;
-    block.pop();
+    let rules = block.iter().map(Instruction::ip);
     let moved = encoded
         .new_instruction_offsets
         .iter()
-        .zip(&block)
-        .map(|(&new, old)| (new, Gva(old.ip())))
+        .zip(rules.take(block.len() - 1).chain([last.next_ip()]))
+        .map(|(&new, rule)| (new, Gva(rule)))
         .collect();
     Ok(Head {
         at,
@@ -404,7 +405,12 @@ mod tests {
         assert_eq!(moved[3].near_branch_target(), BASE.0 + 16);
         assert_eq!(moved[4].near_branch_target(), BASE.0 + 16, "the jump back");
         assert_eq!(moved.len(), 5);
-        assert_eq!(head.moved[3].1, Gva(BASE.0 + 11));
+        let moved: Vec<_> = head
+            .moved
+            .iter()
+            .map(|(at, old)| (*at, old.0 - BASE.0))
+            .collect();
+        assert_eq!(moved, [(0, 0), (2, 2), (8, 4), (15, 11), (20, 16)]);
     }
 
     #[test]

@@ -59,7 +59,7 @@ enum Show {
         #[arg(value_name = "NAME|ADDRESS")]
         of: Option<String>,
     },
-    /// Show a type as C with the place of every member, or the place of one; stops no guest, and needs no --dump
+    /// Show a type as C with the place of every member, or the place of one; without --module it stops no guest, and needs no --dump
     #[command(after_help = help("types task_struct thread.sp"))]
     Types {
         /// The type: a name, or one with its kind: "struct task_struct"
@@ -67,6 +67,9 @@ enum Show {
         /// Where this member lies: through members (thread.sp) and array elements (slots[3])
         #[arg(value_name = "MEMBER.PATH")]
         member: Option<String>,
+        /// Look among the types of this module first, which the guest must have loaded
+        #[arg(long, value_name = "NAME")]
+        module: Option<String>,
     },
     /// List the modules that are loaded, as /proc/modules does
     #[command(after_help = help("modules"))]
@@ -129,9 +132,15 @@ impl Show {
                 let of = of.as_deref().map(symbols::Asked::parse).transpose();
                 Asked::Symbols(of?)
             }
-            Self::Types { name, member } => {
-                Asked::Types(types::Asked::parse(name, member.as_deref()))
-            }
+            Self::Types {
+                name,
+                member,
+                module,
+            } => Asked::Types(types::Asked::parse(
+                name,
+                member.as_deref(),
+                module.as_deref(),
+            )),
             Self::Modules => Asked::Modules,
             Self::Tasks => Asked::Tasks,
             Self::Log => Asked::Log,

@@ -79,6 +79,7 @@ fn call_for(asked: &Asked) -> Call {
             vec![
                 ("name", Some(asked.name.clone())),
                 ("member", asked.member.clone()),
+                ("module", asked.module.clone()),
             ],
         ),
         Asked::Modules => ("modules", Vec::new()),
@@ -115,8 +116,12 @@ mod tests {
             "/v1/kernel/symbols?of=0xffffffff81000000",
         );
         check(
-            Asked::Types(types::Asked::parse("struct", Some("file"))),
+            Asked::Types(types::Asked::parse("struct", Some("file"), None)),
             "/v1/kernel/types?name=struct%20file",
+        );
+        check(
+            Asked::Types(types::Asked::parse("evdev", Some("open"), Some("evdev"))),
+            "/v1/kernel/types?name=evdev&member=open&module=evdev",
         );
         check(
             Asked::Stack(stack::Asked::parse("cpu1").unwrap()),

@@ -4,10 +4,13 @@
 //! that nothing explains.
 //! What the guest was just changing makes no sense for a moment; it is then let go, and looked at again a little later.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use patcher::addr::Gva;
 use patcher::apply::Applied;
+use patcher::edition::resident::Resident;
 use patcher::guest::{Guest, PausedGuest, Registers};
 use patcher::kernel::image::Image;
 use patcher::kernel::locate::Kernel;
@@ -27,7 +30,7 @@ const BETWEEN: Duration = Duration::from_millis(10);
 pub(super) struct Known<'a> {
     /// The image that it was booted with.
     pub(super) image: &'a Arc<Image>,
-    /// The kernel that updates were applied to, if there is one, and those in effect.
+    /// The kernel that updates were applied to, if there is one, and those of which something is in it.
     pub(super) updated: Option<(&'a Kernel, Vec<Update>)>,
     /// The kernel that was found by the last look, kept for the next one.
     pub(super) seen: &'a mut Option<Kernel>,
@@ -110,7 +113,7 @@ impl Known<'_> {
         Ok(view.map(|view| Seen { paused_us, view }))
     }
 
-    /// The kernel that the guest runs, and the updates that are in effect in it.
+    /// The kernel that the guest runs, and the updates of which something is in it.
     fn kernel(&mut self, paused: &KvmPaused<'_>) -> Result<(&Kernel, &[Update]), Problem> {
         let vcpus = paused.vcpus();
         let runs = |kernel: &Kernel| kernel.prove_same(paused, vcpus).is_ok();
@@ -136,65 +139,39 @@ fn paused_us(guest: &KvmGuest, began: Instant) -> Option<u64> {
     Some(if stopped { took } else { 0 })
 }
 
-/// What an update has put into the guest.
-pub(super) fn update(id: u64, applied: &Applied) -> Update {
+/// What updates have put into the guest: those in `applied`, and those of the arena's `residents` that were reverted.
+pub(super) fn updates(applied: &[(u64, &Applied)], residents: &[Resident]) -> Vec<Update> {
+    let of = |resident: &Resident| {
+        let holds = |(_, applied): &&(u64, &Applied)| {
+            let code = &applied.linked.code;
+            !code.bytes.is_empty() && resident.code.range.contains(&Gva(code.at))
+        };
+        let applied = applied.iter().find(holds);
+        Update {
+            id: applied.map(|(id, _)| *id),
+            jumps: applied.map_or_else(Vec::new, |(_, applied)| jumps(applied)),
+            code: resident.clone(),
+        }
+    };
+    residents.iter().map(of).collect()
+}
+
+/// The jumps of an update in the kernel's text.
+fn jumps(applied: &Applied) -> Vec<Range<Gva>> {
     let jumps = applied.plan.writes.iter();
     let jumps = jumps.filter(|write| write.purpose == Purpose::Trampoline);
-    let jumps = jumps.filter_map(|write| write.gva.range(write.bytes.len() as u64));
-    let linked = &applied.linked;
-    let mut pieces = Vec::new();
-    for redirection in &linked.redirections {
-        let name = &redirection.target.name;
-        pieces.push((redirection.edition, name.clone()));
-        pieces.push((redirection.head.at, format!("exopatch_original_{name}")));
-    }
-    pieces.sort();
-    let end = linked
-        .code
-        .at
-        .saturating_add(linked.code.bytes.len() as u64);
-    let ends = pieces.iter().skip(1).map(|(at, _)| at.0).chain([end]);
-    let ends: Vec<u64> = ends.collect();
-    let code = pieces
-        .into_iter()
-        .zip(ends)
-        .filter_map(|((at, name), end)| {
-            let range = at.range(end.checked_sub(at.0)?)?;
-            Some((range, name))
-        });
-    Update {
-        id,
-        jumps: jumps.collect(),
-        code: code.collect(),
-    }
+    let ranges = jumps.filter_map(|write| write.gva.range(write.bytes.len() as u64));
+    ranges.collect()
 }
 
 #[cfg(test)]
 mod tests {
     use patcher::addr::{Gpa, Gva};
     use patcher::apply::Applied;
-    use patcher::edition::link::{Linked, Placed, Redirection};
-    use patcher::plan::target::Target;
+    use patcher::edition::link::{Linked, Placed};
+    use patcher::edition::resident::Resident;
+    use patcher::kernel::unwind::OtherCode;
     use patcher::plan::{Plan, Purpose, Write};
-    use patcher::x86::insn::Head;
-
-    fn redirection(name: &str, edition: u64, head: u64) -> Redirection {
-        Redirection {
-            target: Target {
-                name: name.to_owned(),
-                function: Gva(0x10),
-                size: 0x20,
-                jump: Gva(0x15),
-                displaced: Vec::new(),
-            },
-            edition: Gva(edition),
-            head: Head {
-                at: Gva(head),
-                bytes: Vec::new(),
-                moved: Vec::new(),
-            },
-        }
-    }
 
     fn write(purpose: Purpose, at: u64) -> Write {
         Write {
@@ -207,17 +184,25 @@ mod tests {
         }
     }
 
+    fn resident(at: u64) -> Resident {
+        Resident {
+            pieces: vec![(Gva(at)..Gva(at + 0x100), "f".to_owned())],
+            code: OtherCode {
+                name: String::new(),
+                range: Gva(at)..Gva(at + 0x100),
+                table: None,
+            },
+        }
+    }
+
     #[test]
-    fn the_code_of_an_update_has_names_and_its_jumps_are_ours() {
+    fn what_is_in_the_arena_belongs_to_an_update_or_to_a_reverted_one() {
         let linked = Linked {
             code: Placed {
                 at: 0x1000,
                 bytes: vec![0; 0x100],
             },
-            redirections: vec![
-                redirection("f", 0x1000, 0x1080),
-                redirection("g", 0x1040, 0x10c0),
-            ],
+            redirections: Vec::new(),
             data: Placed::default(),
             orc: Vec::new(),
         };
@@ -227,18 +212,14 @@ mod tests {
         ];
         let forbidden = Vec::new();
         let plan = Plan { writes, forbidden };
-        let update = super::update(3, &Applied { linked, plan });
-        assert_eq!(update.jumps, [Gva(0x15)..Gva(0x1a)]);
-        let code = update.code.iter();
-        let code: Vec<_> = code
-            .map(|(range, name)| (range.start.0, range.end.0, name.as_str()))
-            .collect();
-        let want = [
-            (0x1000, 0x1040, "f"),
-            (0x1040, 0x1080, "g"),
-            (0x1080, 0x10c0, "exopatch_original_f"),
-            (0x10c0, 0x1100, "exopatch_original_g"),
-        ];
-        assert_eq!(code, want);
+        let applied = Applied { linked, plan };
+        let residents = [resident(0x800), resident(0x1000)];
+        let [old, new] = &super::updates(&[(3, &applied)], &residents)[..] else {
+            panic!("one of each")
+        };
+        assert_eq!((old.id, old.jumps.len()), (None, 0));
+        assert_eq!(new.id, Some(3));
+        assert_eq!(new.jumps, [Gva(0x15)..Gva(0x1a)]);
+        assert_eq!(new.code.pieces, residents[1].pieces);
     }
 }

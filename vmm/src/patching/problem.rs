@@ -238,6 +238,11 @@ pub(super) fn apply(cause: &ApplyError) -> Problem {
         ApplyError::Target(error) => target(error),
         ApplyError::Link(error) => link(error),
         ApplyError::Arena(error) => arena(error),
+        ApplyError::Unwind(error) => refused(
+            "package_not_unwindable",
+            error,
+            "build it again: exopatch build --kernel with the vmlinuz that the guest was booted from",
+        ),
         ApplyError::Plan(error) => refused("cannot_plan", error, REPORT),
         ApplyError::Commit(error) => commit(NOT_APPLIED, error),
     }

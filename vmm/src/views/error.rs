@@ -100,6 +100,18 @@ pub enum ViewError {
         /// Its number.
         cpu: usize,
     },
+    /// No module of this name is loaded.
+    #[error("no module called {name} is loaded")]
+    NoModule {
+        /// The name.
+        name: String,
+    },
+    /// The module brought no types.
+    #[error("module {name} brought no types")]
+    NoModuleTypes {
+        /// The module.
+        name: String,
+    },
     /// The kernel has no such type or member.
     #[error(transparent)]
     Type(#[from] TypeError),
@@ -165,6 +177,8 @@ impl ViewError {
             | Self::NoTask { .. }
             | Self::NoCpu { .. }
             | Self::CpuOffline { .. }
+            | Self::NoModule { .. }
+            | Self::NoModuleTypes { .. }
             | Self::Type(_) => Kind::NotFound,
             Self::Changed(
                 ChangedError::NotShipped(_)
@@ -203,6 +217,8 @@ impl ViewError {
             Self::NoTask { .. } => "no_such_task",
             Self::NoCpu { .. } => "no_such_vcpu",
             Self::CpuOffline { .. } => "vcpu_offline",
+            Self::NoModule { .. } => "no_such_module",
+            Self::NoModuleTypes { .. } => "no_module_types",
             Self::Type(TypeError::Ambiguous { .. }) => "ambiguous_type",
             Self::Type(TypeError::NoMember { .. }) => "no_such_member",
             Self::Type(_) => "no_such_type",
@@ -237,6 +253,10 @@ impl ViewError {
             Self::NoTask { .. } => "exopatch kernel tasks lists all there are",
             Self::NoCpu { .. } | Self::CpuOffline { .. } => {
                 "exopatch kernel tasks shows what runs where"
+            }
+            Self::NoModule { .. } => "exopatch kernel modules lists all that are loaded",
+            Self::NoModuleTypes { .. } => {
+                "it was built without CONFIG_DEBUG_INFO_BTF_MODULES: ask without --module"
             }
             Self::Type(TypeError::NoMember { name, .. }) => {
                 return format!(

@@ -25,13 +25,17 @@ impl<'a> Places<'a> {
     /// What is at `at`; an update's code is given as that of a module.
     pub(super) fn at(&self, at: Gva) -> Option<Place> {
         let ours = self.updates.iter().find_map(|update| {
-            let mut code = update.code.iter();
-            let (range, name) = code.find(|(range, _)| range.contains(&at))?;
+            let mut pieces = update.code.pieces.iter();
+            let (range, name) = pieces.find(|(range, _)| range.contains(&at))?;
+            let of = match update.id {
+                Some(id) => format!("update {id}"),
+                None => "a reverted update".to_owned(),
+            };
             Some(Place {
                 symbol: name.clone(),
                 offset: at.offset_from(range.start)?,
                 size: range.end.offset_from(range.start)?,
-                module: Some(format!("update {}", update.id)),
+                module: Some(of),
                 cpu: None,
             })
         });

@@ -1,7 +1,6 @@
 //! Stacks frame by frame: of a task, of a vCPU, or of all. Each is reliable to its end, or unreliable with the reason and the place.
 
 use patcher::addr::Gva;
-use patcher::kernel::arena;
 use patcher::kernel::stack::Who;
 use patcher::kernel::tasks::Tasks;
 use patcher::kernel::unwind::{self, End, OtherCode, Unreliable, Via};
@@ -152,13 +151,13 @@ pub(super) fn read(subject: &Subject<'_>, asked: Asked) -> Result<Stacks, ViewEr
         let count = subject.vcpus.len();
         return Err(ViewError::NoCpu { cpu, count });
     }
-    // Threads may be in editions, which no table describes yet.
-    let arena = OtherCode {
-        name: "the arena".to_owned(),
-        range: arena::CODE,
-        table: None,
-    };
-    let found = unwind::stacks(subject.kernel, subject.guest, subject.vcpus, &[arena])?;
+    // Threads may be in editions. In a recorded guest nobody knows of those any more.
+    let known = subject
+        .updates
+        .iter()
+        .map(|update| update.code.code.clone());
+    let others: Vec<OtherCode> = known.chain([OtherCode::arena()]).collect();
+    let found = unwind::stacks(subject.kernel, subject.guest, subject.vcpus, &others)?;
     let places = Places::read(subject)?;
     let stacks = found
         .stacks

@@ -1,7 +1,7 @@
 //! Names and addresses of the running kernel, its modules and its CPUs' variables, both ways.
 
 use patcher::addr::Gva;
-use patcher::kernel::names::{Found, Names};
+use patcher::kernel::names::{BPF, Found, Names};
 use patcher::kernel::symbols::{self as own, Space};
 use patcher::kernel::tasks::{Cpu, Tasks};
 use serde::{Deserialize, Serialize};
@@ -71,7 +71,7 @@ pub(super) fn number(text: &str) -> Option<u64> {
 pub enum Symbols {
     /// What is at the address that was asked for.
     At(SymbolAt),
-    /// The kernel's in the order of addresses, then each module's.
+    /// The kernel's in the order of addresses, then each module's, then BPF's.
     List(SymbolList),
 }
 
@@ -110,7 +110,7 @@ pub struct Symbol {
     pub kind: char,
     /// Bytes: of the kernel's own to the next symbol, of a module's as its symbol table says.
     pub size: u64,
-    /// The module that it is in; left out of the kernel's own.
+    /// The module that it is in, `bpf` for code that BPF made; left out of the kernel's own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub module: Option<String>,
     /// Which of the kernel's own symbols of the name it is, from 1 in the order of addresses.
@@ -147,7 +147,7 @@ pub struct SymbolAt {
     pub offset: u64,
     /// Bytes of the symbol.
     pub size: u64,
-    /// The module that it is in, or the update.
+    /// The module that it is in, or the update; `bpf` for code that BPF made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub module: Option<String>,
     /// The CPU whose variable it is.
@@ -202,7 +202,7 @@ fn of_module(of: &patcher::kernel::modules::symbols::ModuleSymbol, module: &str)
     }
 }
 
-/// All symbols: the kernel's in the order of addresses, then each module's.
+/// All symbols: the kernel's in the order of addresses, then each module's, then BPF's.
 fn all(subject: &Subject<'_>) -> Result<SymbolList, ViewError> {
     let kernel = subject.kernel;
     let names = Names::read(kernel, subject.guest)?;
@@ -220,6 +220,7 @@ fn all(subject: &Subject<'_>) -> Result<SymbolList, ViewError> {
         let defined = its_symbols.iter().filter(|symbol| !symbol.undefined);
         symbols.extend(defined.map(|symbol| of_module(symbol, &module.name)));
     }
+    symbols.extend(names.bpf().iter().map(|code| of_module(code, BPF)));
     Ok(SymbolList {
         name: None,
         symbols,

@@ -45,7 +45,7 @@ pub struct TextDifference {
     /// Where.
     pub address: String,
     /// Why: `alternative`, `paravirt`, `retpoline`, `return_thunk`, `call_thunk`, `smp_lock`, `ibt_endbr`, `runtime_const`,
-    /// `jump_label`, `static_call`, `fentry`, `tracer`, `kprobe`, `ours` or `unexplained`.
+    /// `jump_label`, `static_call`, `fentry`, `bpf`, `tracer`, `kprobe`, `ours` or `unexplained`.
     pub cause: String,
     /// The function that it is in.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -118,6 +118,7 @@ pub(super) fn cause_name(cause: Cause) -> &'static str {
         Cause::JumpLabel => "jump_label",
         Cause::StaticCall => "static_call",
         Cause::Fentry => "fentry",
+        Cause::Bpf => "bpf",
         Cause::Tracer => "tracer",
         Cause::Kprobe => "kprobe",
         Cause::Ours => "ours",

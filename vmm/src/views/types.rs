@@ -1,12 +1,16 @@
-//! A type of the kernel as C with the place of every member, or where one of its members lies.
+//! A type of the kernel, or of a module, as C with the place of every member; or where one of its members lies.
+//!
+//! The kernel's own are in its image. Those of a module are in the guest alone.
 
 use patcher::kernel::image::Image;
+use patcher::kernel::modules;
 use patcher::kernel::types::print::TypeLayout;
+use patcher::kernel::types::{self as own};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::table::{line, or_dash};
-use super::{Shown, ViewError};
+use super::{Shown, Subject, ViewError};
 use crate::output::clean;
 
 /// `struct task_struct` names one type in two words.
@@ -19,17 +23,24 @@ pub struct Asked {
     pub name: String,
     /// The member: through members (`thread.sp`) and array elements (`slots[3]`).
     pub member: Option<String>,
+    /// The module whose type it may be; one that it does not have is the kernel's.
+    pub module: Option<String>,
 }
 
 impl Asked {
     /// What one or two words ask for: a kind belongs to the name behind it.
     #[must_use]
-    pub fn parse(name: &str, member: Option<&str>) -> Self {
+    pub fn parse(name: &str, member: Option<&str>, module: Option<&str>) -> Self {
         let (name, member) = match member {
             Some(bare) if KINDS.contains(&name) => (format!("{name} {bare}"), None),
             _ => (name.to_owned(), member.map(str::to_owned)),
         };
-        Self { name, member }
+        let module = module.map(str::to_owned);
+        Self {
+            name,
+            member,
+            module,
+        }
     }
 }
 
@@ -104,16 +115,34 @@ pub struct TypeMember {
     pub bits: Option<u8>,
 }
 
-/// Finds what was asked for.
-pub(super) fn read(image: &Image, asked: &Asked) -> Result<Types, ViewError> {
+/// Finds what was asked for, among the types of a module that the guest has loaded if one was named.
+pub(super) fn read(subject: &Subject<'_>, asked: &Asked) -> Result<Types, ViewError> {
+    let Some(name) = &asked.module else {
+        return of_image(subject.kernel.image(), asked);
+    };
+    let Subject { kernel, guest, .. } = subject;
+    let loaded = modules::read(kernel, *guest)?;
+    let missing = || ViewError::NoModule { name: name.clone() };
+    let module = loaded.iter().find(|module| &module.name == name);
+    let types = module.ok_or_else(missing)?.types(kernel, *guest)?;
+    let none = || ViewError::NoModuleTypes { name: name.clone() };
+    among(&types.ok_or_else(none)?, asked)
+}
+
+/// Finds what was asked for, among the kernel's own types.
+pub(super) fn of_image(image: &Image, asked: &Asked) -> Result<Types, ViewError> {
+    among(image.types(), asked)
+}
+
+fn among(types: &own::Types, asked: &Asked) -> Result<Types, ViewError> {
     match &asked.member {
-        None => layouts(image, &asked.name).map(Types::Layouts),
-        Some(path) => member(image, &asked.name, path).map(Types::Member),
+        None => layouts(types, &asked.name).map(Types::Layouts),
+        Some(path) => member(types, &asked.name, path).map(Types::Member),
     }
 }
 
-fn layouts(image: &Image, name: &str) -> Result<TypeLayouts, ViewError> {
-    let found = image.types().layouts(name)?;
+fn layouts(types: &own::Types, name: &str) -> Result<TypeLayouts, ViewError> {
+    let found = types.layouts(name)?;
     Ok(TypeLayouts {
         name: name.to_owned(),
         layouts: found.into_iter().map(layout).collect(),
@@ -141,12 +170,12 @@ fn layout(of: TypeLayout) -> Layout {
 }
 
 /// Where member `path` of type `name` lies. The kind of type may be written before its name.
-fn member(image: &Image, name: &str, path: &str) -> Result<TypeMember, ViewError> {
+fn member(types: &own::Types, name: &str, path: &str) -> Result<TypeMember, ViewError> {
     let bare = match name.split_once(' ') {
         Some((kind, bare)) if KINDS.contains(&kind) => bare.trim(),
         _ => name,
     };
-    let found = image.types().member(bare, path)?;
+    let found = types.member(bare, path)?;
     Ok(TypeMember {
         name: name.to_owned(),
         member: path.to_owned(),
@@ -190,7 +219,7 @@ mod tests {
     #[test]
     fn a_kind_belongs_to_the_name() {
         let check = |name: &str, member: Option<&str>, want: (&str, Option<&str>)| {
-            let asked = Asked::parse(name, member);
+            let asked = Asked::parse(name, member, None);
             assert_eq!((asked.name.as_str(), asked.member.as_deref()), want);
         };
         check("struct", Some("file"), ("struct file", None));

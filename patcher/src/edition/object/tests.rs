@@ -121,11 +121,12 @@ impl Maker {
 
     /// Gives `.text` an unwind table of one entry.
     pub(crate) fn orc(&mut self) {
-        self.section(
-            ".orc_unwind",
-            SectionKind::ReadOnlyData,
-            &[8, 0, 0, 0, 5, 0],
-        );
+        self.orc_entry([8, 0, 0, 0, 5, 0]);
+    }
+
+    /// The same with an entry of a particular kernel's form.
+    pub(crate) fn orc_entry(&mut self, entry: [u8; 6]) {
+        self.section(".orc_unwind", SectionKind::ReadOnlyData, &entry);
         let places = self.section(".orc_unwind_ip", SectionKind::ReadOnlyData, &[0; 4]);
         let text = self.object.section_symbol(self.text);
         self.relocate(places, 0, 2, text, 0);

@@ -1,6 +1,6 @@
 //! What decides how the kernel has changed its text: read from the guest once.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
 use super::counted::Counting;
@@ -8,6 +8,7 @@ use super::window::Window;
 use super::{ChangedError, boot};
 use crate::addr::{Gva, LinkAddr};
 use crate::guest::ReadPhys;
+use crate::kernel::bpf::{Bpf, BpfKind};
 use crate::kernel::bytes::{le_u32, le_u64};
 use crate::kernel::gather::Bound;
 use crate::kernel::image::Shipped;
@@ -73,6 +74,8 @@ pub(super) struct Facts<'a> {
     pub(super) traced: HashMap<LinkAddr, bool>,
     /// Code that the tracer made: where its sites may call.
     pub(super) tracers: Vec<Range<Gva>>,
+    /// Where the trampolines of BPF begin: its sites call those.
+    pub(super) bpf: HashSet<Gva>,
     pub(super) probes: Vec<Probe>,
     /// The constants that are written into instructions, by the table of their sites.
     pub(super) constants: HashMap<String, [u8; 8]>,
@@ -105,6 +108,7 @@ impl<'a> Facts<'a> {
             replacements: None,
             traced: traced(kernel, memory)?,
             tracers: tracers(kernel, memory)?,
+            bpf: bpf(kernel, memory)?,
             probes: probes(kernel, guest, memory)?,
             constants: constants(kernel, memory)?,
             trampolines: trampolines(kernel),
@@ -273,6 +277,16 @@ fn tracers<R: ReadPhys + ?Sized>(
         ops = word(next)?;
     }
     Ok(tracers)
+}
+
+fn bpf<R: ReadPhys + ?Sized>(
+    kernel: &Kernel,
+    memory: &Memory<'_, R>,
+) -> Result<HashSet<Gva>, ChangedError> {
+    let code = Bpf::read_from(kernel, memory)?;
+    let pieces = code.pieces().iter();
+    let trampolines = pieces.filter(|piece| piece.kind == BpfKind::Trampoline);
+    Ok(trampolines.map(|piece| piece.range.start).collect())
 }
 
 fn probes<R: ReadPhys + ?Sized>(

@@ -252,16 +252,18 @@ impl<R: ReadPhys + ?Sized> Switch<'_, R> {
             .entries(SiteKind::Fentry, &window.range)
         {
             let at = entry.site.range.start;
-            let code = match self.facts.traced.get(&at) {
-                None => NOP5.to_vec(),
-                Some(direct) => {
-                    let live: [u8; 5] = self.live(at)?;
-                    let called = called(self.runtime(at), &live);
-                    let known = called.is_some_and(|to| *direct || self.is_tracer(to));
-                    if known { live.to_vec() } else { NOP5.to_vec() }
-                }
+            let Some(direct) = self.facts.traced.get(&at) else {
+                window.put(at, &NOP5, Cause::Fentry);
+                continue;
             };
-            window.put(at, &code, Cause::Fentry);
+            let live: [u8; 5] = self.live(at)?;
+            match called(self.runtime(at), &live) {
+                Some(to) if *direct && self.facts.bpf.contains(&to) => {
+                    window.put(at, &live, Cause::Bpf);
+                }
+                Some(to) if *direct || self.is_tracer(to) => window.put(at, &live, Cause::Fentry),
+                _ => window.put(at, &NOP5, Cause::Fentry),
+            }
         }
         // The tracer's own code calls whatever traces now.
         let Some(current) = image.symbols().optional("ftrace_trace_function")? else {

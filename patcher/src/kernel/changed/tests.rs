@@ -260,6 +260,26 @@ fn tracing_and_probes_explain_what_they_wrote() {
         VICTIM + 2,
         Some(Cause::Fentry),
     );
+    let bpf = |flags: u64, trampoline: bool, offset: u64| {
+        move |guest: &mut TinyGuest| {
+            traced(guest, flags, TEXT + 0x3900 + offset);
+            let start = TEXT + SLIDE + 0x3900;
+            guest.bpf(&[(start, start + 64, "bpf_made", !trampoline)]);
+        }
+    };
+    let direct = 1 << 31 | 1 << 23;
+    for (what, prepare, want) in [
+        ("a trampoline of BPF", bpf(direct, true, 0), Cause::Bpf),
+        ("a place in it", bpf(direct, true, 1), Cause::Fentry),
+        ("a program of BPF", bpf(direct, false, 0), Cause::Fentry),
+        (
+            "a call that is not direct",
+            bpf(1 << 31, true, 0),
+            Cause::Unexplained,
+        ),
+    ] {
+        check(what, &prepare, VICTIM + 2, Some(want));
+    }
     let probe = |guest: &mut TinyGuest, flags: u64, code: &[u8]| {
         let (table, probe) = (guest.at("kprobe_table"), guest.object(80));
         guest.put(table, probe);

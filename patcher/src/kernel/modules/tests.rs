@@ -16,7 +16,7 @@ const DATA: u64 = 0x600;
 
 pub(crate) struct Fixture {
     pub(crate) guest: TinyGuest,
-    alpha: u64,
+    pub(crate) alpha: u64,
     beta: u64,
     /// The memory of `alpha`.
     pub(crate) memory: u64,

@@ -137,6 +137,8 @@ impl TinyGuest {
         self.put(self.at("system_state"), 3);
         self.put(self.at("x86_return_thunk"), TEXT + SLIDE + 0x400);
         self.list(self.at("modules"), &[]);
+        self.list(self.at("bpf_kallsyms"), &[]);
+        self.list(self.at("btf_modules"), &[]);
         if self.form == Form::New {
             self.put(self.at("vmap_nodes"), self.at("vmap_node_0"));
             self.put(self.at("nr_vmap_nodes"), 1);

@@ -81,6 +81,18 @@ pub(super) fn module_types(btf: &mut Btf, form: Form, (int, long, byte, list): B
     }
     btf.structure("module", 0x200, &members);
     btf.structure(
+        "btf_module",
+        32,
+        &[("list", list, 0), ("module", long, 16), ("btf", long, 24)],
+    );
+    let parsed = [
+        ("data", long, 0),
+        ("data_size", int, 8),
+        ("start_id", int, 16),
+        ("start_str_off", int, 20),
+    ];
+    btf.structure("btf", 24, &parsed);
+    btf.structure(
         "module_use",
         48,
         &[("source_list", list, 0), ("source", long, 32)],

@@ -110,10 +110,11 @@ impl Types {
                 layouts.push(layout);
             }
         }
-        if layouts.is_empty() {
-            return Err(self.none(name));
+        match &self.base {
+            _ if !layouts.is_empty() => Ok(layouts),
+            Some(base) => base.layouts(name),
+            None => Err(self.none(name)),
         }
-        Ok(layouts)
     }
 
     fn layout_of(&self, id: u32, raw: &RawType) -> Option<TypeLayout> {
@@ -152,7 +153,7 @@ impl Types {
     }
 
     fn text(&self, name: u32) -> String {
-        String::from_utf8_lossy(self.layout.string(self.data(), name)).into_owned()
+        String::from_utf8_lossy(self.string(name)).into_owned()
     }
 }
 
@@ -210,7 +211,7 @@ impl Printer<'_> {
         let mut through_pointer = false;
         for _ in 0..=MAX_DEPTH {
             self.left = self.left.checked_sub(declarator.len())?;
-            let Some(raw) = self.types.layout.get(self.types.data(), id) else {
+            let Some(raw) = self.types.raw(id) else {
                 let base = Base::Named(format!("{qualifiers}void"));
                 return (id == 0).then_some(Declared {
                     base,
@@ -230,7 +231,7 @@ impl Printer<'_> {
                     id = raw.size_or_type;
                 }
                 (Kind::Array, _) => {
-                    let (element, count) = self.types.layout.array(self.types.data(), &raw)?;
+                    let (element, count) = self.types.raw_array(&raw)?;
                     declarator = format!("{}[{count}]", grouped(&declarator));
                     id = element;
                 }
@@ -285,7 +286,7 @@ impl Printer<'_> {
         }
         let mut list = Vec::new();
         for index in 0..raw.vlen {
-            let (name, kind) = self.types.layout.parameter(self.types.data(), raw, index)?;
+            let (name, kind) = self.types.raw_parameter(raw, index)?;
             if name == 0 && kind == 0 {
                 list.push("...".to_owned());
                 continue;
@@ -294,7 +295,7 @@ impl Printer<'_> {
             let base = match declared.base {
                 Base::Named(base) => base,
                 Base::Inline(id, before) => {
-                    let raw = self.types.layout.get(self.types.data(), id)?;
+                    let raw = self.types.raw(id)?;
                     format!("{before}{} {{ ... }}", keyword(&raw))
                 }
             };
@@ -326,7 +327,7 @@ impl Printer<'_> {
                 self.line(at.depth, text, place)
             }
             Base::Inline(id, before) => {
-                let raw = self.types.layout.get(self.types.data(), *id)?;
+                let raw = self.types.raw(*id)?;
                 let name = self.types.text(raw.name);
                 let head = joined(&format!("{before}{}", keyword(&raw)), &name);
                 self.line(at.depth, format!("{head} {{"), None)?;
@@ -346,10 +347,9 @@ impl Printer<'_> {
         if at.depth > MAX_DEPTH {
             return None;
         }
-        let data = self.types.data();
         for index in 0..raw.vlen {
             if matches!(raw.kind, Kind::Enum | Kind::Enum64) {
-                let (name, value) = self.types.layout.enumerator(data, raw, index)?;
+                let (name, value) = self.types.raw_enumerator(raw, index)?;
                 let unsigned = raw.kind == Kind::Enum64 && !raw.flag && value < 0;
                 let value = if unsigned {
                     value.cast_unsigned().to_string()
@@ -360,7 +360,7 @@ impl Printer<'_> {
                 self.line(at.depth, text, None)?;
                 continue;
             }
-            let member = self.types.layout.member(data, raw, index)?;
+            let member = self.types.raw_member(raw, index)?;
             let declared = self.declare(member.kind, self.types.text(member.name), 0)?;
             let bit = at.bit.checked_add(member.bit_offset.into())?;
             let field = member.bits != 0 || !bit.is_multiple_of(8);

@@ -1,23 +1,25 @@
 //! What is known of a piece of code: how to find its caller, and whether an address in it is a return address.
 //!
 //! The image answers for its own code, without a read of the guest: what it says does not change while the kernel runs. Where what was shipped
-//! is not known, the guest's code answers alone, as far as it is still there. Other code is what the caller of the unwinder says it is, or a copy of the image's that a
-//! tracer of the guest made.
+//! is not known, the guest's code answers alone, as far as it is still there. Other code is what the caller of the unwinder says it is, a module's,
+//! what BPF made, or a copy of the image's that a tracer of the guest made.
 
 use std::cell::RefCell;
 use std::ops::Range;
 
+use super::bpf::BpfFrames;
 use super::call::{BEFORE, ends_with_call, ends_with_far_return};
 use super::module;
 use super::reason::{Reason, Region};
 use super::taken::Taken;
 use crate::addr::{Gva, LinkAddr};
 use crate::guest::ReadPhys;
+use crate::kernel::arena;
 use crate::kernel::orc::{Base, Orc, OrcTable};
 use crate::kernel::sites::SiteKind;
 use crate::x86::depth::{pushed, pushed_since};
 
-/// Code outside the kernel's image: a module, the arena.
+/// Code outside the kernel's image: an update's, or all of the arena. Of several for one address the first counts.
 #[derive(Clone, Debug)]
 pub struct OtherCode {
     /// What it is, for reasons.
@@ -26,6 +28,18 @@ pub struct OtherCode {
     pub range: Range<Gva>,
     /// How to unwind there, in running addresses.
     pub table: Option<OrcTable>,
+}
+
+impl OtherCode {
+    /// All of the arena's code: what nothing more is known of.
+    #[must_use]
+    pub fn arena() -> Self {
+        Self {
+            name: "the arena".to_owned(),
+            range: arena::CODE,
+            table: None,
+        }
+    }
 }
 
 /// `MODULES_VADDR` of a kernel that can move itself, and `MODULES_END`.
@@ -47,6 +61,7 @@ pub(crate) struct Code<'a, R: ?Sized> {
     pub(crate) table: &'a OrcTable,
     pub(crate) others: &'a [OtherCode],
     pub(crate) taken: Taken<'a, R>,
+    bpf: BpfFrames<'a, R>,
     /// The image's executable sections, and their bytes as they were shipped; none where that is not known.
     sections: Vec<(Range<LinkAddr>, &'a [u8])>,
     /// The code that the kernel starts with and gives back when it has booted, where what was shipped is not known: nothing can be looked up
@@ -75,6 +90,7 @@ impl<'a, R: ReadPhys + ?Sized> Code<'a, R> {
                 })
                 .collect(),
             given_back: given_back.map_or(LinkAddr(0)..LinkAddr(0), |start| start.range.clone()),
+            bpf: BpfFrames::new(taken.kernel, taken.memory),
             taken,
             seen: RefCell::new(vec![None; SEEN]),
         }
@@ -231,7 +247,7 @@ impl<'a, R: ReadPhys + ?Sized> Code<'a, R> {
         Ok(Some(pushed.map_or(Orc::Undefined, |by| rule.lower(by))))
     }
 
-    /// In a module, or in a copy of the image's code.
+    /// In a module, in what BPF made, or in a copy of the image's code.
     fn of_modules(&self, at: Gva) -> Result<Orc, Reason> {
         let Taken {
             kernel,
@@ -243,6 +259,9 @@ impl<'a, R: ReadPhys + ?Sized> Code<'a, R> {
             if let Some(rule) = rule.map_err(Reason::unreadable)? {
                 return Ok(rule);
             }
+        }
+        if let Some(rule) = self.bpf.rule(at)? {
+            return Ok(rule);
         }
         let copied = self.taken.copied_from(at).map_err(Reason::unreadable)?;
         let region = Region::Modules;

@@ -43,6 +43,18 @@ pub enum Reason {
         /// The code.
         at: Gva,
     },
+    /// Code that the kernel made, which does what is not understood, or where no way through it leads.
+    #[error(
+        "what the code from {start} on has on the stack at {at} cannot be told: it is not clear at {place}"
+    )]
+    Unclear {
+        /// The code.
+        at: Gva,
+        /// Its first byte.
+        start: Gva,
+        /// Where it is not understood.
+        place: Gva,
+    },
     /// The caller is found by a register whose value is lost.
     #[error("the caller is found by register {register}, whose value is not known")]
     Register {

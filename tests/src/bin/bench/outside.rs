@@ -215,7 +215,7 @@ fn recorded(figures: &mut Figures, stock: Stock, dump: &Path) -> Result<(), Stri
             .map_err(|error| failed(&error))?;
         reports.push(report);
         let applied = applied.ok_or_else(|| failed(&"nothing was applied"))?;
-        revert(&mut guest, &kernel, applied, &options).map_err(|error| failed(&error))?;
+        revert(&mut guest, &kernel, &draft, applied, &options).map_err(|error| failed(&error))?;
         // No thread of a recorded guest runs, so the room can be used again.
         arena.layout = draft.layout;
     }

@@ -58,6 +58,8 @@ struct TypesQuery {
     name: String,
     /// Where this member lies: through members (`thread.sp`) and array elements (`slots[3]`). The whole type when left out.
     member: Option<String>,
+    /// The module whose types are looked among first, which the guest must have loaded. The kernel's types alone when left out.
+    module: Option<String>,
     /// Give up after this many milliseconds (1 to 600000). 5000 when left out.
     #[param(minimum = 1, maximum = 600_000)]
     deadline_ms: Option<u64>,
@@ -137,17 +139,22 @@ async fn kernel_symbols(
     see(&api, of.map(Asked::Symbols), query.deadline_ms).await
 }
 
-/// A type as C with the place of every member, or where one member lies; never pauses the guest
+/// A type as C with the place of every member, or where one member lies; pauses the guest only for the types of a module
 #[utoipa::path(get, path = "/v1/kernel/types", tag = "kernel", params(TypesQuery), responses(
     (status = OK, body = Seen<Types>),
-    (status = NOT_FOUND, description = "No such type or member", body = ErrorBody),
+    (status = NOT_FOUND, description = "No such type, member or module", body = ErrorBody),
+    (status = GATEWAY_TIMEOUT, description = "Not stopped or not found in time", body = ErrorBody),
     (status = "4XX", description = "The request is wrong, or the image cannot be read", body = ErrorBody),
 ))]
 async fn kernel_types(
     State(api): State<Api>,
     Options(query): Options<TypesQuery>,
 ) -> Result<Response, ApiError> {
-    let asked = types::Asked::parse(&query.name, query.member.as_deref());
+    let asked = types::Asked::parse(
+        &query.name,
+        query.member.as_deref(),
+        query.module.as_deref(),
+    );
     see(&api, Ok(Asked::Types(asked)), query.deadline_ms).await
 }
 
