@@ -405,14 +405,14 @@ impl Search<'_> {
     fn addresses_before(&self, names: &Names) -> Option<(Range<usize>, Encoding)> {
         let base_at = names.count_at.checked_sub(WIDE)?;
         let start = base_at.checked_sub((names.count * 4).next_multiple_of(WIDE))?;
-        self.from_base(start..start + names.count * 4, base_at)
+        self.of_base(start..start + names.count * 4, base_at)
     }
 
     /// The newer orders: token index, offsets; and a base, or none.
     fn addresses_after(&self, start: usize, count: usize) -> Option<(Range<usize>, Encoding)> {
         let end = start.checked_add(count.checked_mul(4)?)?;
         let offsets = start..end;
-        let base = self.from_base(offsets.clone(), end.next_multiple_of(WIDE));
+        let base = self.of_base(offsets.clone(), end.next_multiple_of(WIDE));
         base.or_else(|| {
             let place = self
                 .at
@@ -429,7 +429,7 @@ impl Search<'_> {
     }
 
     /// The offsets with the base at `base_at`, in the encoding in which they ascend and reach the kernel's image.
-    fn from_base(&self, offsets: Range<usize>, base_at: usize) -> Option<(Range<usize>, Encoding)> {
+    fn of_base(&self, offsets: Range<usize>, base_at: usize) -> Option<(Range<usize>, Encoding)> {
         let base = le_u64(self.data, base_at)?;
         if base < IMAGE_BASE || !base.is_multiple_of(4096) {
             return None;

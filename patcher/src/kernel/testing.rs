@@ -313,30 +313,6 @@ pub(crate) fn btf(form: Form) -> Vec<u8> {
     btf.finish()
 }
 
-/// The types of a module that stand on [`btf`]'s, behind the numbers that those have: a pointer, a structure, an enumeration.
-pub(crate) fn module_btf(first: u32, first_string: u32) -> Vec<u8> {
-    // As `btf` numbers them.
-    const INT: u32 = 1;
-    const LIST: u32 = 4;
-    const TASK: u32 = 9;
-    let mut btf = Btf::behind(first, first_string);
-    let task = btf.add("", 2, 0, TASK, &[]);
-    let plain = |offset: u32| offset * 8;
-    let members = [
-        ("flag", INT, 3 << 24 | plain(4)),
-        ("link", LIST, plain(16)),
-        ("owner", task, plain(32)),
-    ];
-    let mut extra = Vec::new();
-    for (name, kind, offset) in members {
-        extra.extend([btf.string(name), kind, offset]);
-    }
-    btf.add("alpha_private", 4 | 0x80, members.len(), 40, &extra);
-    let large = btf.string("ALPHA_LARGE");
-    btf.add("alpha_mode", 19, 1, 8, &[large, 5, 1]);
-    btf.finish()
-}
-
 /// Four bytes, eight bytes, one byte, a list's link.
 pub(crate) type Basic = (u32, u32, u32, u32);
 

@@ -147,7 +147,8 @@ mod tests {
     use crate::kernel::modules::read;
     use crate::kernel::modules::tests::fixture;
     use crate::kernel::testing::guest::TinyGuest;
-    use crate::kernel::testing::{FORMS, Form, module_btf};
+    use crate::kernel::testing::views::module_btf;
+    use crate::kernel::testing::{FORMS, Form};
     use crate::kernel::types::Types;
 
     /// What `ask` finds in the types of the module `alpha`, whose description `change` changes: where its `struct btf` is, where its bytes.

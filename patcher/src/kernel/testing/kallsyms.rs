@@ -85,7 +85,7 @@ pub(crate) fn kallsyms_in(order: Order, symbols: &[Sym]) -> Vec<u8> {
             .flat_map(|distance| i32::try_from(distance).unwrap().to_le_bytes())
             .collect()
     };
-    let mut bytes: Vec<u8> = (0..BEFORE_KALLSYMS as u32 / 4)
+    let mut bytes: Vec<u8> = (0..u32::try_from(BEFORE_KALLSYMS / 4).unwrap())
         .flat_map(|word| (word % 977).to_le_bytes())
         .collect();
     let mut put = |part: Vec<u8>| {

@@ -119,6 +119,30 @@ pub(super) fn module_types(btf: &mut Btf, form: Form, (int, long, byte, list): B
     );
 }
 
+/// The types of a module that stand on [`super::btf`]'s, behind the numbers that those have: a pointer, a structure, an enumeration.
+pub(crate) fn module_btf(first: u32, first_string: u32) -> Vec<u8> {
+    // As `super::btf` numbers them.
+    const INT: u32 = 1;
+    const LIST: u32 = 4;
+    const TASK: u32 = 9;
+    let mut btf = Btf::behind(first, first_string);
+    let task = btf.add("", 2, 0, TASK, &[]);
+    let plain = |offset: u32| offset * 8;
+    let members = [
+        ("flag", INT, 3 << 24 | plain(4)),
+        ("link", LIST, plain(16)),
+        ("owner", task, plain(32)),
+    ];
+    let mut extra = Vec::new();
+    for (name, kind, offset) in members {
+        extra.extend([btf.string(name), kind, offset]);
+    }
+    btf.add("alpha_private", 4 | 0x80, members.len(), 40, &extra);
+    let large = btf.string("ALPHA_LARGE");
+    btf.add("alpha_mode", 19, 1, 8, &[large, 5, 1]);
+    btf.finish()
+}
+
 /// What `kernel/log` asks about.
 pub(super) fn log_types(btf: &mut Btf, (int, long, byte, _): Basic) {
     let short = btf.int(2);
