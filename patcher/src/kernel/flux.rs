@@ -2,7 +2,8 @@
 //!
 //! The guest's kernel patches its text under `text_mutex`; what prepares such patches holds one of the other locks. A
 //! paused guest whose vCPU holds one may have patched half: it has to run on before its text is touched.
-//! Sources: kernel `arch/x86/kernel/alternative.c` (`text_poke_bp_batch()`), `kernel/kprobes.c`, `kernel/locking/mutex.c`.
+//! Sources: kernel `arch/x86/kernel/alternative.c` (`text_poke_bp_batch()`), `kernel/kprobes.c`, `kernel/locking/mutex.c`,
+//! `kernel/locking/rtmutex.c`.
 
 use std::ops::Range;
 
@@ -10,7 +11,7 @@ use super::locate::{Kernel, KernelError};
 use crate::addr::Gva;
 use crate::guest::ReadPhys;
 
-/// The low bits of a mutex's owner are flags; the rest is the task that holds it.
+/// The low bits of a mutex's owner are flags (one of them, where mutexes lend their priority); the rest is the task that holds it.
 const OWNER_FLAGS: u64 = 7;
 /// `KPROBE_TABLE_SIZE`.
 const KPROBE_BUCKETS: usize = 64;
@@ -104,17 +105,23 @@ mod tests {
     #[test]
     fn a_held_lock_or_a_half_done_patch_is_named() {
         for form in FORMS {
+            let owner = form.mutex_owner();
             for (name, offset, value, want) in [
-                ("text_mutex", 0, 0xffff_8880_0020_0001, Some("text_mutex")),
+                (
+                    "text_mutex",
+                    owner,
+                    0xffff_8880_0020_0001,
+                    Some("text_mutex"),
+                ),
                 (
                     "module_mutex",
-                    0,
+                    owner,
                     0xffff_8880_0020_0000,
                     Some("module_mutex"),
                 ),
                 ("bp_desc", 8, 1 << 32, Some("bp_desc")),
                 // Waiters alone are nobody who holds it.
-                ("text_mutex", 0, 7, None),
+                ("text_mutex", owner, 7, None),
             ] {
                 let mut guest = TinyGuest::new(form, 4);
                 guest.put(guest.at(name) + offset, value);

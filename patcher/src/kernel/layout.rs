@@ -188,7 +188,11 @@ const LOCKS: [&str; 5] = [
 
 fn flux(image: &Image) -> Result<FluxLayout, LayoutError> {
     let (symbols, types) = (image.symbols(), image.types());
-    let owner = types.offset_of("mutex", "owner")?;
+    let owner = match types.offset_of("mutex", "rtmutex.owner") {
+        // A kernel that is preemptible throughout makes mutexes of what lends its priority (`CONFIG_PREEMPT_RT`).
+        Ok(owner) => owner,
+        Err(_) => types.offset_of("mutex", "owner")?,
+    };
     let mut locks = Vec::new();
     for (index, name) in LOCKS.into_iter().enumerate() {
         let lock = if index == 0 {

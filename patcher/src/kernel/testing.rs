@@ -26,13 +26,18 @@ pub(crate) const BUILD_ID: [u8; 20] = *b"build-id of a tester";
 pub(crate) enum Form {
     /// As before Linux 6.2: addresses before the names.
     Old,
-    /// As Debian's 6.1.170: the same, and the alphabetical order between markers and tokens.
+    /// As Debian's 6.1.170: the same, and the alphabetical order between markers and tokens. Preemptible throughout.
     OldSorted,
     /// As from 6.9 on: addresses after the tokens, hot per-CPU data in one structure, several lists of areas.
     New,
 }
 
 impl Form {
+    /// Where a mutex has its owner: behind the waiters, where it lends them its priority.
+    pub(crate) fn mutex_owner(self) -> u64 {
+        if self == Self::OldSorted { 24 } else { 0 }
+    }
+
     /// What the code is called at which a new task begins.
     fn first_code(self) -> &'static str {
         match self {
@@ -295,7 +300,7 @@ pub(crate) fn btf(form: Form) -> Vec<u8> {
     let basic = (int, long, byte, list);
     task_types(&mut btf, basic);
     stack_types(&mut btf, basic);
-    text_types(&mut btf, basic);
+    text_types(&mut btf, form, basic);
     views::module_types(&mut btf, form, basic);
     views::log_types(&mut btf, basic);
     bpf::types(&mut btf, basic);
@@ -397,8 +402,14 @@ fn stack_types(btf: &mut Btf, (_, long, byte, list): Basic) {
     );
 }
 
-fn text_types(btf: &mut Btf, (int, long, byte, _): Basic) {
-    btf.structure("mutex", 32, &[("owner", long, 0)]);
+fn text_types(btf: &mut Btf, form: Form, (int, long, byte, _): Basic) {
+    let owner = u32::try_from(form.mutex_owner()).unwrap();
+    if owner == 0 {
+        btf.structure("mutex", 32, &[("owner", long, owner)]);
+    } else {
+        let lending = btf.structure("rt_mutex_base", 32, &[("owner", long, owner)]);
+        btf.structure("mutex", 32, &[("rtmutex", lending, 0)]);
+    }
     btf.structure("bp_patching_desc", 16, &[("refs", int, 12)]);
     let hash = btf.structure("hlist_node", 16, &[("next", long, 0)]);
     let copy = btf.structure(
