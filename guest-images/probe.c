@@ -14,6 +14,8 @@
  *   churn THREADS                     go through the kernel in many ways for ever: calls, faults, pipes, sockets, signals, timers, forks
  *   sleepers COUNT                    threads that sleep in one of several system calls each; "sleepers: COUNT" when all are there
  *   bpf THREADS                       attach BPF programs to what churn goes through ("bpf: N programs"), then churn, and run another program
+ *   steps COUNT                       step a child through COUNT instructions; "steps: made N of COUNT"
+ *   breakpoint SECONDS                call a function on which a hardware breakpoint is set; "breakpoint: calls N hits N"
  *   power-button                      open the power button, go to the background, power off when it is pressed
  */
 #define _GNU_SOURCE
@@ -21,7 +23,9 @@
 #include <fcntl.h>
 #include <glob.h>
 #include <linux/futex.h>
+#include <linux/hw_breakpoint.h>
 #include <linux/input.h>
+#include <linux/perf_event.h>
 #include <linux/sockios.h>
 #include <poll.h>
 #include <pthread.h>
@@ -35,6 +39,7 @@
 #include <sys/epoll.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/ptrace.h>
 #include <sys/reboot.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
@@ -54,7 +59,7 @@ _Noreturn void fail(const char *what)
 
 static _Noreturn void usage(void)
 {
-	fprintf(stderr, "usage: probe siocatmark|siocatmark-loop|answers|heartbeat|clock|kexec|devmem|busy|churn|bpf|sleepers|power-button ...\n");
+	fprintf(stderr, "usage: probe siocatmark|siocatmark-loop|answers|heartbeat|clock|kexec|devmem|busy|churn|bpf|sleepers|steps|breakpoint|power-button ...\n");
 	exit(2);
 }
 
@@ -444,6 +449,64 @@ static void expect_signals(void)
 		fail("signal");
 }
 
+/* Steps a child that spins, one instruction at a time. */
+static int steps(unsigned long count)
+{
+	pid_t child = fork();
+	if (child < 0)
+		fail("fork");
+	if (!child) {
+		if (ptrace(PTRACE_TRACEME, 0, NULL, NULL))
+			_exit(1);
+		raise(SIGSTOP);
+		for (volatile uint64_t n = 0;; n++)
+			;
+	}
+	int status;
+	if (waitpid(child, &status, 0) != child || !WIFSTOPPED(status))
+		fail("a child that stops");
+	unsigned long made = 0;
+	for (unsigned long n = 0; n < count; n++) {
+		if (ptrace(PTRACE_SINGLESTEP, child, NULL, NULL) || waitpid(child, &status, 0) != child)
+			fail("a step");
+		made += WIFSTOPPED(status) && WSTOPSIG(status) == SIGTRAP;
+	}
+	kill(child, SIGKILL);
+	waitpid(child, &status, 0);
+	printf("steps: made %lu of %lu\n", made, count);
+	return 0;
+}
+
+static __attribute__((noinline)) void watched(void)
+{
+	__asm__ volatile("" ::: "memory");
+}
+
+/* Calls a function on which a breakpoint of this thread's is. */
+static int breakpoint(unsigned long seconds)
+{
+	struct perf_event_attr attr = {
+		.type = PERF_TYPE_BREAKPOINT,
+		.size = sizeof attr,
+		.bp_type = HW_BREAKPOINT_X,
+		.bp_addr = (uintptr_t)watched,
+		.bp_len = sizeof(long),
+		.sample_period = 1,
+		.exclude_kernel = 1,
+	};
+	int fd = (int)syscall(SYS_perf_event_open, &attr, 0, -1, -1, 0UL);
+	if (fd < 0)
+		fail("perf_event_open");
+	printf("breakpoint: set\n");
+	uint64_t calls = 0, hits, end = now_ns(CLOCK_MONOTONIC) + seconds * 1000000000u;
+	for (; now_ns(CLOCK_MONOTONIC) < end; calls++)
+		watched();
+	if (read(fd, &hits, sizeof hits) != sizeof hits)
+		fail("read");
+	printf("breakpoint: calls %lu hits %lu\n", calls, hits);
+	return 0;
+}
+
 /* Opens every input device that is a power button before going to the background, so that no press is lost once this returns. */
 static int power_button(void)
 {
@@ -515,6 +578,10 @@ int main(int argc, char **argv)
 		return expect_signals(), on_threads(number(arg[0], MAX_THREADS), churn), 0;
 	if (!strcmp(name, "bpf") && args == 1)
 		return expect_signals(), churn_traced(number(arg[0], MAX_THREADS));
+	if (!strcmp(name, "steps") && args == 1)
+		return steps(number(arg[0], 1000000000));
+	if (!strcmp(name, "breakpoint") && args == 1)
+		return breakpoint(number(arg[0], 1000000));
 	if (!strcmp(name, "power-button") && args == 0)
 		return power_button();
 	usage();

@@ -1,105 +1,125 @@
-//! Are threads that sleep in code of ours seen there, and left in peace, as long as they stay?
+//! Is the stack of every task that sleeps what the guest's own `/proc/PID/stack` says, while the guest is busy?
+//!
+//! All stacks are followed before and after the guest has read its own. A task that was asleep at both moments may still have run between: it is
+//! then looked at again, a few times. What the guest leaves out (its scheduler's and its locks' functions) is left out here.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
-use tests::guest::{Guest, Options};
+use patcher::guest::{Guest as _, PausedGuest as _, Registers as _};
+use patcher::kernel::locate::Kernel;
+use patcher::kernel::stack::Who;
+use patcher::kernel::unwind::stacks;
+use tests::inside::Inside;
 use tests::stock::{LTS_6_1, NEWEST_6_12, Stock};
 
-use crate::patch::{apply, revert};
-use crate::witness::{assert_clean, one_line};
+const CPUS: u32 = 2;
+const PAUSE_LIMIT: Duration = Duration::from_secs(20);
+/// How often a task is looked at until both agree.
+const ROUNDS: usize = 12;
+/// So many tasks sleep in the smallest guest.
+const FEWEST: usize = 30;
+/// Tasks that go to sleep and wake in many ways, and some that only sleep.
+const LOAD: &str = "renice -n 19 $$; probe churn 4 & sleep 9999 & cat /dev/kmsg >/dev/null & \
+    while :; do usleep 50000; done";
 
-/// The longest that a thread takes to fall asleep.
-const LIMIT: Duration = Duration::from_secs(20);
+/// What sleeps, by the thread's id: its name, and the functions that it returns into.
+type Asleep = BTreeMap<u32, (String, Vec<String>)>;
 
-/// The places of a reliable stack, from the innermost out: `function [of what]`; `None` while it is not one that `wanted` accepts.
-fn places(guest: &Guest, pid: &str, wanted: &str) -> Option<Vec<String>> {
-    let seen = guest
-        .client
-        .call(&["kernel", "stack", pid, "--deadline", "30s"]);
-    let seen = seen.expect("the stack");
-    let stacks = seen["stacks"].as_array().expect("stacks");
-    let [stack] = stacks.as_slice() else {
-        panic!("not one stack: {seen}");
-    };
-    assert_eq!(stack["reliable"], true, "{stack:#}");
-    let place = |frame: &Value| {
-        let place = frame["place"].as_str().expect("every frame has a name");
-        let (function, rest) = place.split_once('+').expect("an offset");
-        let of = rest.split_once(' ').map(|(_, of)| format!(" {of}"));
-        format!("{function}{}", of.unwrap_or_default())
-    };
-    let frames = stack["frames"].as_array().expect("frames").iter();
-    let frames: Vec<String> = frames.map(place).collect();
-    frames.iter().any(|frame| frame == wanted).then_some(frames)
+/// The functions whose frames the guest leaves out, as ranges of addresses.
+fn left_out(kernel: &Kernel) -> [std::ops::Range<u64>; 2] {
+    ["sched", "lock"].map(|part| {
+        let of = |end| {
+            let symbol = format!("__{part}_text_{end}");
+            kernel.symbol(&symbol).expect(&symbol).0
+        };
+        of("start")..of("end")
+    })
 }
 
-/// Starts a process that sleeps, and waits until it does so beneath `function`.
-fn sleeper(guest: &mut Guest, function: &str) -> (String, Vec<String>) {
-    let pid = one_line(guest, "sleep 1000 >/dev/null 2>&1 & echo $!");
-    let pid = pid.trim().to_owned();
-    let end = Instant::now() + LIMIT;
-    loop {
-        if let Some(found) = places(guest, &pid, function) {
-            return (pid, found);
-        }
-        assert!(Instant::now() < end, "{pid} does not sleep in {function}");
+/// The tasks that sleep now, as they are seen from outside: each must have a reliable stack.
+fn seen(guest: &Inside, kernel: &Kernel) -> Asleep {
+    let left_out = left_out(kernel);
+    let mut machine = guest.vm.guest().expect("a guest that nobody else has");
+    let paused = machine
+        .pause(Instant::now() + PAUSE_LIMIT)
+        .expect("a pause");
+    let found = stacks(kernel, &paused, paused.vcpus(), &[]).expect("the stacks");
+    paused.resume().expect("a guest that goes on");
+    let asleep = found.stacks.iter().filter_map(|stack| {
+        let Who::Task { pid, name } = &stack.who else {
+            return None;
+        };
+        let frames = stack.frames.iter();
+        let shown = frames.filter(|frame| !left_out.iter().any(|text| text.contains(&frame.ip.0)));
+        let shown: Vec<_> = shown.map(|frame| frame.describe(kernel)).collect();
+        assert!(
+            stack.end.is_ok(),
+            "{pid} ({name}): {:?} after {shown:?}",
+            stack.end
+        );
+        (*pid != 0).then(|| (*pid, (name.clone(), shown)))
+    });
+    asleep.collect()
+}
+
+/// What the guest says of every thread.
+fn told(guest: &mut Inside) -> BTreeMap<u32, Vec<String>> {
+    let _ = guest.must("grep -H . /proc/[0-9]*/task/[0-9]*/stack >/tmp/stacks 2>/dev/null; true");
+    let mut told: BTreeMap<u32, Vec<String>> = BTreeMap::new();
+    for line in guest.file("/tmp/stacks").lines() {
+        let (thread, frame) = line.split_once("/stack:[<0>] ").expect(line);
+        let (_, pid) = thread.rsplit_once('/').expect(line);
+        let frames = told.entry(pid.parse().expect(line)).or_default();
+        frames.push(frame.to_owned());
     }
+    told
 }
 
-/// The frames from the sleeping function out to its caller, with what `of` says between.
-fn assert_beneath(frames: &[String], of: &str) {
-    let first = frames
-        .iter()
-        .position(|frame| frame == "hrtimer_nanosleep")
-        .unwrap_or_else(|| panic!("no original in {frames:?}"));
-    let edition = format!("hrtimer_nanosleep [{of}]");
-    assert_eq!(frames.get(first + 1), Some(&edition), "{frames:?}");
-    let beyond = frames.get(first + 2).expect("a caller");
-    assert!(beyond.contains("sleep"), "{frames:?}");
-}
-
-/// Threads sleep in an edition while it is in effect, when it is reverted, and when another takes its place.
-fn sleeps(stock: Stock) {
-    let mut guest = Guest::boot(&Options::new(stock));
-    let package = stock.edition("hrtimer_nanosleep_same");
-    let (before, plain) = sleeper(&mut guest, "hrtimer_nanosleep");
-    assert!(plain.iter().all(|frame| !frame.contains('[')), "{plain:?}");
-    let first = apply(&guest, &package);
-    let edition = format!("hrtimer_nanosleep [update {first}]");
-    let (old, frames) = sleeper(&mut guest, &edition);
-    println!("{stock:?}: {frames:?}");
-    assert_beneath(&frames, &format!("update {first}"));
-    // The one that fell asleep earlier is not in it.
-    let still = places(&guest, &before, "hrtimer_nanosleep").expect("it sleeps");
-    assert_eq!(still, plain);
-
-    revert(&guest, first);
-    let reverted = "hrtimer_nanosleep [a reverted update]";
-    let frames = places(&guest, &old, reverted).expect("it still sleeps there");
-    assert_beneath(&frames, "a reverted update");
-    let second = apply(&guest, &package);
-    let (new, frames) = sleeper(&mut guest, &format!("hrtimer_nanosleep [update {second}]"));
-    assert_beneath(&frames, &format!("update {second}"));
-    let frames = places(&guest, &old, reverted).expect("it still sleeps there");
-    assert_beneath(&frames, "a reverted update");
-
-    // All of them come back through where they sleep.
-    one_line(&mut guest, &format!("kill {before} {old} {new}"));
-    let gone = format!(
-        "while [ -e /proc/{before} -o -e /proc/{old} -o -e /proc/{new} ]; do usleep 1000; done"
+fn every_sleeper(stock: Stock) {
+    let mut guest = Inside::boot(stock, CPUS);
+    let kernel = guest.kernel(stock);
+    let _ = guest.must(&format!("sh -c '{LOAD}' >/dev/null 2>&1 &"));
+    let (mut equal, mut moved) = (BTreeSet::new(), BTreeMap::new());
+    let mut retries = 0;
+    for round in 0..ROUNDS {
+        let before = seen(&guest, &kernel);
+        let told = told(&mut guest);
+        let after = seen(&guest, &kernel);
+        moved.clear();
+        for (pid, asleep) in before {
+            let stayed = after.get(&pid) == Some(&asleep);
+            let (name, frames) = asleep;
+            match told.get(&pid) {
+                Some(told) if stayed && *told == frames => drop(equal.insert(pid)),
+                // It was gone before the guest could say anything of it.
+                None if !after.contains_key(&pid) => {}
+                told if !equal.contains(&pid) => {
+                    moved.insert(pid, (name, frames, told.cloned()));
+                }
+                _ => {}
+            }
+        }
+        if moved.is_empty() && round > 0 {
+            break;
+        }
+        retries += moved.len();
+    }
+    println!(
+        "{stock:?}: {} sleeping tasks equal, {retries} looked at again, {} never at rest: {moved:#?}",
+        equal.len(),
+        moved.len()
     );
-    one_line(&mut guest, &gone);
-    revert(&guest, second);
-    assert_clean(&mut guest);
+    assert!(equal.len() >= FEWEST, "only {} tasks", equal.len());
+    assert!(moved.is_empty(), "{moved:#?}");
 }
 
 #[test]
-fn threads_sleep_in_editions_of_6_1_and_are_seen_there() {
-    sleeps(LTS_6_1);
+fn every_sleeping_stack_of_a_busy_6_1_is_its_own() {
+    every_sleeper(LTS_6_1);
 }
 
 #[test]
-fn threads_sleep_in_editions_of_6_12_and_are_seen_there() {
-    sleeps(NEWEST_6_12);
+fn every_sleeping_stack_of_a_busy_6_12_is_its_own() {
+    every_sleeper(NEWEST_6_12);
 }

@@ -4,15 +4,18 @@
 #![expect(clippy::print_stdout, reason = "a test prints the figures that it saw")]
 
 mod asleep;
+mod at;
 mod boot;
 mod bpf;
 mod coexist;
 mod end;
 mod flavours;
 mod input;
+mod instant;
 mod patch;
 mod pause;
 mod recover;
+mod residents;
 mod see;
 mod stops;
 mod types;

@@ -13,11 +13,11 @@ use crate::initrd;
 use crate::stock::{self, Stock};
 
 /// Far above what a boot takes in the lab; only a hang reaches it.
-const BOOT_LIMIT: Duration = Duration::from_secs(120);
+pub(crate) const BOOT_LIMIT: Duration = Duration::from_secs(120);
 /// The same for one command in a booted guest.
-const COMMAND_LIMIT: Duration = Duration::from_secs(60);
-const READY: &str = "exopatch-guest: ready";
-const DONE: &str = "exopatch-guest: done ";
+pub(crate) const COMMAND_LIMIT: Duration = Duration::from_secs(60);
+pub(crate) const READY: &str = "exopatch-guest: ready";
+pub(crate) const DONE: &str = "exopatch-guest: done ";
 /// What a kernel's log holds only when something went wrong, as grep reads it.
 const COMPLAINTS: [&str; 13] = [
     "WARNING:",
@@ -136,6 +136,18 @@ pub struct Answer {
 }
 
 impl Answer {
+    /// The answer that lies between `mark` and the line `end` of a console.
+    pub(crate) fn between(console: &Console, mark: usize, end: usize) -> Self {
+        let mut lines = console.since(mark);
+        lines.truncate(end - mark + 1);
+        let done = lines.pop().expect("the end was found");
+        let status = done[DONE.len()..]
+            .trim()
+            .parse()
+            .expect("the end carries a status");
+        Self { status, lines }
+    }
+
     /// All lines as one text.
     #[must_use]
     pub fn text(&self) -> String {
@@ -260,14 +272,7 @@ impl Guest {
             .console
             .wait(mark, COMMAND_LIMIT, |line| line.starts_with(DONE))
             .unwrap_or_else(|why| panic!("'{command}' did not end: {why}\n{}", self.condition()));
-        let mut lines = self.console.since(mark);
-        lines.truncate(end - mark + 1);
-        let done = lines.pop().expect("the end was found");
-        let status = done[DONE.len()..]
-            .trim()
-            .parse()
-            .expect("the end carries a status");
-        Answer { status, lines }
+        Answer::between(&self.console, mark, end)
     }
 
     /// Waits for a console line from `mark` on.

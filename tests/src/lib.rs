@@ -8,6 +8,7 @@ pub mod console;
 pub mod figures;
 pub mod guest;
 pub mod initrd;
+pub mod inside;
 pub mod lab;
 pub mod oracle;
 pub mod recorded;

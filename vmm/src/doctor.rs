@@ -4,18 +4,13 @@
 //! them. It looks like any other KVM until a kernel runs, so a loop in ring 0 is timed.
 
 use std::fs;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use patcher::addr::Gpa;
 use serde::Serialize;
 
-use crate::boot::entry::{self, Entry};
-use crate::kvm::machine::Machine;
 use crate::kvm::vcpu::Exit;
 use crate::kvm::{Hypervisor, KvmError};
-use crate::layout::{Layout, MIB};
-use crate::memory::Memory;
+use crate::trial::{self, TrialError};
 
 /// How one check came out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -205,31 +200,10 @@ fn ring0(hypervisor: &Hypervisor) -> Check {
     }
 }
 
-/// Why the loop did not run.
-#[derive(Debug, thiserror::Error)]
-enum LoopError {
-    #[error(transparent)]
-    Kvm(#[from] KvmError),
-    #[error(transparent)]
-    Memory(#[from] crate::memory::MemoryError),
-    #[error(transparent)]
-    Guest(#[from] patcher::guest::GuestError),
-    #[error("no room for 2 MiB of memory in the guest's address space")]
-    Layout,
-    #[error("{0}")]
-    Exit(String),
-}
-
-/// Times a loop in protected mode at ring 0.
-fn time_ring0(hypervisor: &Hypervisor) -> Result<Duration, LoopError> {
-    /// Where the loop is: beyond the descriptor table, below everything else.
-    const CODE: u64 = 0x1000;
+/// Times a loop at ring 0.
+fn time_ring0(hypervisor: &Hypervisor) -> Result<Duration, TrialError> {
     /// Two instructions a turn.
     const TURNS: u32 = INSTRUCTIONS / 2;
-    let phys_bits = hypervisor.limits()?.phys_bits;
-    let layout = Layout::new(2 * MIB, phys_bits).ok_or(LoopError::Layout)?;
-    let memory = Arc::new(Memory::new(layout)?);
-    let machine = Machine::new(hypervisor, 1, Arc::clone(&memory))?;
     let mut code = vec![0xb9]; // mov ecx, TURNS
     code.extend(TURNS.to_le_bytes());
     code.extend([
@@ -237,17 +211,13 @@ fn time_ring0(hypervisor: &Hypervisor) -> Result<Duration, LoopError> {
         0x75, 0xfd, // jnz to the dec
         0xe6, 0x80, // out 0x80, al
     ]);
-    memory.write(Gpa(CODE), &code)?;
-    let mut vcpu = machine.add_vcpu(0)?;
-    let (_, mut sregs) = vcpu.registers()?;
-    let regs = entry::prepare(Entry::Pvh { rip: CODE }, &memory, &mut sregs)?;
-    vcpu.set_registers(&regs, &sregs)?;
+    let mut vcpu = trial::vcpu_before(hypervisor, &code)?;
     let start = Instant::now();
     loop {
         match vcpu.run()? {
             Exit::PortWrite(0x80, _) => return Ok(start.elapsed()),
             Exit::Interrupted => {}
-            other => return Err(LoopError::Exit(format!("{other:?}"))),
+            other => return Err(TrialError::Exit(format!("{other:?}"))),
         }
     }
 }

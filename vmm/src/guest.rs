@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use patcher::addr::Gpa;
+use patcher::addr::{Gpa, Gva};
 use patcher::guest::{Guest, GuestError, PausedGuest, ReadPhys, Registers, Vcpu};
 
-use crate::vm::{Inner, PauseError, PauseStats, Vm};
+use crate::vm::{BreakpointError, Inner, PauseError, PauseStats, Vm};
 
 /// Another patcher is at work on the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -38,6 +38,12 @@ impl KvmGuest {
     pub fn memory(&self) -> Vec<Range<Gpa>> {
         let layout = self.machine.memory.layout();
         layout.ram.iter().chain([&layout.arena]).cloned().collect()
+    }
+
+    /// Sets a breakpoint before the instruction at `at`, on every vCPU. The kernel's text holds nothing of it.
+    pub fn break_at(&mut self, at: Gva) -> Break<'_> {
+        self.machine.set_breakpoint(at);
+        Break { guest: self, at }
     }
 
     /// What the last pause cost. All zero when the guest was standing still already.
@@ -83,6 +89,59 @@ impl Guest for KvmGuest {
             vcpus: stopped.iter().map(|it| it.vcpu).collect(),
             held: true,
         })
+    }
+}
+
+/// Why the guest does not stand still at a breakpoint; it runs as before.
+#[derive(Debug, thiserror::Error)]
+pub enum BreakError {
+    /// Nobody came there.
+    #[error(transparent)]
+    Breakpoint(#[from] BreakpointError),
+    /// Somebody came, but the guest could not be stopped.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+}
+
+/// A guest with a breakpoint. Dropping this takes the breakpoint away, and lets every vCPU go on that came to it.
+#[derive(Debug)]
+pub struct Break<'g> {
+    guest: &'g mut KvmGuest,
+    at: Gva,
+}
+
+impl Break<'_> {
+    /// Stops the guest when a vCPU is about to execute the instruction: the guest, and the vCPUs that are there. They execute it when the guest
+    /// is resumed.
+    ///
+    /// # Errors
+    /// When nobody came there before `deadline`, or the guest did not stop.
+    pub fn next(&mut self, deadline: Instant) -> Result<(KvmPaused<'_>, Vec<usize>), BreakError> {
+        self.guest.machine.breakpoint.wait(deadline)?;
+        let machine = Arc::clone(&self.guest.machine);
+        let paused = self.guest.pause(deadline)?;
+        let there = machine.breakpoint.take();
+        let is_there = |index: &usize| {
+            let vcpu = paused.vcpus.get(*index);
+            vcpu.is_some_and(|vcpu| vcpu.rip == self.at.0)
+        };
+        if !there.iter().all(is_there) {
+            let cause = "a vCPU that was held at a breakpoint has left it".to_owned();
+            return Err(GuestError::Machine { cause }.into());
+        }
+        Ok((paused, there))
+    }
+
+    /// What the last stop cost.
+    #[must_use]
+    pub fn last_pause(&self) -> &PauseStats {
+        self.guest.last_pause()
+    }
+}
+
+impl Drop for Break<'_> {
+    fn drop(&mut self) {
+        self.guest.machine.clear_breakpoint();
     }
 }
 

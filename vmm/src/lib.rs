@@ -23,6 +23,7 @@ pub mod patching;
 pub mod signals;
 pub mod sparse;
 pub mod terminal;
+pub mod trial;
 pub mod updates;
 pub mod views;
 pub mod vm;

@@ -3,6 +3,7 @@
 //!
 //! Nothing is kept locked between operations, so that a dump or another tool can have the guest in between.
 
+mod come;
 mod look;
 mod problem;
 

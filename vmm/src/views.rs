@@ -5,6 +5,7 @@
 //! is a recorded guest or a running one that stands still makes no difference here. What comes out is plain data: the API sends it,
 //! the command prints it as JSON, or as a table. Addresses are texts (`"0x..."`), as JSON's numbers do not hold 64 bits.
 
+pub mod at;
 pub mod disasm;
 pub mod error;
 pub mod log;
@@ -77,6 +78,8 @@ pub enum Asked {
     Text(text::Asked),
     /// Stacks.
     Stack(stack::Asked),
+    /// Stacks of vCPUs as they come to a place of the code.
+    At(at::Asked),
     /// The instructions of a function.
     Disasm(disasm::Asked),
 }
@@ -171,7 +174,7 @@ pub fn of_image(asked: &Asked, image: &Image) -> Option<Result<View, ViewError>>
     }
 }
 
-/// Looks at a guest.
+/// Looks at a guest that does not run; what happens in one that does ([`Asked::At`]) is not to be seen so.
 ///
 /// # Errors
 /// When there is nothing to be seen, or it cannot be read; [`ViewError::passes`] says whether that may be otherwise a moment later.
@@ -184,6 +187,7 @@ pub fn take(asked: &Asked, subject: &Subject<'_>) -> Result<View, ViewError> {
         Asked::Log => log::read(subject).map(View::Log),
         Asked::Text(asked) => text::read(subject, *asked).map(View::Text),
         Asked::Stack(asked) => stack::read(subject, *asked).map(View::Stack),
+        Asked::At(asked) => Err(asked.of_recording()),
         Asked::Disasm(asked) => disasm::read(subject, asked).map(View::Disasm),
     }
 }

@@ -231,7 +231,7 @@ fn view(asked: Asked) -> View {
             causes: [].into(),
             differences: Vec::new(),
         }),
-        Asked::Stack(_) => View::Stack(stack::Stacks {
+        Asked::Stack(_) | Asked::At(_) => View::Stack(stack::Stacks {
             stacks: Vec::new(),
             reliable: 0,
             unreliable: 0,

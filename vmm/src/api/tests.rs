@@ -210,6 +210,7 @@ fn every_view_of_the_kernel_has_its_call() {
     good("text?each=true", "\"compared\":1");
     good("stack", "\"reliable\":0");
     good("stack?of=cpu0", "\"reliable\":0");
+    good("stack?at=f%2B0x10&count=2", "\"reliable\":0");
     good("disasm?of=f%2B0x10", "\"function\":\"f+0x10\"");
     let bad = |call: &str, status: u16, code: &str, part: &str| {
         api.check(
@@ -235,6 +236,9 @@ fn every_view_of_the_kernel_has_its_call() {
     bad("text?each=maybe", 400, malformed, "each");
     bad("stack?of=cpu", 400, "no_stack_owner", "cpuN");
     bad("stack?of=9", 404, "no_such_task", "");
+    bad("stack?at=f&of=1", 400, malformed, "of and at");
+    bad("stack?count=1", 400, malformed, "need at");
+    bad("stack?at=f&count=0", 400, "count_out_of_range", "1 to 1000");
     bad("disasm", 400, malformed, "of");
     bad("disasm?of=f%2Bx", 400, "no_address", "f+x");
     bad("disasm?of=f&position=9", 404, "no_such_position", "");

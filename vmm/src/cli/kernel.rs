@@ -22,7 +22,7 @@ use crate::client::{EXIT_CODES, parse_time};
 use crate::failure::finish;
 use crate::kernel_index;
 use crate::output;
-use crate::views::{self, Asked, Seen, View, ViewError, disasm, stack, symbols, text, types};
+use crate::views::{self, Asked, Seen, View, ViewError, at, disasm, stack, symbols, text, types};
 
 /// What to show of a kernel, and of which guest.
 #[derive(Args, Clone, Debug)]
@@ -85,14 +85,7 @@ enum Show {
     Text(TextArgs),
     /// Show stacks frame by frame, each reliable, or unreliable with the reason and the place
     #[command(after_help = help("stack --all"))]
-    Stack {
-        /// A thread's id (0 are the idle tasks), or cpuN for the vCPU N
-        #[arg(value_name = "PID|cpuN", required_unless_present = "all")]
-        of: Option<String>,
-        /// Show every stack
-        #[arg(long, conflicts_with = "of")]
-        all: bool,
-    },
+    Stack(StackArgs),
     /// Show a function's instructions, and where they differ from the image those of the image and the cause
     #[command(after_help = help("disasm unix_ioctl"))]
     Disasm {
@@ -103,6 +96,37 @@ enum Show {
         #[arg(long, value_name = "N")]
         position: Option<usize>,
     },
+}
+
+/// Whose stacks to show.
+#[derive(Args, Clone, Debug)]
+struct StackArgs {
+    /// A thread's id (0 are the idle tasks), or cpuN for the vCPU N
+    #[arg(value_name = "PID|cpuN", required_unless_present_any = ["all", "at"])]
+    of: Option<String>,
+    /// Show every stack
+    #[arg(long, conflicts_with = "of")]
+    all: bool,
+    /// Run the guest until a vCPU comes to this place of its code, and show that vCPU's stack. A hardware breakpoint stops it: the guest's own
+    /// would not work meanwhile, so that it is refused while there are any
+    #[arg(long, value_name = "NAME[+OFFSET]|ADDRESS", conflicts_with_all = ["of", "all"])]
+    at: Option<String>,
+    /// Show so many stacks of vCPUs that come there
+    #[arg(long, value_name = "N", requires = "at")]
+    count: Option<usize>,
+    /// Which of several functions of that name, from 1 in the order of addresses
+    #[arg(long, value_name = "N", requires = "at")]
+    position: Option<usize>,
+}
+
+impl StackArgs {
+    fn asked(&self) -> Result<Asked, ViewError> {
+        Ok(match (&self.at, &self.of) {
+            (Some(place), _) => Asked::At(at::Asked::parse(place, self.position, self.count)?),
+            (None, Some(of)) => Asked::Stack(stack::Asked::parse(of)?),
+            (None, None) => Asked::Stack(stack::Asked::All),
+        })
+    }
 }
 
 /// What to show of the text.
@@ -145,8 +169,7 @@ impl Show {
             Self::Tasks => Asked::Tasks,
             Self::Log => Asked::Log,
             Self::Text(TextArgs { each, .. }) => Asked::Text(text::Asked { each: *each }),
-            Self::Stack { of: Some(of), .. } => Asked::Stack(stack::Asked::parse(of)?),
-            Self::Stack { of: None, .. } => Asked::Stack(stack::Asked::All),
+            Self::Stack(args) => args.asked()?,
             Self::Disasm { of, position } => Asked::Disasm(disasm::Asked::parse(of, *position)?),
         }))
     }
@@ -193,6 +216,9 @@ fn show(args: &KernelArgs, asked: Option<&Asked>, json: bool) -> Result<(), Fail
 }
 
 fn view(files: &Files, asked: &Asked) -> Result<View, Failure> {
+    if let Asked::At(asked) = asked {
+        return Err(asked.of_recording().into());
+    }
     if let (None, Some(image), Asked::Types(_)) = (&files.dump, &files.kernel, asked)
         && let Some(view) = views::of_image(asked, &kernel_index::load(image)?)
     {

@@ -36,7 +36,7 @@ impl Client {
                 Asked::Tasks => self.fetch(call, View::Tasks).await,
                 Asked::Log => self.fetch(call, View::Log).await,
                 Asked::Text(_) => self.fetch(call, View::Text).await,
-                Asked::Stack(_) => self.fetch(call, View::Stack).await,
+                Asked::Stack(_) | Asked::At(_) => self.fetch(call, View::Stack).await,
                 Asked::Disasm(_) => self.fetch(call, View::Disasm).await,
             }
         })?;
@@ -87,6 +87,17 @@ fn call_for(asked: &Asked) -> Call {
         Asked::Log => ("log", Vec::new()),
         Asked::Text(asked) => ("text", vec![("each", Some(asked.each.to_string()))]),
         Asked::Stack(of) => ("stack", vec![("of", Some(of.to_string()))]),
+        Asked::At(asked) => (
+            "stack",
+            vec![
+                ("at", Some(asked.of().to_string())),
+                (
+                    "position",
+                    asked.place.position.map(|position| position.to_string()),
+                ),
+                ("count", Some(asked.count.to_string())),
+            ],
+        ),
         Asked::Disasm(asked) => (
             "disasm",
             vec![
@@ -104,7 +115,7 @@ fn call_for(asked: &Asked) -> Call {
 #[cfg(test)]
 mod tests {
     use super::call_for;
-    use crate::views::{Asked, disasm, stack, symbols, types};
+    use crate::views::{Asked, at, disasm, stack, symbols, types};
 
     #[test]
     fn what_is_asked_comes_to_be_a_call() {
@@ -126,6 +137,10 @@ mod tests {
         check(
             Asked::Stack(stack::Asked::parse("cpu1").unwrap()),
             "/v1/kernel/stack?of=cpu1",
+        );
+        check(
+            Asked::At(at::Asked::parse("a+5", None, Some(3)).unwrap()),
+            "/v1/kernel/stack?at=a%2B0x5&count=3",
         );
         let place = disasm::Asked::parse("a.cold+16", Some(2)).unwrap();
         check(

@@ -1,5 +1,7 @@
 //! One vCPU, as its own thread sees it: run, finish pending I/O, tell its registers.
 
+pub mod breakpoint;
+
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
@@ -9,8 +11,10 @@ use kvm_bindings::{
     KVM_SYNC_X86_SREGS, Msrs, kvm_lapic_state, kvm_regs, kvm_sregs, kvm_vcpu_events,
 };
 use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
+use patcher::addr::Gva;
 use patcher::guest::{Vcpu, VcpuState};
 
+use self::breakpoint::DebugException;
 use super::kick::Kicker;
 use super::{KvmError, failed};
 use crate::memory::Memory;
@@ -27,6 +31,8 @@ pub struct VcpuHandle {
     /// The last run came back with nothing begun and not finished.
     at_rest: bool,
     ioctls: u32,
+    /// Where our breakpoint is, if there is one.
+    breakpoint: Option<Gva>,
     /// Kept for as long as the guest can run.
     _memory: Arc<Memory>,
 }
@@ -46,6 +52,8 @@ pub enum Exit<'a> {
     MemoryRead(u64, &'a mut [u8]),
     /// It has acknowledged a level interrupt of this vector, on a machine whose I/O APIC is not KVM's.
     EndOfInterrupt(u8),
+    /// A debug exception while a breakpoint is set: [`VcpuHandle::debugged`] says whose.
+    Debug(DebugException),
     /// Triple fault.
     Shutdown,
     /// Anything that a sound guest never causes; the text says what.
@@ -75,6 +83,7 @@ impl VcpuHandle {
             sync: if sync_registers { SYNC_ALL } else { 0 },
             at_rest: true,
             ioctls: 0,
+            breakpoint: None,
             _memory: memory,
         })
     }
@@ -171,6 +180,7 @@ impl VcpuHandle {
             VcpuExit::MmioWrite(at, bytes) => Exit::MemoryWrite(at, bytes),
             VcpuExit::MmioRead(at, bytes) => Exit::MemoryRead(at, bytes),
             VcpuExit::IoapicEoi(vector) => Exit::EndOfInterrupt(vector),
+            VcpuExit::Debug(debug) => Exit::Debug(DebugException::of(&debug)),
             VcpuExit::Shutdown => Exit::Shutdown,
             VcpuExit::Intr | VcpuExit::IrqWindowOpen => Exit::Interrupted,
             VcpuExit::FailEntry(reason, cpu) => {

@@ -15,11 +15,13 @@ use patcher::plan::refusal::Refusal;
 use patcher::plan::target::TargetError;
 
 use super::NotReady;
-use crate::guest::GuestBusy;
+use crate::guest::{BreakError, GuestBusy};
 use crate::kernel_index::IndexError;
+use crate::trial::TrialError;
 use crate::updates::{BROKEN, Failing, Problem};
 use crate::views::ViewError;
 use crate::views::error::Kind;
+use crate::vm::BreakpointError;
 
 const NOT_APPLIED: &str = "the update was not applied";
 const NOT_SEEN: &str = "the kernel was not shown";
@@ -181,6 +183,50 @@ pub(super) fn view(cause: &ViewError) -> Problem {
         NOT_SEEN,
         cause.to_string(),
         cause.hint(),
+    )
+}
+
+/// Nobody came to a breakpoint.
+pub(super) fn breakpoint(cause: &BreakError) -> Problem {
+    let (failing, code, hint) = match cause {
+        BreakError::Guest(cause) => return guest(cause),
+        BreakError::Breakpoint(BreakpointError::Ended) => return guest(&GuestError::Ended),
+        BreakError::Breakpoint(BreakpointError::Deadline) => (
+            Failing::Deadline,
+            "nobody_came",
+            "make the guest call it, or give a longer --deadline; the compiler may have put the function into its callers",
+        ),
+        BreakError::Breakpoint(BreakpointError::InUse { .. }) => (
+            Failing::Conflict,
+            "guest_has_breakpoints",
+            "try again when its debugger or tracer has taken them away",
+        ),
+    };
+    Problem::new(failing, code, NOT_SEEN, cause.to_string(), hint)
+}
+
+/// Nobody comes to a breakpoint in a guest that stands still.
+pub(super) fn stands_still() -> Problem {
+    let cause = "the guest is paused, so that nobody comes anywhere";
+    let hint = "exopatch vm resume lets it go";
+    Problem::new(Failing::Conflict, "guest_paused", NOT_SEEN, cause, hint)
+}
+
+/// Breakpoints do nothing on this machine.
+pub(super) fn no_breakpoints() -> Problem {
+    let cause = "hardware breakpoints do not stop guests on this machine";
+    let hint = "where the processor is emulated, emulate it with QEMU 9.1 or newer";
+    Problem::new(Failing::Conflict, "no_breakpoints", NOT_SEEN, cause, hint)
+}
+
+/// Breakpoints cannot be tried.
+pub(super) fn trial(cause: &TrialError) -> Problem {
+    Problem::new(
+        Failing::Failed,
+        "machine_failed",
+        NOT_SEEN,
+        cause.to_string(),
+        REPORT,
     )
 }
 

@@ -151,12 +151,7 @@ struct Function {
 pub(super) fn read(subject: &Subject<'_>, asked: &Asked) -> Result<Disassembly, ViewError> {
     let places = Places::read(subject)?;
     let function = find(subject, &places, asked)?;
-    let len = usize::try_from(function.size).unwrap_or(usize::MAX);
-    let mut live = vec![0; len];
-    let Subject { kernel, guest, .. } = subject;
-    kernel
-        .read(*guest, function.start, &mut live)
-        .map_err(|error| ViewError::Kernel(error.into()))?;
+    let live = live(subject, &function)?;
     let mut changes = Vec::new();
     let not_compared = match &function.module {
         Some(_) => Some("the files of modules are not known".to_owned()),
@@ -179,6 +174,30 @@ pub(super) fn read(subject: &Subject<'_>, asked: &Asked) -> Result<Disassembly, 
         asked: function.asked,
         not_compared,
     })
+}
+
+/// Where the instruction is that begins at the place that was asked for.
+pub(super) fn instruction(subject: &Subject<'_>, asked: &Asked) -> Result<Gva, ViewError> {
+    let function = find(subject, &Places::read(subject)?, asked)?;
+    let live = live(subject, &function)?;
+    let (name, offset) = (function.name, function.asked);
+    let begins = decode(&live, function.start, |_| None)
+        .into_iter()
+        .find(|instruction| instruction.offset == offset);
+    begins
+        .map(|instruction| instruction.at)
+        .ok_or(ViewError::NoInstruction { name, offset })
+}
+
+/// The function's bytes in the guest's memory.
+fn live(subject: &Subject<'_>, function: &Function) -> Result<Vec<u8>, ViewError> {
+    let len = usize::try_from(function.size).unwrap_or(usize::MAX);
+    let mut live = vec![0; len];
+    subject
+        .kernel
+        .read(subject.guest, function.start, &mut live)
+        .map_err(|error| ViewError::Kernel(error.into()))?;
+    Ok(live)
 }
 
 /// Every difference of the function from the image; the error says why that cannot be told.
@@ -320,11 +339,11 @@ fn merge(memory: &[Decoded], image: &[Decoded], changes: &[Change]) -> Vec<Instr
         .collect();
     all.sort_by_key(|(held_by, one)| (one.offset, *held_by));
     all.into_iter()
-        .map(|(held_by, one)| instruction(held_by, one, changes))
+        .map(|(held_by, one)| shown(held_by, one, changes))
         .collect()
 }
 
-fn instruction(held_by: HeldBy, of: &Decoded, changes: &[Change]) -> Instruction {
+fn shown(held_by: HeldBy, of: &Decoded, changes: &[Change]) -> Instruction {
     let mut causes = Vec::new();
     if held_by == HeldBy::Memory {
         let end = Gva(of.at.0.wrapping_add(of.bytes.len() as u64));

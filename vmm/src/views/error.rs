@@ -70,6 +70,29 @@ pub enum ViewError {
         /// Its bytes.
         size: u64,
     },
+    /// No instruction begins at the place.
+    #[error("no instruction of {name} begins at {name}+{offset:#x}")]
+    NoInstruction {
+        /// The function.
+        name: String,
+        /// Bytes from its first.
+        offset: u64,
+    },
+    /// Nobody can wait for so many.
+    #[error(
+        "{count} stacks were asked for; there must be 1 to {}",
+        super::at::MOST
+    )]
+    Count {
+        /// How many were asked for.
+        count: usize,
+    },
+    /// A recorded guest comes to no place any more.
+    #[error("a recorded guest does not run, so that nobody comes to {of}")]
+    Recorded {
+        /// The place that was asked for.
+        of: String,
+    },
     /// The function is too long to be decoded.
     #[error("{name} has {size} bytes, more than any function")]
     TooLong {
@@ -166,13 +189,14 @@ impl ViewError {
     #[must_use]
     pub fn kind(&self) -> Kind {
         match self {
-            Self::Address { .. } | Self::Whose { .. } => Kind::Malformed,
+            Self::Address { .. } | Self::Whose { .. } | Self::Count { .. } => Kind::Malformed,
             Self::Symbol(_)
             | Self::Ambiguous { .. }
             | Self::Position { .. }
             | Self::NothingAt { .. }
             | Self::NotCode { .. }
             | Self::BeyondFunction { .. }
+            | Self::NoInstruction { .. }
             | Self::TooLong { .. }
             | Self::NoTask { .. }
             | Self::NoCpu { .. }
@@ -186,6 +210,7 @@ impl ViewError {
                 | ChangedError::InFlux { .. }
                 | ChangedError::Unknown { .. },
             )
+            | Self::Recorded { .. }
             | Self::Unwind(UnwindError::Orc(_) | UnwindError::Layout { .. }) => Kind::State,
             Self::Kernel(_)
             | Self::Modules(_)
@@ -213,6 +238,9 @@ impl ViewError {
             Self::NothingAt { .. } => "nothing_there",
             Self::NotCode { .. } => "not_a_function",
             Self::BeyondFunction { .. } => "beyond_function",
+            Self::NoInstruction { .. } => "no_instruction",
+            Self::Count { .. } => "count_out_of_range",
+            Self::Recorded { .. } => "recorded_guest",
             Self::TooLong { .. } => "function_too_long",
             Self::NoTask { .. } => "no_such_task",
             Self::NoCpu { .. } => "no_such_vcpu",
@@ -250,6 +278,9 @@ impl ViewError {
                 "name a function of the kernel or a module"
             }
             Self::BeyondFunction { .. } => "give a smaller offset, or an address",
+            Self::NoInstruction { .. } => "exopatch kernel disasm shows where they begin",
+            Self::Count { .. } => "ask for fewer, several times",
+            Self::Recorded { .. } => "ask a running guest: leave out --dump and --kernel",
             Self::NoTask { .. } => "exopatch kernel tasks lists all there are",
             Self::NoCpu { .. } | Self::CpuOffline { .. } => {
                 "exopatch kernel tasks shows what runs where"

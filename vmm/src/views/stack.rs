@@ -55,7 +55,7 @@ impl std::fmt::Display for Asked {
 /// The stacks that were asked for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Stacks {
-    /// Of vCPUs first, then of tasks that do not run, then of no known task.
+    /// Of vCPUs first, then of tasks that do not run, then of no known task; those of vCPUs that came to a place in the order in which they came.
     pub stacks: Vec<Stack>,
     /// How many of them are reliable.
     pub reliable: usize,
@@ -171,12 +171,19 @@ pub(super) fn read(subject: &Subject<'_>, asked: Asked) -> Result<Stacks, ViewEr
         let exits = found.tasks.tasks.iter().any(|task| task.pid == pid);
         return Err(ViewError::NoTask { pid, exits });
     }
-    let reliable = stacks.iter().filter(|stack| stack.reliable).count();
-    Ok(Stacks {
-        unreliable: stacks.len() - reliable,
-        reliable,
-        stacks,
-    })
+    Ok(Stacks::of(stacks))
+}
+
+impl Stacks {
+    /// These.
+    pub(crate) fn of(stacks: Vec<Stack>) -> Self {
+        let reliable = stacks.iter().filter(|stack| stack.reliable).count();
+        Self {
+            unreliable: stacks.len() - reliable,
+            reliable,
+            stacks,
+        }
+    }
 }
 
 impl Asked {

@@ -9,6 +9,7 @@
 //! A user's pause and a patcher's nest: the guest runs only while neither holds it. A machine that a patcher gave up paused
 //! (its memory is not known to be sound) never runs again.
 
+pub(crate) mod breakpoint;
 mod devices;
 mod event_loop;
 pub(crate) mod gate;
@@ -24,8 +25,10 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use patcher::addr::Gva;
 use vmm_sys_util::eventfd::EventFd;
 
+pub use breakpoint::BreakpointError;
 pub use pause::{PauseError, PauseStats, ResumeError};
 pub use start::StartError;
 
@@ -36,6 +39,7 @@ use crate::guest::{GuestBusy, KvmGuest};
 use crate::kvm::kick::{self, Kicker};
 use crate::kvm::vcpu::Stopped;
 use crate::memory::Memory;
+use breakpoint::Breakpoint;
 use devices::Devices;
 use pause::Holds;
 use rendezvous::Rendezvous;
@@ -53,6 +57,7 @@ pub(crate) struct Inner {
     events: Arc<Events>,
     pub(crate) memory: Arc<Memory>,
     rendezvous: Rendezvous<Stopped>,
+    pub(crate) breakpoint: Breakpoint,
     kickers: Vec<(Kicker, u64)>,
     threads: OnceLock<Vec<JoinHandle<()>>>,
     holds: Mutex<Holds>,
@@ -219,6 +224,19 @@ impl Inner {
         if let Some(thread) = self.threads.get().and_then(|all| all.get(index)) {
             kick::signal(thread);
         }
+        self.breakpoint.wake();
+    }
+
+    /// Sets the breakpoint, on the vCPUs that run as well.
+    pub(crate) fn set_breakpoint(&self, at: Gva) {
+        self.breakpoint.set(at);
+        (0..self.kickers.len()).for_each(|index| self.kick(index));
+    }
+
+    /// Takes the breakpoint away, from the vCPUs that run as well.
+    pub(crate) fn clear_breakpoint(&self) {
+        self.breakpoint.clear();
+        (0..self.kickers.len()).for_each(|index| self.kick(index));
     }
 
     /// Notes that the guest's kernel has panicked; it may still have things to say.
@@ -248,6 +266,7 @@ impl Inner {
             end.reason = Some(panic.map_or(reason, EndReason::Panic));
         }
         self.rendezvous.exit(|index| self.kick(index));
+        self.breakpoint.end();
     }
 
     /// For the last vCPU thread: says that all is over.

@@ -7,6 +7,7 @@ use std::thread;
 
 use vmm_sys_util::eventfd::EventFd;
 
+use super::breakpoint::Breakpoint;
 use super::event_loop::{self, Signals, Subscriber};
 use super::pause::Holds;
 use super::rendezvous::Rendezvous;
@@ -94,6 +95,7 @@ impl Vm {
         let stop_loop = EventFd::new(libc::EFD_NONBLOCK)?;
         let inner = Arc::new(Inner {
             rendezvous: Rendezvous::new(vcpus.len()),
+            breakpoint: Breakpoint::new(vcpus.len()),
             config,
             events,
             memory: machine.memory(),

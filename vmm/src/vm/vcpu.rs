@@ -8,6 +8,7 @@ use super::rendezvous::Wanted;
 use crate::devices::bus::Request;
 use crate::end::EndReason;
 use crate::kvm::KvmError;
+use crate::kvm::vcpu::breakpoint::DebugException;
 use crate::kvm::vcpu::{Exit, VcpuHandle};
 
 /// Runs vCPU `index` until the machine ends.
@@ -28,13 +29,23 @@ pub(super) fn thread(inner: &Arc<Inner>, mut vcpu: VcpuHandle, index: usize) {
 }
 
 fn live(inner: &Inner, vcpu: &mut VcpuHandle, index: usize) -> Result<(), KvmError> {
+    let runs = || inner.rendezvous.wanted() == Wanted::Run;
     loop {
         match inner.rendezvous.wanted() {
             Wanted::Run => {
-                let exit = vcpu.run()?;
-                serve(inner, exit, index);
+                inner.breakpoint.wait_while_held(index, runs);
+                if !runs() {
+                    continue;
+                }
+                if !vcpu.set_breakpoint(inner.breakpoint.wanted())? {
+                    inner.breakpoint.in_use(index);
+                }
+                match vcpu.run()? {
+                    Exit::Debug(exception) => debugged(inner, vcpu, exception, index)?,
+                    exit => serve(inner, exit, index),
+                }
                 // A kick that came too late for the stop it was meant for would make every run return at once.
-                if inner.rendezvous.wanted() == Wanted::Run && vcpu.is_kicked() {
+                if runs() && vcpu.is_kicked() {
                     vcpu.clear_kick();
                 }
             }
@@ -47,7 +58,10 @@ fn live(inner: &Inner, vcpu: &mut VcpuHandle, index: usize) -> Result<(), KvmErr
 /// Finishes what the last exit began, tells where the vCPU is, and waits.
 fn stand_still(inner: &Inner, vcpu: &mut VcpuHandle, index: usize) -> Result<(), KvmError> {
     while let Some(exit) = vcpu.settle()? {
-        serve(inner, exit, index);
+        match exit {
+            Exit::Debug(exception) => debugged(inner, vcpu, exception, index)?,
+            exit => serve(inner, exit, index),
+        }
     }
     let left = inner.rendezvous.park(index, vcpu.stopped()?);
     if left.tell_clock && inner.rendezvous.wanted() == Wanted::Run {
@@ -57,10 +71,27 @@ fn stand_still(inner: &Inner, vcpu: &mut VcpuHandle, index: usize) -> Result<(),
     Ok(())
 }
 
+/// Serves a debug exception: a vCPU that came to the breakpoint is held before it.
+fn debugged(
+    inner: &Inner,
+    vcpu: &mut VcpuHandle,
+    exception: DebugException,
+    index: usize,
+) -> Result<(), KvmError> {
+    if vcpu.debugged(exception)? {
+        inner.breakpoint.came(index, exception.at);
+        // It may have set some since, that did not work.
+        if vcpu.guest_has_breakpoints()? {
+            inner.breakpoint.in_use(index);
+        }
+    }
+    Ok(())
+}
+
 /// Serves an exit from the guest.
 fn serve(inner: &Inner, exit: Exit<'_>, index: usize) {
     let request = match exit {
-        Exit::Interrupted => None,
+        Exit::Interrupted | Exit::Debug(_) => None,
         Exit::PortWrite(port, data) => inner.devices.ports.write(port.into(), data),
         Exit::PortRead(port, data) => {
             inner.devices.ports.read(port.into(), data);

@@ -22,7 +22,7 @@ use crate::views::symbols::Symbols;
 use crate::views::tasks::Tasks;
 use crate::views::text::Text;
 use crate::views::types::Types;
-use crate::views::{Asked, Seen, ViewError, disasm, stack, symbols, text, types};
+use crate::views::{Asked, Seen, ViewError, at, disasm, stack, symbols, text, types};
 
 /// The calls, with their description.
 pub(super) fn described() -> OpenApiRouter<Api> {
@@ -85,6 +85,14 @@ struct TextQuery {
 struct StackQuery {
     /// A thread's id (0 are the idle tasks), `cpuN` for the vCPU N, or `all`, as when left out.
     of: Option<String>,
+    /// Instead: the stacks of vCPUs that come to this place of the code, at the moment when they do; a function's name, `NAME+OFFSET`, or an
+    /// address. The guest runs until then. Its own hardware breakpoints would not work meanwhile: it is refused while there are any.
+    at: Option<String>,
+    /// Which of several functions of that name, from 1 in the order of addresses, the modules' behind the kernel's own. With `at`.
+    position: Option<usize>,
+    /// So many stacks, 1 when left out. With `at`.
+    #[param(minimum = 1, maximum = 1000)]
+    count: Option<usize>,
     /// Give up after this many milliseconds (1 to 600000). 5000 when left out.
     #[param(minimum = 1, maximum = 600_000)]
     deadline_ms: Option<u64>,
@@ -212,10 +220,11 @@ async fn kernel_text(
     see(&api, Ok(Asked::Text(asked)), query.deadline_ms).await
 }
 
-/// Stacks frame by frame: of a task, of a vCPU, or of all; each is reliable, or unreliable with the reason and the place
+/// Stacks frame by frame: of a task, of a vCPU, of all, or of vCPUs that come to a place of the code; each is reliable, or unreliable with the reason and the place
 #[utoipa::path(get, path = "/v1/kernel/stack", tag = "kernel", params(StackQuery), responses(
     (status = OK, body = Seen<Stacks>),
-    (status = NOT_FOUND, description = "No such task or vCPU", body = ErrorBody),
+    (status = NOT_FOUND, description = "No such task, vCPU or function", body = ErrorBody),
+    (status = CONFLICT, description = "Nobody can come there: the guest is paused, or has hardware breakpoints of its own", body = ErrorBody),
     (status = GATEWAY_TIMEOUT, description = "Not stopped or not found in time", body = ErrorBody),
     (status = "4XX", description = "The request is wrong, or the kernel cannot be read", body = ErrorBody),
 ))]
@@ -223,11 +232,21 @@ async fn kernel_stack(
     State(api): State<Api>,
     Options(query): Options<StackQuery>,
 ) -> Result<Response, ApiError> {
-    let asked = query
-        .of
-        .as_deref()
-        .map_or(Ok(stack::Asked::All), stack::Asked::parse);
-    see(&api, asked.map(Asked::Stack), query.deadline_ms).await
+    let asked = match query.at.as_deref() {
+        Some(_) if query.of.is_some() => {
+            return Err(ApiError::malformed("of and at cannot both be given"));
+        }
+        None if query.position.or(query.count).is_some() => {
+            return Err(ApiError::malformed("position and count need at"));
+        }
+        Some(place) => at::Asked::parse(place, query.position, query.count).map(Asked::At),
+        None => {
+            let of = query.of.as_deref();
+            let of = of.map_or(Ok(stack::Asked::All), stack::Asked::parse);
+            of.map(Asked::Stack)
+        }
+    };
+    see(&api, asked, query.deadline_ms).await
 }
 
 /// The instructions of a function in the guest's memory, beside those of the image where they differ, with the cause

@@ -119,6 +119,8 @@ fn wrong_usage_is_told_by_the_command_line() {
     check("symbols a b", ErrorKind::UnknownArgument);
     check("stack", ErrorKind::MissingRequiredArgument);
     check("stack 1 --all", ErrorKind::ArgumentConflict);
+    check("stack 1 --at f", ErrorKind::ArgumentConflict);
+    check("stack --all --count 2", ErrorKind::MissingRequiredArgument);
     check("disasm", ErrorKind::MissingRequiredArgument);
     check("disasm f --position x", ErrorKind::ValueValidation);
     check("frobnicate", ErrorKind::InvalidSubcommand);
@@ -160,6 +162,8 @@ fn what_is_asked_for_is_read_before_any_file() {
     wrong("symbols 0xnumber", "no_address", "\"0xnumber\"", address);
     wrong("disasm f+x", "no_address", "\"f+x\"", address);
     wrong("stack cpu", "no_stack_owner", "\"cpu\"", "cpu0");
+    let reply = refused(&format!("{files} stack --at f"));
+    check(&reply, ("recorded_guest", FAILED), "comes to f", "--dump");
 }
 
 #[test]

@@ -1,0 +1,152 @@
+//! A booted guest whose machine runs in this process: a stop costs no call from outside, so that many can be looked at.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::time::Instant;
+
+use flate2::read::GzDecoder;
+use patcher::guest::{Guest as _, Registers as _};
+use patcher::kernel::locate::Kernel;
+use rustix::fs::OFlags;
+use vmm::config::{self, MemorySize, Wanted};
+use vmm::kernel_index;
+use vmm::kvm::Hypervisor;
+use vmm::vm::Vm;
+
+use crate::console::Console;
+use crate::guest::{Answer, BOOT_LIMIT, COMMAND_LIMIT, DONE, READY};
+use crate::stock::Stock;
+
+/// A running guest. Dropping it kills it.
+#[derive(Debug)]
+pub struct Inside {
+    /// Its machine.
+    pub vm: Vm,
+    input: File,
+    console: Console,
+}
+
+impl Inside {
+    /// Boots `stock` with `cpus` vCPUs and 256 MiB, and waits until it obeys commands.
+    ///
+    /// # Panics
+    /// When it does not come up.
+    #[must_use]
+    pub fn boot(stock: Stock, cpus: u32) -> Self {
+        let options = config::Options {
+            kernel: Some(stock.file("vmlinuz")),
+            initrd: Some(stock.file("initramfs.cpio.gz")),
+            // The line is for commands alone: the kernel says some things even when it is told to be quiet.
+            cmdline: Some("console=null quiet".to_owned()),
+            cpus: Some(cpus),
+            memory: Some(MemorySize(256 << 20)),
+            console: Some(config::Console::Pty),
+            api_sock: None,
+        };
+        let hypervisor = Hypervisor::open().expect("KVM");
+        let limits = hypervisor.limits().expect("KVM's limits");
+        let config = Wanted::new(options, None).and_then(|wanted| wanted.validate(limits));
+        let config = config.expect("a configuration");
+        let vm = Vm::start(&hypervisor, config, None).expect("a machine");
+        let terminal = vm.status().pty.expect("a terminal was asked for");
+        let mut open = OpenOptions::new();
+        // It must not become this process's own: it hangs up when the guest ends.
+        let open = open
+            .read(true)
+            .write(true)
+            .custom_flags(OFlags::NOCTTY.bits().cast_signed());
+        let input = open.open(&terminal).expect("the guest's terminal");
+        let console = Console::follow(input.try_clone().expect("a second handle"));
+        let guest = Self { vm, input, console };
+        let ready = guest
+            .console
+            .wait(0, BOOT_LIMIT, |line| line.contains(READY));
+        if let Err(why) = ready {
+            panic!("no boot: {why}; the guest: {:?}", guest.vm.ended());
+        }
+        guest
+    }
+
+    /// The kernel that it runs.
+    ///
+    /// # Panics
+    /// When it is not found.
+    #[must_use]
+    pub fn kernel(&self, stock: Stock) -> Kernel {
+        let image = kernel_index::load(&stock.file("vmlinuz")).expect("an index");
+        let mut machine = self.vm.guest().expect("a guest that nobody else has");
+        let deadline = Instant::now() + COMMAND_LIMIT;
+        let paused = machine.pause(deadline).expect("a pause");
+        Kernel::locate(image.into(), &paused, paused.vcpus()).expect("the kernel")
+    }
+
+    /// Runs a shell command of one line in the guest and waits for its end.
+    ///
+    /// # Panics
+    /// When it does not end.
+    pub fn sh(&mut self, command: &str) -> Answer {
+        assert!(!command.contains('\n'), "several commands: {command}");
+        let mark = self.console.mark();
+        writeln!(self.input, "{command}").expect("the guest takes input");
+        let end = self
+            .console
+            .wait(mark, COMMAND_LIMIT, |line| line.starts_with(DONE))
+            .unwrap_or_else(|why| {
+                let ended = self.vm.ended();
+                panic!("'{command}' did not end: {why}; the guest: {ended:?}")
+            });
+        Answer::between(&self.console, mark, end)
+    }
+
+    /// What a command that must succeed prints in the guest.
+    ///
+    /// # Panics
+    /// When it fails.
+    pub fn must(&mut self, command: &str) -> String {
+        let answer = self.sh(command);
+        assert_eq!(answer.status, 0, "'{command}': {}", answer.text());
+        answer.text()
+    }
+
+    /// What a file of the guest holds. It comes packed: each byte on the serial line costs an exit.
+    ///
+    /// # Panics
+    /// When it cannot be read.
+    pub fn file(&mut self, path: &str) -> String {
+        let digits = self.must(&format!(
+            r#"gzip -c {path} | hexdump -v -e '60/1 "%02x" "\n"'"#
+        ));
+        let packed = from_hex(&digits);
+        let mut text = String::new();
+        GzDecoder::new(packed.as_slice())
+            .read_to_string(&mut text)
+            .unwrap_or_else(|error| panic!("{path} came damaged: {error}"));
+        text
+    }
+}
+
+impl Drop for Inside {
+    fn drop(&mut self) {
+        self.vm.kill("the end of the test");
+        let _ = self.vm.wait();
+    }
+}
+
+/// Bytes from their hexadecimal digits.
+fn from_hex(text: &str) -> Vec<u8> {
+    let digits = text.chars().filter_map(|digit| digit.to_digit(16));
+    let digits: Vec<u8> = digits.filter_map(|digit| digit.try_into().ok()).collect();
+    let pairs = digits.as_chunks::<2>().0.iter();
+    pairs.map(|[high, low]| high << 4 | low).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::from_hex;
+
+    #[test]
+    fn digits_are_bytes_wherever_lines_end() {
+        assert_eq!(from_hex("001f\n8bff \n"), [0, 0x1f, 0x8b, 0xff]);
+    }
+}

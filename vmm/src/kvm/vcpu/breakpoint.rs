@@ -1,0 +1,123 @@
+//! A hardware breakpoint of ours on a vCPU, of which the guest holds nothing: neither its memory nor its debug registers.
+//!
+//! KVM loads the processor's debug registers with ours while the guest runs (Linux Documentation/virt/kvm/api.rst,
+//! `KVM_SET_GUEST_DEBUG`). Meanwhile every debug exception comes to us first, and those that are the guest's own (its single steps) are given
+//! back; but breakpoints that the guest has set itself would not work, so that none of ours is set while it has any.
+//! An instruction breakpoint is a fault: the instruction has not been executed, and runs when the resume flag is set
+//! (Intel SDM vol. 3, 18.3.1.1; AMD APM vol. 2, 13.1.4).
+
+use kvm_bindings::{
+    KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_INJECT_DB, KVM_GUESTDBG_USE_HW_BP, kvm_debug_exit_arch,
+    kvm_guest_debug, kvm_guest_debug_arch,
+};
+use patcher::addr::Gva;
+
+use super::VcpuHandle;
+use crate::kvm::{KvmError, failed};
+
+/// In DR7: breakpoint 0 is on, for instructions, in every task; and the bit that is always set.
+const FIRST_ON: u64 = 1 << 1 | 1 << 10;
+/// In DR7: any breakpoint is on.
+const ANY_ON: u64 = 0xff;
+/// In DR6: breakpoint 0 was come to.
+const AT_FIRST: u64 = 1 << 0;
+/// In DR6: which breakpoints were come to.
+const AT_ANY: u64 = 0xf;
+/// In DR6: a debug register was touched that is guarded, a single step was made, the task was switched.
+const OTHER_CAUSES: u64 = 1 << 13 | SINGLE_STEP | 1 << 15;
+const SINGLE_STEP: u64 = 1 << 14;
+/// In the flags: the next instruction runs whatever breakpoint is on it.
+const RESUME: u64 = 1 << 16;
+
+/// A debug exception that the guest did not get.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DebugException {
+    /// The instruction that it was raised before.
+    pub at: Gva,
+    /// Its cause, as DR6 tells it.
+    cause: u64,
+}
+
+impl DebugException {
+    pub(super) fn of(exit: &kvm_debug_exit_arch) -> Self {
+        Self {
+            at: Gva(exit.pc),
+            cause: exit.dr6,
+        }
+    }
+}
+
+impl VcpuHandle {
+    /// Sets the breakpoint before the instruction at `wanted`, or takes it away; nothing happens when it is there already.
+    /// Returns false, with nothing changed, when the guest has breakpoints of its own.
+    ///
+    /// # Errors
+    /// The call that failed.
+    pub fn set_breakpoint(&mut self, wanted: Option<Gva>) -> Result<bool, KvmError> {
+        if wanted == self.breakpoint {
+            return Ok(true);
+        }
+        if wanted.is_some() && self.guest_has_breakpoints()? {
+            return Ok(false);
+        }
+        self.set_guest_debug(wanted, 0)?;
+        self.breakpoint = wanted;
+        Ok(true)
+    }
+
+    /// Sees to it that a vCPU with a debug exception runs on as if there were no breakpoint. Returns whether it was at ours.
+    ///
+    /// # Errors
+    /// The call that failed.
+    pub fn debugged(&mut self, exception: DebugException) -> Result<bool, KvmError> {
+        let ours = self.breakpoint == Some(exception.at)
+            && exception.cause & AT_FIRST != 0
+            // The guest hears of its step first, and comes to the breakpoint after that.
+            && exception.cause & SINGLE_STEP == 0;
+        if ours {
+            let mut regs = self.fd.get_regs().map_err(failed("KVM_GET_REGS"))?;
+            regs.rflags |= RESUME;
+            self.fd.set_regs(&regs).map_err(failed("KVM_SET_REGS"))?;
+        } else {
+            self.give_back(exception)?;
+        }
+        Ok(ours)
+    }
+
+    /// Whether the guest has breakpoints of its own.
+    ///
+    /// # Errors
+    /// The call that failed.
+    pub fn guest_has_breakpoints(&self) -> Result<bool, KvmError> {
+        let own = self.fd.get_debug_regs();
+        let own = own.map_err(failed("KVM_GET_DEBUGREGS"))?;
+        Ok(own.dr7 & ANY_ON != 0)
+    }
+
+    /// Raises the exception in the guest, with its cause in the guest's own DR6.
+    fn give_back(&mut self, exception: DebugException) -> Result<(), KvmError> {
+        let own = self.fd.get_debug_regs();
+        let mut own = own.map_err(failed("KVM_GET_DEBUGREGS"))?;
+        own.dr6 = own.dr6 & !(AT_ANY | OTHER_CAUSES) | exception.cause & OTHER_CAUSES;
+        self.fd
+            .set_debug_regs(&own)
+            .map_err(failed("KVM_SET_DEBUGREGS"))?;
+        self.set_guest_debug(self.breakpoint, KVM_GUESTDBG_INJECT_DB)
+    }
+
+    fn set_guest_debug(&self, at: Option<Gva>, more: u32) -> Result<(), KvmError> {
+        let on = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP;
+        let mut debugreg = [0; 8];
+        if let Some(at) = at {
+            (debugreg[0], debugreg[7]) = (at.0, FIRST_ON);
+        }
+        let wanted = kvm_guest_debug {
+            control: if at.is_some() { on } else { 0 } | more,
+            pad: 0,
+            arch: kvm_guest_debug_arch { debugreg },
+        };
+        self.fd
+            .set_guest_debug(&wanted)
+            .map_err(failed("KVM_SET_GUEST_DEBUG"))
+    }
+}
