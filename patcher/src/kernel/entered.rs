@@ -10,8 +10,12 @@ use super::symbols::Symbols;
 use crate::addr::LinkAddr;
 
 const ENDBR: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
-/// The NOP that the tracer leaves: five bytes, as long as its call.
-const NOP: [u8; 5] = [0x0f, 0x1f, 0x44, 0, 0];
+/// The NOPs that the tracer leaves, as long as its call; the second and third by kernels that chose them by processor (before Linux 5.13).
+const NOPS: [[u8; 5]; 3] = [
+    [0x0f, 0x1f, 0x44, 0, 0],
+    [0x66, 0x66, 0x66, 0x66, 0x90],
+    [0x3e, 0x8d, 0x74, 0x26, 0],
+];
 const CALL: u8 = 0xe8;
 /// Bytes of both together.
 const HEAD: usize = 9;
@@ -43,7 +47,7 @@ pub(crate) fn entered(
         };
         let at = function.checked_add(skipped as u64)?;
         let first = head.get(skipped..)?;
-        if first.starts_with(&NOP) {
+        if NOPS.iter().any(|nop| first.starts_with(nop)) {
             return Some(at);
         }
         if *first.first()? != CALL {

@@ -85,6 +85,25 @@ fn a_vcpu_on_the_users_page_tables_is_enough() {
 }
 
 #[test]
+fn an_unwind_table_is_believed_where_functions_have_just_been_entered() {
+    let check = |head: &[u8], believed: bool| {
+        let mut guest = guest(Form::New, 4);
+        for function in ["victim", "patient"] {
+            guest.put_bytes(guest.at(function), head);
+        }
+        let image = recover(&guest).unwrap();
+        assert_eq!(image.orc().is_ok(), believed, "{head:02x?}");
+    };
+    check(&[0x66, 0x66, 0x66, 0x66, 0x90], true);
+    check(&[0x3e, 0x8d, 0x74, 0x26, 0], true);
+    check(&[0xf3, 0x0f, 0x1e, 0xfa, 0x0f, 0x1f, 0x44, 0, 0], true);
+    // A call of code that a tracer made, and one within the kernel.
+    check(&[0xe8, 0, 0, 0, 0x10], true);
+    check(&[0xe8, 0, 0, 0, 0], false);
+    check(&[0x55, 0x48, 0x89, 0xe5, 0x90], false);
+}
+
+#[test]
 fn what_differs_is_named() {
     let check = |change: fn(&mut TinyGuest), want: &Disagreement| {
         let mut guest = guest(Form::New, 4);
