@@ -71,7 +71,12 @@ pub(super) fn effect(instruction: &Instruction, len: u64) -> Option<i64> {
         (FlowControl::Next, Mnemonic::Cmp | Mnemonic::Test | Mnemonic::Push) => {
             Some(-i64::from(instruction.stack_pointer_increment()))
         }
-        (FlowControl::Next, Mnemonic::Leave | Mnemonic::Enter | Mnemonic::Xchg) => None,
+        (FlowControl::Next, Mnemonic::Leave | Mnemonic::Enter) => None,
+        (FlowControl::Next, Mnemonic::Xchg)
+            if instruction.op1_register().full_register() == Register::RSP =>
+        {
+            None
+        }
         (FlowControl::Next, _) if writes_sp => None,
         (FlowControl::Next, _) => Some(-i64::from(instruction.stack_pointer_increment())),
         // Padding that is never executed.
@@ -105,9 +110,13 @@ mod tests {
             (&[0xe8, 1, 0, 0, 0, 0xcc], Some(8)),
             // jne back
             (&[0x53, 0x75, 0xfd], Some(8)),
+            // xchg [r13+2], ax
+            (&[0x66, 0x41, 0x87, 0x45, 0x02], Some(0)),
             // mov rsp, rax; xchg rax, rsp; pop rsp; leave; and rsp, -16; sub rsp, rax
             (&[0x48, 0x89, 0xc4], None),
             (&[0x48, 0x94], None),
+            (&[0x48, 0x87, 0xc4], None),
+            (&[0x48, 0x87, 0xe0], None),
             (&[0x5c], None),
             (&[0xc9], None),
             (&[0x48, 0x83, 0xe4, 0xf0], None),
