@@ -65,22 +65,22 @@ pub(crate) const PARTS: [Part; 12] = [
     ),
     stops(
         "stops-6.1-generic",
-        "flavours::a_generic_6_1_is_seen_and_its_stacks_are_reliable",
+        "flavours::stacks_of_a_busy_generic_6_1_are_reliable",
         1,
     ),
     stops(
         "stops-6.1-rt",
-        "flavours::a_preemptible_6_1_is_seen_and_its_stacks_are_reliable",
+        "flavours::stacks_of_a_busy_rt_6_1_are_reliable",
         1,
     ),
     stops(
         "stops-6.12-generic",
-        "flavours::a_generic_6_12_is_seen_and_its_stacks_are_reliable",
+        "flavours::stacks_of_a_busy_generic_6_12_are_reliable",
         1,
     ),
     stops(
         "stops-6.12-rt",
-        "flavours::a_preemptible_6_12_is_seen_and_its_stacks_are_reliable",
+        "flavours::stacks_of_a_busy_rt_6_12_are_reliable",
         1,
     ),
 ];
