@@ -112,10 +112,10 @@ struct StackArgs {
     #[arg(long, value_name = "NAME[+OFFSET]|ADDRESS", conflicts_with_all = ["of", "all"])]
     at: Option<String>,
     /// Show so many stacks of vCPUs that come there
-    #[arg(long, value_name = "N", requires = "at")]
+    #[arg(long, value_name = "N", requires = "at", conflicts_with_all = ["of", "all"])]
     count: Option<usize>,
     /// Which of several functions of that name, from 1 in the order of addresses
-    #[arg(long, value_name = "N", requires = "at")]
+    #[arg(long, value_name = "N", requires = "at", conflicts_with_all = ["of", "all"])]
     position: Option<usize>,
 }
 

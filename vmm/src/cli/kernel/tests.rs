@@ -120,7 +120,7 @@ fn wrong_usage_is_told_by_the_command_line() {
     check("stack", ErrorKind::MissingRequiredArgument);
     check("stack 1 --all", ErrorKind::ArgumentConflict);
     check("stack 1 --at f", ErrorKind::ArgumentConflict);
-    check("stack --all --count 2", ErrorKind::MissingRequiredArgument);
+    check("stack --all --count 2", ErrorKind::ArgumentConflict);
     check("disasm", ErrorKind::MissingRequiredArgument);
     check("disasm f --position x", ErrorKind::ValueValidation);
     check("frobnicate", ErrorKind::InvalidSubcommand);
