@@ -153,7 +153,7 @@ fn ask(image: &Image, random: &mut Random) {
         let _ = image.symbols().containing(at);
         let _ = image.symbols().space(symbol);
         if let Some(range) = at.range(256) {
-            drop(image.sites().within(range));
+            drop(image.shipped().map(|shipped| shipped.sites().within(range)));
         }
     }
     for (name, path) in [
@@ -233,6 +233,7 @@ fn memory(options: &Options) -> Result<Subject, String> {
         };
         let forbidden = [Gva(0xffff_ffff_ffff_f000)..Gva(0xffff_ffff_ffff_f008)];
         drop(Kernel::locate(kernel.image().clone(), guest, dump.vcpus()));
+        drop(Image::from_memory(guest, dump.vcpus()));
         drop(stacks(&kernel, guest, dump.vcpus(), &[]));
         drop(stack_words(&kernel, guest, dump.vcpus(), &forbidden));
         drop(Names::read(&kernel, guest));
