@@ -11,7 +11,6 @@ mod coexist;
 mod end;
 mod flavours;
 mod input;
-mod instant;
 mod patch;
 mod pause;
 mod recover;

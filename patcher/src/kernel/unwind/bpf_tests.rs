@@ -1,7 +1,7 @@
 //! Stacks of a made-up guest through programs, trampolines and dispatchers of BPF.
 
 use super::Who;
-use super::tests::{MODULES, after, check, sleeps_with, task7, text};
+use super::tests::{MODULES, after, check, check_by_file, sleeps_with, task7, text};
 use super::vcpu_tests::runs;
 use crate::kernel::testing::guest::TinyGuest;
 use crate::kernel::testing::orc::function as f;
@@ -40,15 +40,13 @@ fn prepare(guest: &mut TinyGuest) {
 
 /// A task sleeps in what was called from code that goes on at `back`, whose own caller goes on at `caller`.
 fn beneath(back: u64, caller: u64, want: &str) {
-    check(
-        &task7(),
-        |guest| {
-            prepare(guest);
-            let words = |_: &dyn Fn(u64) -> u64| vec![back, 1, 0, caller, after(f::FIRST)];
-            sleeps_with(guest, 2, (after(f::PLAIN), 3), 5, words);
-        },
-        want,
-    );
+    check(&task7(), |guest| sleeps_beneath(guest, back, caller), want);
+}
+
+fn sleeps_beneath(guest: &mut TinyGuest, back: u64, caller: u64) {
+    prepare(guest);
+    let words = |_: &dyn Fn(u64) -> u64| vec![back, 1, 0, caller, after(f::FIRST)];
+    sleeps_with(guest, 2, (after(f::PLAIN), 3), 5, words);
 }
 
 #[test]
@@ -59,9 +57,9 @@ fn frames_of_programs_and_trampolines_are_found_by_the_frame_pointer() {
         "filler_000+0x8 0xffffffffc0a00109 filler_013+0x8 filler_007+0x8 | First",
     );
     // The trampoline was called at the beginning of a function that goes on behind the tracer's site, if it is not dropped.
-    beneath(
-        TRAMPOLINE + BACK,
-        text(0x305),
+    check_by_file(
+        &task7(),
+        |guest| sleeps_beneath(guest, TRAMPOLINE + BACK, text(0x305)),
         "filler_000+0x8 0xffffffffc0a00209 victim+0x5 filler_007+0x8 | First",
     );
     beneath(
@@ -105,7 +103,7 @@ fn a_vcpu_may_be_anywhere_in_them() {
         },
         "0xffffffffc0a00104 filler_007+0x8 | First",
     );
-    check(
+    check_by_file(
         &Who::Vcpu(0),
         |guest| {
             prepare(guest);

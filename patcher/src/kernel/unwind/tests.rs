@@ -141,22 +141,39 @@ pub(super) fn check_in(
     want: &str,
 ) {
     for form in forms {
-        let mut guest = TinyGuest::new(*form, 4);
-        guest.task(7, "sleeper", &[]);
-        sleeps(&mut guest, 2, after(f::PLAIN), &[after(f::FIRST)]);
-        prepare(&mut guest);
+        let mut guest = prepared(*form, &prepare);
         // By the kernel's file, and by what is left of it in memory.
         for kernel in [guest.kernel(), guest.recovered()] {
-            let others = others(&kernel);
-            let found = stacks(&kernel, &guest, &guest.vcpus, &others).unwrap();
-            let got = of(&found, who).map_or("none".to_owned(), |stack| told(&kernel, stack));
-            let source = kernel.image().source();
-            assert!(
-                got.contains(want),
-                "{form:?} {source:?}: {got}\n instead of {want}"
-            );
+            tells(&guest, &kernel, who, &others(&kernel), want);
         }
     }
+}
+
+/// As [`check`], of what the kernel's file alone tells: that a call lay where the tracer's site is.
+pub(super) fn check_by_file(who: &Who, prepare: impl Fn(&mut TinyGuest), want: &str) {
+    for form in FORMS {
+        let mut guest = prepared(form, &prepare);
+        let kernel = guest.kernel();
+        tells(&guest, &kernel, who, &[], want);
+    }
+}
+
+fn prepared(form: Form, prepare: impl Fn(&mut TinyGuest)) -> TinyGuest {
+    let mut guest = TinyGuest::new(form, 4);
+    guest.task(7, "sleeper", &[]);
+    sleeps(&mut guest, 2, after(f::PLAIN), &[after(f::FIRST)]);
+    prepare(&mut guest);
+    guest
+}
+
+fn tells(guest: &TinyGuest, kernel: &Kernel, who: &Who, others: &[OtherCode], want: &str) {
+    let found = stacks(kernel, guest, &guest.vcpus, others).unwrap();
+    let got = of(&found, who).map_or("none".to_owned(), |stack| told(kernel, stack));
+    let (form, source) = (guest.form, kernel.image().source());
+    assert!(
+        got.contains(want),
+        "{form:?} {source:?}: {got}\n instead of {want}"
+    );
 }
 
 /// Of a sleeping task with these words above its first return address.
