@@ -5,7 +5,7 @@
 
 use std::time::Instant;
 
-use patcher::guest::{Guest, PausedGuest, Registers};
+use patcher::guest::{Guest, PausedGuest};
 
 use super::look::{Known, TRIES};
 use super::problem;
@@ -13,7 +13,7 @@ use crate::guest::KvmGuest;
 use crate::trial;
 use crate::updates::Problem;
 use crate::views::stack::Stacks;
-use crate::views::{Seen, Subject, View, at};
+use crate::views::{Seen, View, at};
 
 impl Known<'_> {
     /// Waits for vCPUs to come to the place that was asked for, and takes their stacks.
@@ -30,13 +30,7 @@ impl Known<'_> {
         let paused = guest
             .pause(deadline)
             .map_err(|error| problem::guest(&error))?;
-        let (kernel, updates) = self.kernel(&paused)?;
-        let subject = Subject {
-            kernel,
-            guest: &paused,
-            vcpus: paused.vcpus(),
-            updates,
-        };
+        let subject = self.subject(&paused)?;
         let place = at::address(&subject, asked).map_err(|error| problem::view(&error))?;
         paused.resume().map_err(|error| problem::guest(&error))?;
         if guest.last_pause().stop.is_zero() {
@@ -49,13 +43,7 @@ impl Known<'_> {
                 .next(deadline)
                 .map_err(|error| problem::breakpoint(&error))?;
             let began = Instant::now();
-            let (kernel, updates) = self.kernel(&paused)?;
-            let subject = Subject {
-                kernel,
-                guest: &paused,
-                vcpus: paused.vcpus(),
-                updates,
-            };
+            let subject = self.subject(&paused)?;
             let seen = at::stacks(&subject, &came);
             paused.resume().map_err(|error| problem::guest(&error))?;
             stood_still += breakpoint.last_pause().stop + began.elapsed();

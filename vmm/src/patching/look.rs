@@ -78,13 +78,7 @@ impl Known<'_> {
         let paused = guest
             .pause(deadline)
             .map_err(|error| problem::guest(&error))?;
-        let (kernel, updates) = self.kernel(&paused)?;
-        let subject = Subject {
-            kernel,
-            guest: &paused,
-            vcpus: paused.vcpus(),
-            updates,
-        };
+        let subject = self.subject(&paused)?;
         let view = views::take(asked, &subject);
         paused.resume().map_err(|error| problem::guest(&error))?;
         let paused_us = paused_us(guest, began);
@@ -116,11 +110,22 @@ impl Known<'_> {
         Ok(view.map(|view| Seen { paused_us, view }))
     }
 
+    /// What views are taken of, of a guest that stands still.
+    pub(super) fn subject<'s>(
+        &'s mut self,
+        paused: &'s KvmPaused<'_>,
+    ) -> Result<Subject<'s>, Problem> {
+        let (kernel, updates) = self.kernel(paused)?;
+        Ok(Subject {
+            kernel,
+            guest: paused,
+            vcpus: paused.vcpus(),
+            updates,
+        })
+    }
+
     /// The kernel that the guest runs, and the updates of which something is in it.
-    pub(super) fn kernel(
-        &mut self,
-        paused: &KvmPaused<'_>,
-    ) -> Result<(&Kernel, &[Update]), Problem> {
+    fn kernel(&mut self, paused: &KvmPaused<'_>) -> Result<(&Kernel, &[Update]), Problem> {
         let vcpus = paused.vcpus();
         let runs = |kernel: &Kernel| kernel.prove_same(paused, vcpus).is_ok();
         if let Some((kernel, updates)) = &self.updated
