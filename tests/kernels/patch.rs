@@ -56,9 +56,8 @@ fn rounds(stock: Stock, rounds: usize) {
     let package = fs::read(stock.edition("unix_ioctl_notty")).expect("a package");
     let mut api = Api::connect(guest.client.socket()).expect("the API");
     let mut call = |call: &str, body: &[u8], state: &str| {
-        let log = || guest.log.since(0).join("\n");
         let update = api.call(call, body);
-        let update = update.unwrap_or_else(|why| panic!("{why}; exopatch said:\n{}", log()));
+        let update = update.unwrap_or_else(|why| panic!("{why}\n{}", guest.condition()));
         assert_eq!(update["state"], state, "{update:#}");
         update["id"].as_u64().expect("an id")
     };

@@ -10,6 +10,7 @@ use tempfile::TempDir;
 use crate::client::Client;
 use crate::console::Console;
 use crate::initrd;
+use crate::scene;
 use crate::stock::{self, Stock};
 
 /// Far above what a boot takes in the lab; only a hang reaches it.
@@ -124,6 +125,7 @@ pub struct Guest {
     /// Drives the guest from outside.
     pub client: Client,
     dir: TempDir,
+    cpus: u32,
 }
 
 /// What a command in the guest gave.
@@ -211,6 +213,7 @@ impl Guest {
             log,
             client: Client::new(socket),
             dir,
+            cpus: options.cpus,
         }
     }
 
@@ -239,16 +242,13 @@ impl Guest {
         }
     }
 
-    /// What is known of the process, for a test that fails.
-    fn condition(&mut self) -> String {
+    /// What the guest and its machine are doing and what exopatch said, for a test that fails.
+    #[must_use]
+    pub fn condition(&self) -> String {
         // One that closes its output is about to end.
         std::thread::sleep(Duration::from_millis(200));
-        let process = match self.process.try_wait() {
-            Ok(None) => "exopatch runs".to_owned(),
-            Ok(Some(status)) => format!("exopatch ended: {status}"),
-            Err(error) => format!("exopatch cannot be asked: {error}"),
-        };
-        format!("{process}; it said:\n{}", self.log.since(0).join("\n"))
+        let scene = scene::of(self.pid(), &self.client, self.cpus);
+        format!("{scene}exopatch said:\n{}", self.log.since(0).join("\n"))
     }
 
     /// Types `line` on the guest's console.
@@ -282,7 +282,7 @@ impl Guest {
     #[must_use]
     pub fn wait_line(&self, mark: usize, what: &str, wanted: impl Fn(&str) -> bool) -> usize {
         let found = self.console.wait(mark, COMMAND_LIMIT, wanted);
-        found.unwrap_or_else(|why| panic!("no {what}: {why}"))
+        found.unwrap_or_else(|why| panic!("no {what}: {why}\n{}", self.condition()))
     }
 
     /// Waits for the process to end by itself and gives its exit status.

@@ -12,5 +12,6 @@ pub mod inside;
 pub mod lab;
 pub mod oracle;
 pub mod recorded;
+pub mod scene;
 pub mod stock;
 pub mod stops;
