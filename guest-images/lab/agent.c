@@ -221,6 +221,9 @@ static void mount_files(void)
 		give_up("/files");
 	snprintf(path, sizeof path, "/sys/class/bdi/%u:%u/read_ahead_kb", major(st.st_dev), minor(st.st_dev));
 	write_setting(path, "512");
+	/* A program that writes through a mapping is held up once a hundredth of memory waits to be written, which is few pages here. */
+	snprintf(path, sizeof path, "/sys/class/bdi/%u:%u/max_ratio", major(st.st_dev), minor(st.st_dev));
+	write_setting(path, "100");
 }
 
 /* Makes /files the root, with file systems of this kernel where they must be its own. */
