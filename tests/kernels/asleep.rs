@@ -67,7 +67,7 @@ fn seen(guest: &Inside, kernel: &Kernel) -> Asleep {
 }
 
 /// What the guest says of every thread.
-fn told(guest: &mut Inside) -> BTreeMap<u32, Vec<String>> {
+fn told(guest: &Inside) -> BTreeMap<u32, Vec<String>> {
     let _ = guest.must("grep -H . /proc/[0-9]*/task/[0-9]*/stack >/tmp/stacks 2>/dev/null; true");
     let mut told: BTreeMap<u32, Vec<String>> = BTreeMap::new();
     for line in guest.file("/tmp/stacks").lines() {
@@ -80,14 +80,14 @@ fn told(guest: &mut Inside) -> BTreeMap<u32, Vec<String>> {
 }
 
 fn every_sleeper(stock: Stock) {
-    let mut guest = Inside::boot(stock, CPUS);
+    let guest = Inside::boot(stock, CPUS);
     let kernel = guest.kernel(stock);
     let _ = guest.must(&format!("sh -c '{LOAD}' >/dev/null 2>&1 &"));
     let (mut equal, mut moved, mut retries) = (BTreeSet::new(), BTreeMap::new(), 0);
     let mut places: BTreeMap<u32, BTreeSet<Vec<String>>> = BTreeMap::new();
     for round in 0..ROUNDS {
         let before = seen(&guest, &kernel);
-        let told = told(&mut guest);
+        let told = told(&guest);
         let after = seen(&guest, &kernel);
         moved.clear();
         for (pid, (_, frames)) in before.iter().chain(&after) {

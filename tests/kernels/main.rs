@@ -11,6 +11,7 @@ mod coexist;
 mod end;
 mod flavours;
 mod input;
+mod instant;
 mod patch;
 mod pause;
 mod recover;

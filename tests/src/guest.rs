@@ -271,8 +271,21 @@ impl Guest {
         let end = self
             .console
             .wait(mark, COMMAND_LIMIT, |line| line.starts_with(DONE))
-            .unwrap_or_else(|why| panic!("'{command}' did not end: {why}\n{}", self.condition()));
+            .unwrap_or_else(|why| {
+                let condition = self.condition();
+                let nudged = self.nudged(mark);
+                panic!("'{command}' did not end: {why}\n{condition}\n{nudged}")
+            });
         Answer::between(&self.console, mark, end)
+    }
+
+    /// Whether a further line makes a guest go on that seems to wait for one: then what was typed had come, and its interrupt had not.
+    fn nudged(&mut self, mark: usize) -> String {
+        self.type_line("#");
+        let went_on = self
+            .console
+            .wait(mark, Duration::from_secs(5), |line| line.starts_with(DONE));
+        format!("a further line made it go on: {}", went_on.is_ok())
     }
 
     /// Waits for a console line from `mark` on.

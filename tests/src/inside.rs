@@ -85,10 +85,8 @@ impl Inside {
     ///
     /// # Panics
     /// When it does not end.
-    pub fn sh(&mut self, command: &str) -> Answer {
-        assert!(!command.contains('\n'), "several commands: {command}");
-        let mark = self.console.mark();
-        writeln!(self.input, "{command}").expect("the guest takes input");
+    pub fn sh(&self, command: &str) -> Answer {
+        let mark = self.begin(command);
         let end = self
             .console
             .wait(mark, COMMAND_LIMIT, |line| line.starts_with(DONE))
@@ -99,11 +97,31 @@ impl Inside {
         Answer::between(&self.console, mark, end)
     }
 
+    /// Has the guest begin a shell command of one line, and gives the place of the console where its answer begins.
+    ///
+    /// # Panics
+    /// When the guest takes no input.
+    #[must_use]
+    pub fn begin(&self, command: &str) -> usize {
+        assert!(!command.contains('\n'), "several commands: {command}");
+        let mark = self.console.mark();
+        writeln!(&self.input, "{command}").expect("the guest takes input");
+        mark
+    }
+
+    /// The answer of the command that was begun at `mark`, once it has ended.
+    #[must_use]
+    pub fn answered(&self, mark: usize) -> Option<Answer> {
+        let lines = self.console.since(mark);
+        let end = lines.iter().position(|line| line.starts_with(DONE))?;
+        Some(Answer::between(&self.console, mark, mark + end))
+    }
+
     /// What a command that must succeed prints in the guest.
     ///
     /// # Panics
     /// When it fails.
-    pub fn must(&mut self, command: &str) -> String {
+    pub fn must(&self, command: &str) -> String {
         let answer = self.sh(command);
         assert_eq!(answer.status, 0, "'{command}': {}", answer.text());
         answer.text()
@@ -113,7 +131,7 @@ impl Inside {
     ///
     /// # Panics
     /// When it cannot be read.
-    pub fn file(&mut self, path: &str) -> String {
+    pub fn file(&self, path: &str) -> String {
         let digits = self.must(&format!(
             r#"gzip -c {path} | hexdump -v -e '60/1 "%02x" "\n"'"#
         ));

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// How often a program is tried where the processor is emulated.
-const TRIES: u32 = 5;
+const TRIES: u32 = 2;
 
 /// The script that runs a command in the lab, or here where the hardware can run guests.
 #[must_use]

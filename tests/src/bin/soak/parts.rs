@@ -18,11 +18,12 @@ pub(crate) struct Part {
 
 const ROUNDS: (&str, u32) = ("EXOPATCH_ROUNDS", 500);
 const PAUSES: (&str, u32) = ("EXOPATCH_PAUSES", 1000);
+const INSTANTS: (&str, u32) = ("EXOPATCH_INSTANTS", 100);
 /// Few, so that not much is lost when the lab fails.
 const STOPS: (&str, u32) = ("EXOPATCH_STOPS", 1000);
 
 /// All parts, in the order in which they are run.
-pub(crate) const PARTS: [Part; 12] = [
+pub(crate) const PARTS: [Part; 14] = [
     rounds(
         "applies-6.1",
         "patch::applies_and_reverts_in_a_row_under_four_callers_on_6_1",
@@ -42,6 +43,14 @@ pub(crate) const PARTS: [Part; 12] = [
         count: PAUSES,
         done: "pauses",
     },
+    instants(
+        "instants-6.1",
+        "instant::running_stacks_of_6_1_are_those_of_its_tracer",
+    ),
+    instants(
+        "instants-6.12",
+        "instant::running_stacks_of_6_12_are_those_of_its_tracer",
+    ),
     stops(
         "stops-6.1",
         "stops::stacks_of_a_busy_6_1_are_reliable_wherever_it_stops",
@@ -95,6 +104,16 @@ const fn rounds(name: &'static str, test: &'static str) -> Part {
     }
 }
 
+const fn instants(name: &'static str, test: &'static str) -> Part {
+    Part {
+        name,
+        test,
+        units: 1,
+        count: INSTANTS,
+        done: "instants",
+    }
+}
+
 const fn stops(name: &'static str, test: &'static str, units: u32) -> Part {
     Part {
         name,
@@ -127,6 +146,11 @@ pub(crate) fn wanted(all: &Sums) -> Vec<(String, bool)> {
         ),
         at_least("applies and as many reverts", sum("applies"), 1500),
         at_least("pauses in a row", sum("pauses"), 1000),
+        at_least(
+            "running stacks equal to the guest's own trace of that instant",
+            sum("instants"),
+            1000,
+        ),
     ]
 }
 
