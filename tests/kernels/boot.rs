@@ -99,6 +99,18 @@ fn more_processors_than_8_bits_tell_apart() {
     }
 }
 
+/// What is typed ahead of a guest that is slow to read arrives whole, and without more being typed.
+#[test]
+fn long_lines_that_are_typed_at_once_arrive() {
+    for stock in [LTS_6_1, NEWEST_6_12] {
+        let mut guest = Guest::boot(&Options::new(stock));
+        for length in (300..1500).step_by(150) {
+            let word = "x".repeat(length);
+            assert_eq!(one_line(&mut guest, &format!("echo {word}")), word);
+        }
+    }
+}
+
 #[test]
 fn an_elf_kernel_boots_through_pvh() {
     for stock in stock::ALL {

@@ -23,11 +23,15 @@ pub const LINE: u32 = 4;
 
 const DATA: u8 = 0;
 const INTERRUPT_ENABLE: u8 = 1;
+const INTERRUPT_IDENTIFICATION: u8 = 2;
 const LINE_CONTROL: u8 = 3;
 const MODEM_CONTROL: u8 = 4;
 const LINE_STATUS: u8 = 5;
 
 const RECEIVE_INTERRUPT: u8 = 1 << 0;
+const NO_INTERRUPT: u8 = 1 << 0;
+const RECEIVED_DATA: u8 = 1 << 2;
+const DATA_READY: u8 = 1 << 0;
 const DIVISOR_LATCH: u8 = 1 << 7;
 const REQUEST_TO_SEND: u8 = 1 << 1;
 const LOOPBACK: u8 = 1 << 4;
@@ -142,13 +146,26 @@ impl SerialPort {
                 value &= !TRANSMITTER_EMPTY;
             }
             DATA => self.tell_when_hungry(),
+            // A 16550 shows received data as an interrupt for as long as there is some. vm-superio forgets it at the first byte that is read: a
+            // driver that reads no more than so many at once (Linux 256) would leave the rest until more is typed.
+            INTERRUPT_IDENTIFICATION if self.received_is_due() => {
+                value = value & !NO_INTERRUPT | RECEIVED_DATA;
+            }
             _ => {}
         }
         value
     }
 
+    fn has_data(&mut self) -> bool {
+        self.uart.read(LINE_STATUS) & DATA_READY != 0
+    }
+
+    fn received_is_due(&mut self) -> bool {
+        self.has_data() && self.uart.read(INTERRUPT_ENABLE) & RECEIVE_INTERRUPT != 0
+    }
+
     fn tell_when_hungry(&mut self) {
-        if self.input_waits && self.uart.read(LINE_STATUS) & 1 == 0 && self.listens() {
+        if self.input_waits && !self.has_data() && self.listens() {
             self.input_waits = false;
             if let Err(error) = self.hungry.write(1) {
                 tracing::warn!(%error, "serial input could not be asked for");
@@ -178,7 +195,10 @@ mod tests {
 
     use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-    use super::{BusDevice, DATA, INTERRUPT_ENABLE, LINE_STATUS, MODEM_CONTROL, SerialPort};
+    use super::{
+        BusDevice, DATA, INTERRUPT_ENABLE, INTERRUPT_IDENTIFICATION, LINE_STATUS, MODEM_CONTROL,
+        NO_INTERRUPT, RECEIVED_DATA, SerialPort,
+    };
     use crate::devices::alarm::Alarm;
     use crate::devices::output::{ConsoleOutput, WhenFull};
 
@@ -244,6 +264,20 @@ mod tests {
             assert_eq!(bench.hungry.read().is_ok(), fed < script.len());
         }
         assert_eq!(received, script);
+    }
+
+    #[test]
+    fn input_that_a_driver_leaves_for_later_stays_due() {
+        let mut bench = bench();
+        bench.open();
+        assert_eq!(bench.port.feed(&[b'x'; 64]), 64);
+        for left in (0..64).rev() {
+            let due = bench.get(INTERRUPT_IDENTIFICATION);
+            assert_eq!(due & (NO_INTERRUPT | RECEIVED_DATA), RECEIVED_DATA);
+            assert_eq!(bench.get(DATA), b'x', "{left} are left");
+        }
+        let due = bench.get(INTERRUPT_IDENTIFICATION);
+        assert_eq!(due & RECEIVED_DATA, 0);
     }
 
     #[test]
