@@ -125,10 +125,14 @@ fn recorded(guest: &Inside, is_own: impl Fn(u64) -> bool) -> Hits<(Context, Hit)
             continue;
         }
         if let Some((cpu, frames)) = open.take() {
-            let (context, registers) = begun.remove(&cpu).expect("a hit before its stack");
-            let callers = callers(&frames, &is_own);
-            let hit = Hit { registers, callers };
-            hits.entry(cpu).or_default().push((context, hit));
+            if let Some((context, registers)) = begun.remove(&cpu) {
+                let callers = callers(&frames, &is_own);
+                let hit = Hit { registers, callers };
+                hits.entry(cpu).or_default().push((context, hit));
+            } else {
+                // Recording can begin between a hit and its stack.
+                assert!(!hits.contains_key(&cpu), "a stack without a hit");
+            }
         }
         let Some((head, rest)) = line.split_once(": ") else {
             assert!(line.is_empty(), "{line:?}");
