@@ -76,9 +76,7 @@ impl SerialPort {
     fn listens(&mut self) -> bool {
         let divisor = self.uart.read(LINE_CONTROL) & DIVISOR_LATCH != 0;
         let modem = self.uart.read(MODEM_CONTROL);
-        !divisor
-            && self.uart.read(INTERRUPT_ENABLE) & RECEIVE_INTERRUPT != 0
-            && modem & (REQUEST_TO_SEND | LOOPBACK) == REQUEST_TO_SEND
+        !divisor && self.wants_received() && modem & (REQUEST_TO_SEND | LOOPBACK) == REQUEST_TO_SEND
     }
 
     /// Offers input; returns how much of it was taken. When not all of it was, `hungry` is written once more can be.
@@ -148,7 +146,7 @@ impl SerialPort {
             DATA => self.tell_when_hungry(),
             // A 16550 shows received data as an interrupt for as long as there is some. vm-superio forgets it at the first byte that is read: a
             // driver that reads no more than so many at once (Linux 256) would leave the rest until more is typed.
-            INTERRUPT_IDENTIFICATION if self.received_is_due() => {
+            INTERRUPT_IDENTIFICATION if self.has_data() && self.wants_received() => {
                 value = value & !NO_INTERRUPT | RECEIVED_DATA;
             }
             _ => {}
@@ -160,8 +158,9 @@ impl SerialPort {
         self.uart.read(LINE_STATUS) & DATA_READY != 0
     }
 
-    fn received_is_due(&mut self) -> bool {
-        self.has_data() && self.uart.read(INTERRUPT_ENABLE) & RECEIVE_INTERRUPT != 0
+    /// The driver has the receive interrupt on.
+    fn wants_received(&mut self) -> bool {
+        self.uart.read(INTERRUPT_ENABLE) & RECEIVE_INTERRUPT != 0
     }
 
     fn tell_when_hungry(&mut self) {
