@@ -117,7 +117,7 @@ impl Break<'_> {
     /// # Errors
     /// When nobody came there before `deadline`, or the guest did not stop.
     pub fn next(&mut self, deadline: Instant) -> Result<(KvmPaused<'_>, Vec<usize>), BreakError> {
-        self.guest.machine.breakpoint.wait(deadline)?;
+        self.guest.machine.wait_at_breakpoint(deadline)?;
         let machine = Arc::clone(&self.guest.machine);
         let paused = self.guest.pause(deadline)?;
         let there = machine.breakpoint.take();

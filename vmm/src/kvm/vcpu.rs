@@ -77,7 +77,7 @@ impl VcpuHandle {
         memory: Arc<Memory>,
     ) -> Result<Self, KvmError> {
         let kicker = Kicker::new(&fd, run_size)?;
-        Ok(Self {
+        let vcpu = Self {
             fd,
             kicker: Some(kicker),
             sync: if sync_registers { SYNC_ALL } else { 0 },
@@ -85,7 +85,9 @@ impl VcpuHandle {
             ioctls: 0,
             breakpoint: None,
             _memory: memory,
-        })
+        };
+        vcpu.serve_debug_registers()?;
+        Ok(vcpu)
     }
 
     /// Takes the controller's handle out; there is one.

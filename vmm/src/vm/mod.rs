@@ -23,7 +23,7 @@ use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use patcher::addr::Gva;
 use vmm_sys_util::eventfd::EventFd;
@@ -46,6 +46,9 @@ use rendezvous::Rendezvous;
 
 /// How long the console may take to swallow the guest's last words.
 const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// How long breakpoints that a guest begins to use may not work, while ours is there.
+const OWN_BREAKPOINTS_LOOK: Duration = Duration::from_millis(50);
 
 /// A handle on a virtual machine. Clones are the same machine.
 #[derive(Clone, Debug)]
@@ -230,12 +233,31 @@ impl Inner {
     /// Sets the breakpoint, on the vCPUs that run as well.
     pub(crate) fn set_breakpoint(&self, at: Gva) {
         self.breakpoint.set(at);
-        (0..self.kickers.len()).for_each(|index| self.kick(index));
+        self.kick_all();
+    }
+
+    /// Waits until somebody has come to the breakpoint. Meanwhile the vCPUs look now and then whether the guest has begun to use breakpoints
+    /// itself, which do not work until they have looked.
+    ///
+    /// # Errors
+    /// When nobody will come, or nobody has before `deadline`.
+    pub(crate) fn wait_at_breakpoint(&self, deadline: Instant) -> Result<(), BreakpointError> {
+        loop {
+            let look = Instant::now() + OWN_BREAKPOINTS_LOOK;
+            match self.breakpoint.wait(look.min(deadline)) {
+                Err(BreakpointError::Deadline) if look < deadline => self.kick_all(),
+                other => return other,
+            }
+        }
     }
 
     /// Takes the breakpoint away, from the vCPUs that run as well.
     pub(crate) fn clear_breakpoint(&self) {
         self.breakpoint.clear();
+        self.kick_all();
+    }
+
+    fn kick_all(&self) {
         (0..self.kickers.len()).for_each(|index| self.kick(index));
     }
 

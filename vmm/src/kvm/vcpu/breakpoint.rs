@@ -3,6 +3,12 @@
 //! KVM loads the processor's debug registers with ours while the guest runs (Linux Documentation/virt/kvm/api.rst,
 //! `KVM_SET_GUEST_DEBUG`). Meanwhile every debug exception comes to us first, and those that are the guest's own (its single steps) are given
 //! back; but breakpoints that the guest has set itself would not work, so that none of ours is set while it has any.
+//!
+//! A guest that touches its debug registers is usually given the processor's own until it next leaves. If it leaves for us in between
+//! and ours are loaded, KVM takes them for the guest's when it comes back (`KVM_DEBUGREG_WONT_EXIT` in kernel `arch/x86/kvm/x86.c`), and the guest has
+//! a breakpoint that it never set. So debugging is on from a vCPU's beginning: then each of these accesses is KVM's to serve, and
+//! costs an exit that stays in the host's kernel.
+//!
 //! An instruction breakpoint is a fault: the instruction has not been executed, and runs when the resume flag is set
 //! (Intel SDM vol. 3, 18.3.1.1; AMD APM vol. 2, 13.1.4).
 
@@ -48,21 +54,27 @@ impl DebugException {
 }
 
 impl VcpuHandle {
-    /// Sets the breakpoint before the instruction at `wanted`, or takes it away; nothing happens when it is there already.
-    /// Returns false, with nothing changed, when the guest has breakpoints of its own.
+    /// Turns debugging on, without a breakpoint. Before the guest first runs.
+    ///
+    /// # Errors
+    /// The call that failed.
+    pub(super) fn serve_debug_registers(&self) -> Result<(), KvmError> {
+        self.set_guest_debug(None, 0)
+    }
+
+    /// Sets the breakpoint before the instruction at `wanted`, or takes it away.
+    /// Returns false, with none there, when the guest has breakpoints of its own: those that it has set since ours was there included.
     ///
     /// # Errors
     /// The call that failed.
     pub fn set_breakpoint(&mut self, wanted: Option<Gva>) -> Result<bool, KvmError> {
-        if wanted == self.breakpoint {
-            return Ok(true);
+        let in_use = wanted.is_some() && self.guest_has_breakpoints()?;
+        let possible = wanted.filter(|_| !in_use);
+        if possible != self.breakpoint {
+            self.set_guest_debug(possible, 0)?;
+            self.breakpoint = possible;
         }
-        if wanted.is_some() && self.guest_has_breakpoints()? {
-            return Ok(false);
-        }
-        self.set_guest_debug(wanted, 0)?;
-        self.breakpoint = wanted;
-        Ok(true)
+        Ok(!in_use)
     }
 
     /// Sees to it that a vCPU with a debug exception runs on as if there were no breakpoint. Returns whether it was at ours.
@@ -106,13 +118,14 @@ impl VcpuHandle {
     }
 
     fn set_guest_debug(&self, at: Option<Gva>, more: u32) -> Result<(), KvmError> {
-        let on = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP;
+        let mut control = KVM_GUESTDBG_ENABLE | more;
         let mut debugreg = [0; 8];
         if let Some(at) = at {
+            control |= KVM_GUESTDBG_USE_HW_BP;
             (debugreg[0], debugreg[7]) = (at.0, FIRST_ON);
         }
         let wanted = kvm_guest_debug {
-            control: if at.is_some() { on } else { 0 } | more,
+            control,
             pad: 0,
             arch: kvm_guest_debug_arch { debugreg },
         };
