@@ -7,13 +7,16 @@ use std::time::Instant;
 
 use patcher::guest::{Guest, PausedGuest};
 
-use super::look::{Known, TRIES};
+use super::look::Known;
 use super::problem;
 use crate::guest::KvmGuest;
 use crate::trial;
 use crate::updates::Problem;
 use crate::views::stack::Stacks;
 use crate::views::{Seen, View, at};
+
+/// Moments that are let go for one call at most: whoever comes to a place often would stand still for each of them.
+const TRIES: u32 = 5;
 
 impl Known<'_> {
     /// Waits for vCPUs to come to the place that was asked for, and takes their stacks.

@@ -2,7 +2,7 @@
 //!
 //! The kernel's text is large and rarely changes: it is compared while the guest runs, and under the pause only if that found anything
 //! that nothing explains.
-//! What the guest was just changing makes no sense for a moment; it is then let go, and looked at again a little later.
+//! What the guest was just changing makes no sense for a moment; it is then let go, and looked at again a little later, until the deadline.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -21,10 +21,10 @@ use crate::guest::{KvmGuest, KvmPaused};
 use crate::updates::Problem;
 use crate::views::{self, Asked, Seen, Subject, Update, View, ViewError};
 
-/// Pauses that are made for one view at most.
-pub(super) const TRIES: u32 = 5;
-/// How long the guest runs between two of them.
+/// How long the guest runs between the first two pauses for one view; each time after that twice as long,
 const BETWEEN: Duration = Duration::from_millis(10);
+/// but no longer than this.
+const BETWEEN_AT_MOST: Duration = Duration::from_millis(160);
 
 /// What is known of a guest that is looked at.
 pub(super) struct Known<'a> {
@@ -47,18 +47,18 @@ impl Known<'_> {
         if let Asked::At(asked) = asked {
             return self.come(guest, asked, deadline);
         }
-        let mut left = TRIES;
+        let mut between = BETWEEN;
         loop {
             let error = match self.once(guest, asked, deadline)? {
                 Ok(seen) => return Ok(seen),
                 Err(error) => error,
             };
-            left -= 1;
-            if left == 0 || !error.passes() || Instant::now() + BETWEEN >= deadline {
+            if !error.passes() || Instant::now() + between >= deadline {
                 return Err(problem::view(&error));
             }
-            tracing::debug!(%error, left, "the guest is looked at again");
-            std::thread::sleep(BETWEEN);
+            tracing::debug!(%error, ?between, "the guest is looked at again");
+            std::thread::sleep(between);
+            between = (between * 2).min(BETWEEN_AT_MOST);
         }
     }
 
