@@ -82,6 +82,8 @@ pub struct Cpu {
     pub entry_stack: Range<Gva>,
     /// What its per-CPU symbols are offsets from.
     pub(crate) area: u64,
+    /// The GS base of the vCPU that is this CPU, while it is in the kernel.
+    pub(crate) gs_base: u64,
 }
 
 /// All of them, at one moment.
@@ -326,12 +328,11 @@ fn cpus<R: ReadPhys + ?Sized>(
     let mut offsets = vec![0; count as usize * 8];
     memory.read(kernel.runtime(layout.offsets), &mut offsets)?;
     let mut cpus = Vec::new();
-    let first = layout.first.map_or(0, |first| kernel.runtime(first).0);
     for (index, offset) in offsets.as_chunks::<8>().0.iter().enumerate() {
-        let area = u64::from_le_bytes(*offset).wrapping_add(first);
+        let offset = u64::from_le_bytes(*offset);
         if is_set(&possible, index) {
             let online = is_set(&online, index);
-            cpus.push(cpu(layout, kernel, memory, (index, online, area))?);
+            cpus.push(cpu(layout, kernel, memory, (index, online, offset))?);
         }
     }
     Ok(cpus)
@@ -341,8 +342,10 @@ fn cpu<R: ReadPhys + ?Sized>(
     layout: &CpuLayout,
     kernel: &Kernel,
     memory: &Memory<'_, R>,
-    (index, online, area): (usize, bool, u64),
+    (index, online, gs_base): (usize, bool, u64),
 ) -> Result<Cpu, KernelError> {
+    let first = layout.first.map_or(0, |first| kernel.runtime(first).0);
+    let area = gs_base.wrapping_add(first);
     let own = |offset: u64| memory.u64(Gva(area.wrapping_add(offset)));
     let irq_top = own(layout.irq_stack)?;
     let exceptions = own(layout.exception_stacks)?;
@@ -380,5 +383,6 @@ fn cpu<R: ReadPhys + ?Sized>(
             Gva(0)..Gva(0)
         },
         area,
+        gs_base,
     })
 }

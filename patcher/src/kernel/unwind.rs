@@ -208,9 +208,9 @@ pub(crate) fn each_stack<R: ReadPhys + ?Sized>(
         walker: Walker::new(code, memory, layout, tasks, entry),
         frames: Vec::new(),
         live: HashSet::new(),
-        switching: false,
+        left: HashSet::new(),
     };
-    followed.vcpus(vcpus, sink);
+    followed.vcpus(tasks, vcpus, sink);
     followed.tasks(tasks, sink);
     followed.unowned(tasks, sink);
     Ok(())
@@ -222,12 +222,12 @@ struct Followed<'a, R: ?Sized> {
     frames: Vec<Frame>,
     /// Starts of those that a vCPU is on.
     live: HashSet<Gva>,
-    /// A vCPU is on the stack of a task that is not (yet) its CPU's current one.
-    switching: bool,
+    /// The tasks, by index, that are still current on CPUs whose vCPU is on the stack of the next one already.
+    left: HashSet<usize>,
 }
 
 impl<R: ReadPhys + ?Sized> Followed<'_, R> {
-    fn vcpus(&mut self, vcpus: &[Vcpu], sink: Sink<'_>) {
+    fn vcpus(&mut self, tasks: &Tasks, vcpus: &[Vcpu], sink: Sink<'_>) {
         let started = vcpus
             .iter()
             .enumerate()
@@ -238,7 +238,9 @@ impl<R: ReadPhys + ?Sized> Followed<'_, R> {
             if in_kernel(vcpu) {
                 end = self.walker.running(vcpu, &mut self.frames);
                 task = self.walker.task();
-                self.switching |= self.walker.on_stack_of_another();
+                if self.walker.on_stack_of_another() {
+                    self.left.extend(left_by(tasks, vcpu));
+                }
                 let mut visited = self.walker.visited().iter();
                 if visited.any(|start| !self.live.insert(*start)) {
                     end = Err(Unreliable {
@@ -255,7 +257,7 @@ impl<R: ReadPhys + ?Sized> Followed<'_, R> {
     fn tasks(&mut self, tasks: &Tasks, sink: Sink<'_>) {
         for (index, task) in tasks.tasks.iter().enumerate() {
             // A current task that no vCPU was found on is in the user's code, or has just been left for the next one.
-            let asleep = task.cpu.is_none() || self.switching;
+            let asleep = task.cpu.is_none() || self.left.contains(&index);
             if !asleep || task.stack.is_empty() || self.live.contains(&task.stack.start) {
                 continue;
             }
@@ -274,6 +276,16 @@ impl<R: ReadPhys + ?Sized> Followed<'_, R> {
             }
         }
     }
+}
+
+/// The task that `vcpu` has left for the next one, by its index; each that is current anywhere if it cannot be told on which CPU it was.
+fn left_by(tasks: &Tasks, vcpu: &Vcpu) -> Vec<usize> {
+    let on = tasks.cpus.iter().find(|cpu| cpu.gs_base == vcpu.gs_base);
+    let current = tasks.tasks.iter().enumerate().filter(|(_, task)| {
+        let cpu = task.cpu;
+        cpu.is_some() && on.is_none_or(|on| cpu == Some(on.index))
+    });
+    current.map(|(index, _)| index).collect()
 }
 
 impl Frame {

@@ -155,7 +155,9 @@ impl TinyGuest {
             let at = self.page();
             self.map(entry + page * PAGE, at, 1);
         }
-        let idle = self.tasks[usize::try_from(cpu).unwrap()];
+        let index = usize::try_from(cpu).unwrap();
+        self.vcpus[index].gs_base = area;
+        let idle = self.tasks[index];
         self.put(self.percpu(cpu, "hardirq_stack_ptr"), irq + STACK - 8);
         self.put(self.percpu(cpu, "cea_exception_stacks"), entry + 0x2000);
         self.put(self.percpu(cpu, "runqueues") + 8, idle);

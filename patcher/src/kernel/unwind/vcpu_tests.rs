@@ -345,6 +345,26 @@ fn both_sides_of_a_task_switch_are_followed() {
         name: String::new(),
     };
     check(&next, switch, "none");
+    // What another vCPU runs in the user's code was not left: what it saved is of long ago.
+    let user = |guest: &mut TinyGuest| {
+        switch(guest);
+        let user = guest.task(9, "user", &[]);
+        sleeps(guest, user, after(f::PLAIN), &[0x1234]);
+        guest.run(1, user);
+    };
+    let runs = Who::Task {
+        pid: 9,
+        name: String::new(),
+    };
+    check(&runs, user, "none");
+    check(&task7(), user, "filler_000+0x8 filler_007+0x8 | First");
+    // Unless it cannot be told which CPU it was.
+    let stray = |guest: &mut TinyGuest| {
+        user(guest);
+        guest.vcpus[0].gs_base = 0;
+    };
+    check(&runs, stray, "nothing says how to unwind 0x1233");
+    check(&task7(), stray, "filler_000+0x8 filler_007+0x8 | First");
 }
 
 proptest! {
