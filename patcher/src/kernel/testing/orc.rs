@@ -183,8 +183,8 @@ pub(crate) fn types(btf: &mut Btf, form: Form, basic: Basic) {
         _ => members.extend([("type", int, 2, 40), ("end", int, 1, 42)]),
     }
     bits(btf, "orc_entry", 6, &members);
-    let registers = ["r13", "bp", "r10", "dx", "di", "ip", "cs", "sp", "ss"];
-    let offsets = [16, 32, 56, 96, 112, 128, 136, 152, 160];
+    let registers = ["r13", "bp", "r10", "ax", "dx", "di", "ip", "cs", "sp", "ss"];
+    let offsets = [16, 32, 56, 80, 96, 112, 128, 136, 152, 160];
     let registers: Vec<_> = registers
         .into_iter()
         .zip(offsets)

@@ -53,6 +53,8 @@ const SEEN: usize = 1024;
 const START: &str = ".init.text";
 /// Bytes of the longest function that is read to its interrupted instruction.
 const LONGEST: u64 = 1 << 16;
+/// `mov rsp, rax`.
+pub(crate) const SWITCH: [u8; 3] = [0x48, 0x89, 0xc4];
 /// The function tracer's site is as long as its call.
 const FENTRY: u64 = 5;
 
@@ -122,6 +124,13 @@ impl<'a, R: ReadPhys + ?Sized> Code<'a, R> {
                 Err(not_call)
             }
         })
+    }
+
+    /// Whether the instruction at `ip` goes on with the stack that RAX says.
+    pub(crate) fn switches_stack(&self, ip: Gva) -> Result<bool, Reason> {
+        let mut live = [0; SWITCH.len()];
+        let read = self.taken.memory.read(ip, &mut live);
+        read.map(|()| live == SWITCH).map_err(Reason::unreadable)
     }
 
     fn remember(

@@ -40,6 +40,7 @@ pub(crate) struct RegistersLayout {
     pub(crate) r13: u64,
     pub(crate) di: u64,
     pub(crate) dx: u64,
+    pub(crate) ax: u64,
     pub(crate) size: u64,
 }
 
@@ -132,6 +133,7 @@ impl UnwindLayout {
                 r13: register("r13")?,
                 di: register("di")?,
                 dx: register("dx")?,
+                ax: register("ax")?,
                 size: types.size_of("pt_regs")?,
             },
             inactive: InactiveLayout {

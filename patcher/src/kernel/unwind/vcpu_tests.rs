@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::tests::{
     ENTRY_TOP, FAULT_TOP, KERNEL, NMI_TOP, REGISTERS, USER, after, check, fill, irq_top, of,
-    pushed, sleeps, start, task7, text, unwound,
+    pushed, saved, sleeps, start, task7, text, unwound,
 };
 use super::{Who, stacks};
 use crate::kernel::testing::guest::{DIRECT, TinyGuest};
@@ -164,6 +164,37 @@ fn entry_code_on_the_users_stack_is_the_end() {
             at(text(PROCESSOR_FRAME), ENTRY_TOP - 40)(guest);
         },
         "asm_exc_divide_error+0x4 | User",
+    );
+    // The same, moved to the task's stack, which entry code is about to go on with; also when it is interrupted there.
+    let switch = text(SAVED_REGISTERS) - 11;
+    let about_to_switch = |guest: &mut TinyGuest| {
+        at(switch, ENTRY_TOP - 0x90)(guest);
+        let code = guest.get(switch) & !0xff_ffff | 0xc4_8948;
+        guest.put(switch, code);
+        let registers = guest.stack_top(2) - REGISTERS;
+        guest.put(registers + 136, USER);
+        guest.vcpus[0].gpr[0] = registers;
+    };
+    check(&vcpu, about_to_switch, "asm_exc_divide_error+0xd | User");
+    check(
+        &vcpu,
+        |guest| {
+            about_to_switch(guest);
+            let whole = NMI_TOP - REGISTERS;
+            saved(guest, whole, (switch, KERNEL, ENTRY_TOP - 0x90), 0);
+            guest.put(whole + 80, guest.vcpus[0].gpr[0]);
+            let sp = fill(guest, whole, &[text(SAVED_REGISTERS)]);
+            guest.enter(0, start(f::OTHERS), sp);
+        },
+        "filler_013+0x0 asm_exc_divide_error+0x18 asm_exc_divide_error+0xd | User",
+    );
+    check(
+        &vcpu,
+        |guest| {
+            about_to_switch(guest);
+            nmi(guest, (switch, KERNEL), ENTRY_TOP - 0x90);
+        },
+        "filler_013+0x0 asm_exc_divide_error+0x4 | the caller is found by register rax, whose",
     );
     let aside = |cs: u64| {
         move |guest: &mut TinyGuest| {

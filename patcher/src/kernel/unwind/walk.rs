@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use super::code::Code;
+use super::code::{Code, SWITCH};
 use super::known::Owner;
 use super::layout::{RegistersLayout, UnwindLayout};
 use super::live::Live;
@@ -25,13 +25,14 @@ const PADDING: u64 = 16;
 /// Bytes between the user's registers and the frame of a task's first function, at most: what it was started with.
 const FIRST_FRAME: u64 = 128;
 
-/// Registers that a table may find a caller by, while their values are known.
+/// Registers that a caller may be found by, while their values are known.
 #[derive(Clone, Copy, Debug)]
 struct Scratch {
     r10: u64,
     r13: u64,
     di: u64,
     dx: u64,
+    ax: u64,
 }
 
 /// A place in the code of a thread, and the rule that holds there.
@@ -170,7 +171,15 @@ impl<'a, R: ReadPhys + ?Sized> Walker<'a, R> {
         let (ip, sp) = (Gva(vcpu.rip), Gva(vcpu.rsp()));
         let unreliable = |reason| Unreliable { ip, sp, reason };
         let ip = self.interrupted_at(ip, sp).map_err(unreliable)?;
-        let rule = self.rule(ip, sp, true).map_err(unreliable)?;
+        let [ax, _, dx, _, _, bp, _, di, _, _, r10, _, _, r13, _, _] = vcpu.gpr;
+        let scratch = Some(Scratch {
+            r10,
+            r13,
+            di,
+            dx,
+            ax,
+        });
+        let (rule, sp) = self.stopped(ip, sp, scratch).map_err(unreliable)?;
         frames.push(Frame {
             ip,
             via: Via::Runs,
@@ -180,8 +189,6 @@ impl<'a, R: ReadPhys + ?Sized> Walker<'a, R> {
             // The stack pointer may be a user's, who could have chosen one in any stack: it is not even looked at.
             return Ok(End::Entry);
         }
-        let [_, _, dx, _, _, bp, _, di, _, _, r10, _, _, r13, _, _] = vcpu.gpr;
-        let scratch = Some(Scratch { r10, r13, di, dx });
         self.follow(
             Cursor {
                 ip,
@@ -366,6 +373,7 @@ impl<'a, R: ReadPhys + ?Sized> Walker<'a, R> {
             r13,
             di,
             dx,
+            ax,
             size,
         } = self.layout.registers;
         let start = if whole {
@@ -409,13 +417,14 @@ impl<'a, R: ReadPhys + ?Sized> Walker<'a, R> {
                 r13: self.live.word(of(r13))?,
                 di: self.live.word(of(di))?,
                 dx: self.live.word(of(dx))?,
+                ax: self.live.word(of(ax))?,
             };
             (self.live.word(of(bp))?, Some(scratch))
         } else {
             (cursor.bp, cursor.scratch)
         };
         let ip = self.interrupted_at(found, sp)?;
-        let rule = self.rule(ip, slot, true)?;
+        let (rule, sp) = self.stopped(ip, sp, scratch)?;
         let frame = Frame {
             ip,
             via: Via::Interrupted,
@@ -477,6 +486,18 @@ impl<'a, R: ReadPhys + ?Sized> Walker<'a, R> {
         };
         let above = known.range.end.offset_from(sp);
         above.is_some_and(|above| above <= self.layout.registers.size + PADDING + FIRST_FRAME)
+    }
+
+    /// The rule and the stack pointer that hold where code was interrupted. Entry code is told by a call which stack to go on with: until it has
+    /// switched to it, the table has the rule of before that call, which does not know what the call has pushed.
+    fn stopped(&self, ip: Gva, sp: Gva, scratch: Option<Scratch>) -> Result<(Orc, Gva), Reason> {
+        if self.entry_text.contains(&ip) && self.code.switches_stack(ip)? {
+            let unknown = Reason::Register { register: "rax" };
+            let scratch = scratch.ok_or(unknown)?;
+            let behind = Gva(ip.0.wrapping_add(SWITCH.len() as u64));
+            return Ok((self.code.interrupted(behind)?, Gva(scratch.ax)));
+        }
+        Ok((self.code.interrupted(ip)?, sp))
     }
 
     fn rule(&self, ip: Gva, slot: Gva, interrupted: bool) -> Result<Orc, Reason> {
