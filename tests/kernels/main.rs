@@ -14,6 +14,7 @@ mod input;
 mod instant;
 mod patch;
 mod pause;
+mod processes;
 mod recover;
 mod residents;
 mod see;

@@ -10,6 +10,7 @@ use tempfile::TempDir;
 use crate::client::Client;
 use crate::console::Console;
 use crate::initrd;
+use crate::packed;
 use crate::scene;
 use crate::stock::{self, Stock};
 
@@ -277,6 +278,17 @@ impl Guest {
                 panic!("'{command}' did not end: {why}\n{condition}\n{nudged}")
             });
         Answer::between(&self.console, mark, end)
+    }
+
+    /// What a file of the guest holds. It comes packed.
+    ///
+    /// # Panics
+    /// When it cannot be read.
+    pub fn file(&mut self, path: &str) -> String {
+        let answer = self.sh(&packed::command(path));
+        assert_eq!(answer.status, 0, "{path}: {}", answer.text());
+        packed::unpack(&answer.text())
+            .unwrap_or_else(|error| panic!("{path} came damaged: {error}"))
     }
 
     /// Whether a further line makes a guest go on that seems to wait for one: then what was typed had come, and its interrupt had not.

@@ -1,11 +1,10 @@
 //! A booted guest whose machine runs in this process: a stop costs no call from outside, so that many can be looked at.
 
 use std::fs::{File, OpenOptions};
-use std::io::{Read, Write};
+use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::time::Instant;
 
-use flate2::read::GzDecoder;
 use patcher::guest::{Guest as _, Registers as _};
 use patcher::kernel::locate::Kernel;
 use rustix::fs::OFlags;
@@ -16,6 +15,7 @@ use vmm::vm::Vm;
 
 use crate::console::Console;
 use crate::guest::{Answer, BOOT_LIMIT, COMMAND_LIMIT, DONE, READY};
+use crate::packed;
 use crate::stock::Stock;
 
 /// A running guest. Dropping it kills it.
@@ -127,20 +127,13 @@ impl Inside {
         answer.text()
     }
 
-    /// What a file of the guest holds. It comes packed: each byte on the serial line costs an exit.
+    /// What a file of the guest holds. It comes packed.
     ///
     /// # Panics
     /// When it cannot be read.
     pub fn file(&self, path: &str) -> String {
-        let digits = self.must(&format!(
-            r#"gzip -c {path} | hexdump -v -e '60/1 "%02x" "\n"'"#
-        ));
-        let packed = from_hex(&digits);
-        let mut text = String::new();
-        GzDecoder::new(packed.as_slice())
-            .read_to_string(&mut text)
-            .unwrap_or_else(|error| panic!("{path} came damaged: {error}"));
-        text
+        let digits = self.must(&packed::command(path));
+        packed::unpack(&digits).unwrap_or_else(|error| panic!("{path} came damaged: {error}"))
     }
 }
 
@@ -148,23 +141,5 @@ impl Drop for Inside {
     fn drop(&mut self) {
         self.vm.kill("the end of the test");
         let _ = self.vm.wait();
-    }
-}
-
-/// Bytes from their hexadecimal digits.
-fn from_hex(text: &str) -> Vec<u8> {
-    let digits = text.chars().filter_map(|digit| digit.to_digit(16));
-    let digits: Vec<u8> = digits.filter_map(|digit| digit.try_into().ok()).collect();
-    let pairs = digits.as_chunks::<2>().0.iter();
-    pairs.map(|[high, low]| high << 4 | low).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::from_hex;
-
-    #[test]
-    fn digits_are_bytes_wherever_lines_end() {
-        assert_eq!(from_hex("001f\n8bff \n"), [0, 0x1f, 0x8b, 0xff]);
     }
 }

@@ -11,6 +11,7 @@ pub mod initrd;
 pub mod inside;
 pub mod lab;
 pub mod oracle;
+pub mod packed;
 pub mod recorded;
 pub mod scene;
 pub mod stock;

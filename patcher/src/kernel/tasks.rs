@@ -6,6 +6,8 @@
 //! all areas of a stack's size are listed too, and those that no task owns are stacks whose live part is unknown.
 //! Sources: kernel `include/linux/sched.h`, `kernel/{fork,exit}.c`, `arch/x86/include/asm/cpu_entry_area.h`.
 
+pub mod process;
+
 use std::collections::HashSet;
 use std::ops::Range;
 

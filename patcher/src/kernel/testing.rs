@@ -290,6 +290,15 @@ pub(crate) mod task {
     pub(crate) const CURR_RET_STACK: u64 = 0x88;
     pub(crate) const RETHOOKS: u64 = 0x90;
     pub(crate) const SP: u64 = 0x118;
+    pub(crate) const STATE: u64 = 0x140;
+    /// Four bytes, with as many of flags behind them.
+    pub(crate) const EXIT_STATE: u64 = 0x148;
+    pub(crate) const TGID: u64 = 0x150;
+    pub(crate) const THREAD_PID: u64 = 0x158;
+    pub(crate) const REAL_PARENT: u64 = 0x160;
+    pub(crate) const REAL_CRED: u64 = 0x168;
+    /// Of the credentials.
+    pub(crate) const UID: u64 = 8;
 }
 
 /// The types that this crate asks about.
@@ -298,7 +307,7 @@ pub(crate) fn btf(form: Form) -> Vec<u8> {
     let (int, long, byte) = (btf.int(4), btf.int(8), btf.int(1));
     let list = btf.structure("list_head", 16, &[("next", long, 0), ("prev", long, 8)]);
     let basic = (int, long, byte, list);
-    task_types(&mut btf, basic);
+    task_types(&mut btf, form, basic);
     stack_types(&mut btf, basic);
     text_types(&mut btf, form, basic);
     views::module_types(&mut btf, form, basic);
@@ -321,7 +330,11 @@ pub(crate) fn btf(form: Form) -> Vec<u8> {
 /// Four bytes, eight bytes, one byte, a list's link.
 pub(crate) type Basic = (u32, u32, u32, u32);
 
-fn task_types(btf: &mut Btf, (int, long, byte, list): Basic) {
+fn task_types(btf: &mut Btf, form: Form, (int, long, byte, list): Basic) {
+    let state = match form {
+        Form::New => ("__state", int, 0x140),
+        _ => ("state", long, 0x140),
+    };
     let node = btf.structure("llist_node", 8, &[("next", long, 0)]);
     let comm = btf.array(byte, 16);
     let thread = btf.structure("thread_struct", 0x40, &[("sp", long, 0x18)]);
@@ -340,6 +353,13 @@ fn task_types(btf: &mut Btf, (int, long, byte, list): Basic) {
             ("curr_ret_stack", int, 0x88),
             ("rethooks", hooks, 0x90),
             ("thread", thread, 0x100),
+            state,
+            ("exit_state", int, 0x148),
+            ("flags", int, 0x14c),
+            ("tgid", int, 0x150),
+            ("thread_pid", long, 0x158),
+            ("real_parent", long, 0x160),
+            ("real_cred", long, 0x168),
         ],
     );
     btf.structure("signal_struct", 0x20, &[("thread_head", list, 0x10)]);
@@ -357,6 +377,8 @@ fn task_types(btf: &mut Btf, (int, long, byte, list): Basic) {
             ("frame", long, 40),
         ],
     );
+    let user = btf.structure("kuid_t", 4, &[("val", int, 0)]);
+    btf.structure("cred", 0x40, &[("uid", user, 8)]);
 }
 
 fn stack_types(btf: &mut Btf, (_, long, byte, list): Basic) {

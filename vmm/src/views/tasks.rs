@@ -1,9 +1,9 @@
-//! Every task of the guest with its stack, the CPUs, and stacks that belong to no task.
+//! Every task of the guest with whose it is, its state and its stack, the CPUs, and stacks that belong to no task.
 
 use std::ops::Range;
 
 use patcher::addr::Gva;
-use patcher::kernel::tasks::Tasks as All;
+use patcher::kernel::tasks::{Tasks as All, process};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -26,6 +26,21 @@ pub struct Tasks {
 pub struct Task {
     /// The thread's id; 0 for idle tasks.
     pub pid: u32,
+    /// Its process's id: that of the process's first thread. This and the next four are left out where the kernel does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tgid: Option<u32>,
+    /// The id of the parent process; 0 for none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ppid: Option<u32>,
+    /// Its state by the letter that `ps` shows: `R`, `S`, `D`, `T`, `t`, `X`, `Z`, `P` or `I`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state: Option<char>,
+    /// The real user's id, as the guest's first user namespace has it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uid: Option<u32>,
+    /// It is a thread of the kernel's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kthread: Option<bool>,
     /// Its name.
     pub name: String,
     /// The CPU that runs it.
@@ -73,8 +88,14 @@ fn area(range: &Range<Gva>) -> Area {
 /// Reads all tasks.
 pub(super) fn read(subject: &Subject<'_>) -> Result<Tasks, ViewError> {
     let all = All::read(subject.kernel, subject.guest)?;
-    let tasks = all.tasks.iter().map(|task| Task {
+    let processes = process::read(subject.kernel, subject.guest, &all)?;
+    let tasks = all.tasks.iter().zip(processes).map(|(task, process)| Task {
         pid: task.pid,
+        tgid: process.tgid,
+        ppid: process.ppid,
+        state: process.state.map(process::State::letter),
+        uid: process.uid,
+        kthread: process.kthread,
         name: task.name(),
         cpu: task.cpu,
         address: task.at.to_string(),
@@ -98,6 +119,10 @@ impl Shown for Tasks {
     fn table(&self) -> String {
         let mut table = Table::new([
             ("PID", Side::Right),
+            ("TGID", Side::Right),
+            ("PPID", Side::Right),
+            ("UID", Side::Right),
+            ("STATE", Side::Left),
             ("CPU", Side::Right),
             ("TASK", Side::Right),
             ("STACK", Side::Right),
@@ -105,13 +130,22 @@ impl Shown for Tasks {
             ("NAME", Side::Left),
         ]);
         for task in &self.tasks {
+            // Threads of the kernel stand in brackets, as `ps` has them.
+            let name = match task.kthread {
+                Some(true) => format!("[{}]", task.name),
+                _ => task.name.clone(),
+            };
             table.row([
                 task.pid.to_string(),
+                or_dash(task.tgid),
+                or_dash(task.ppid),
+                or_dash(task.uid),
+                or_dash(task.state),
                 or_dash(task.cpu),
                 task.address.clone(),
                 or_dash(task.stack.as_ref().map(|stack| &stack.start)),
                 or_dash(task.saved_sp.as_ref()),
-                task.name.clone(),
+                name,
             ]);
         }
         let mut text = table.text();

@@ -5,6 +5,7 @@ use serde::de::DeserializeOwned;
 
 use super::stack::{Doubt, FrameKind, Stack, StackEnd, StackFrame, Stacks};
 use super::symbols::{Symbol, SymbolAt, SymbolList, SymbolSpace, Symbols};
+use super::tasks::{Task, Tasks};
 use super::text::{Text, TextCount};
 use super::types::{TypeLayouts, TypeMember, Types};
 use super::{Seen, Shown, View, disasm, stack};
@@ -97,6 +98,60 @@ no known task
     assert_eq!(shown.table(), want);
 }
 
+/// A thread of the kernel, of which all is known; a process, of which nothing but what every kernel says; and a process's thread.
+fn tasks() -> Tasks {
+    let bare = Task {
+        pid: 7,
+        tgid: None,
+        ppid: None,
+        state: None,
+        uid: None,
+        kthread: None,
+        name: "a".to_owned(),
+        cpu: Some(0),
+        address: "0x20".to_owned(),
+        stack: None,
+        saved_sp: None,
+    };
+    let thread = Task {
+        pid: 2,
+        tgid: Some(2),
+        ppid: Some(0),
+        state: Some('I'),
+        uid: Some(0),
+        kthread: Some(true),
+        name: "kthreadd".to_owned(),
+        cpu: None,
+        saved_sp: Some("0x1000".to_owned()),
+        ..bare.clone()
+    };
+    let user = Task {
+        pid: 9,
+        tgid: Some(8),
+        ppid: Some(1),
+        state: Some('t'),
+        uid: Some(1000),
+        kthread: Some(false),
+        ..bare.clone()
+    };
+    Tasks {
+        tasks: vec![thread, bare, user],
+        cpus: Vec::new(),
+        unowned_stacks: Vec::new(),
+    }
+}
+
+#[test]
+fn tasks_are_shown_as_people_list_processes() {
+    let want = "\
+PID  TGID  PPID   UID  STATE  CPU  TASK  STACK  SAVED SP  NAME
+  2     2     0     0  I        -  0x20      -    0x1000  [kthreadd]
+  7     -     -     -  -        0  0x20      -         -  a
+  9     8     1  1000  t        0  0x20      -         -  a
+";
+    assert_eq!(tasks().table(), want);
+}
+
 /// What the API sends of `view` is what its client gets.
 fn round<T: DeserializeOwned>(view: &View, form: fn(T) -> View) {
     for paused_us in [None, Some(3)] {
@@ -152,6 +207,7 @@ fn views_come_through_as_they_were_sent() {
         bits: Some(2),
     };
     round(&View::Types(Types::Member(member)), View::Types);
+    round(&View::Tasks(tasks()), View::Tasks);
     let count = TextCount {
         places: 1,
         bytes: 5,

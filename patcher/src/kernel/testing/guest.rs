@@ -303,6 +303,10 @@ impl TinyGuest {
         self.put(at + task::STACK, stack);
         self.put(at + task::SIGNAL, signal);
         self.put(at + task::PID, pid);
+        self.put(at + task::TGID, pid);
+        self.put(at + task::THREAD_PID, signal);
+        let first = self.tasks.first().copied().unwrap_or(at);
+        self.put(at + task::REAL_PARENT, first);
         let mut comm = [0; 16];
         comm[..name.len()].copy_from_slice(name.as_bytes());
         self.put(
