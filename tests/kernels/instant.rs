@@ -60,14 +60,15 @@ struct Hit {
 /// The calls that were seen, in their order, by CPU.
 type Hits<T> = BTreeMap<usize, Vec<T>>;
 
-/// Keeps the processors in each of the contexts: system calls, faults of the user's and of the kernel's own, timers, callbacks; and
-/// NMIs, by asking for the other processor's stack.
-const LOAD: [&str; 4] = [
+/// Keeps the processors in each of the contexts: system calls, faults of the user's and of the kernel's own, timers, callbacks.
+const LOAD: [&str; 3] = [
     "probe churn 3",
     "while :; do dd if=/dev/zero of=/dev/null bs=256k count=1; done",
-    "while :; do echo l >/proc/sysrq-trigger; usleep 50000; done",
     "while :; do usleep 2000; done",
 ];
+
+/// And in NMIs, by asking for the other processor's stack.
+const ASK: &str = "while :; do echo l >/proc/sysrq-trigger; usleep 50000; done";
 
 /// What is called in which context, under that load.
 const FUNCTIONS: [(&str, Context); 6] = [
@@ -316,13 +317,19 @@ fn faults(kernel: &Kernel, hits: &Hits<Hit>) -> Faults {
     faults
 }
 
+/// Keeps the guest's processors in many contexts, and does `more` beside.
+pub(crate) fn keep_busy(guest: &Inside, more: &[&str]) {
+    // What is typed goes first.
+    let background = |load| format!("sh -c 'renice -n 19 $$; {load}' >/dev/null 2>&1 &");
+    let load: String = LOAD.iter().chain(more).map(background).collect();
+    let _ = guest.must(&load);
+}
+
 fn check(stock: Stock) {
     let guest = Inside::boot(stock, CPUS);
     let kernel = guest.kernel(stock);
     let hits = count("EXOPATCH_INSTANTS", HITS);
-    // What is typed goes first.
-    let load = LOAD.map(|load| format!("sh -c 'renice -n 19 $$; {load}' >/dev/null 2>&1 &"));
-    let _ = guest.must(&load.concat());
+    keep_busy(&guest, &[ASK]);
     let (mut all, mut all_given_up) = (0, 0);
     for (function, context) in FUNCTIONS {
         let at = kernel.symbol(function).expect("the function");

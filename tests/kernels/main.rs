@@ -19,5 +19,6 @@ mod recover;
 mod residents;
 mod see;
 mod stops;
+mod sysrq;
 mod types;
 mod witness;

@@ -34,11 +34,20 @@ impl Inside {
     /// When it does not come up.
     #[must_use]
     pub fn boot(stock: Stock, cpus: u32) -> Self {
+        Self::boot_with(stock, cpus, "")
+    }
+
+    /// The same with `words` added to the command line.
+    ///
+    /// # Panics
+    /// When it does not come up.
+    #[must_use]
+    pub fn boot_with(stock: Stock, cpus: u32, words: &str) -> Self {
         let options = config::Options {
             kernel: Some(stock.file("vmlinuz")),
             initrd: Some(stock.file("initramfs.cpio.gz")),
             // The line is for commands alone: the kernel says some things even when it is told to be quiet.
-            cmdline: Some("console=null quiet".to_owned()),
+            cmdline: Some(format!("console=null quiet {words}")),
             cpus: Some(cpus),
             memory: Some(MemorySize(256 << 20)),
             console: Some(config::Console::Pty),

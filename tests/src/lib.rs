@@ -16,3 +16,4 @@ pub mod recorded;
 pub mod scene;
 pub mod stock;
 pub mod stops;
+pub mod trace;
