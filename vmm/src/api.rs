@@ -2,6 +2,8 @@
 
 mod convert;
 #[cfg(test)]
+mod damaged;
+#[cfg(test)]
 mod double;
 pub mod error;
 mod events;

@@ -10,6 +10,8 @@ use super::bytes::{le_u16, le_u32};
 const MAGIC: u16 = 0xeb9f;
 /// `BTF_MAX_TYPE`.
 const MAX_TYPES: usize = 0x000f_ffff;
+/// Bytes of a name, with its zero (`KSYM_NAME_LEN`): the kernel takes no longer one. Many types may share one name.
+const MAX_NAME: usize = 512;
 
 /// Numbers of kinds (`BTF_KIND_*`).
 pub(crate) mod code {
@@ -129,10 +131,11 @@ impl Layout {
         decode(btf.get(self.types.clone())?, start).map(|(raw, _)| RawType { id, ..raw })
     }
 
-    /// The string at `offset` of the string section, without its zero.
+    /// The string at `offset` of the string section, without its zero; one that is too long for a name is none.
     pub(crate) fn string<'a>(&self, btf: &'a [u8], offset: u32) -> &'a [u8] {
         let strings = btf.get(self.strings.clone()).unwrap_or_default();
         let tail = strings.get(offset as usize..).unwrap_or_default();
+        let tail = &tail[..tail.len().min(MAX_NAME)];
         let end = tail.iter().position(|byte| *byte == 0).unwrap_or(0);
         &tail[..end]
     }

@@ -135,7 +135,7 @@ impl Image {
         let (sections, end) = sections(data)?;
         let (build_id, build_id_at) = build_id(data, &sections).ok_or(ImageError::BuildId)?;
         let types = match find(&sections, ".BTF") {
-            Some(btf) => Types::parse(vmlinux.clone(), btf)?,
+            Some(btf) => Types::parse(vmlinux.clone(), btf.file.clone())?,
             None => Types::absent(NEED_BTF),
         };
         let rodata = find(&sections, ".rodata").ok_or(ImageError::Section {

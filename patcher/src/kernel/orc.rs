@@ -19,6 +19,9 @@ use crate::addr::LinkAddr;
 const SLOT: usize = 4;
 /// Bytes of code that one step of the index is for.
 const BLOCK: u64 = 4096;
+/// Bytes of code that one table can be for: each address lies at most half as far from its slot, on either side, as 32 bits count. With more room
+/// than that for the slots themselves, addresses that lie further apart have gone around the end of the address space.
+const REACH: u64 = 1 << 33;
 /// Traced functions whose entry must read as a call, for the meaning of the numbers to be believed.
 const PROOFS: usize = 64;
 
@@ -428,6 +431,9 @@ impl OrcTable {
             if at < last {
                 return Err(OrcError::Unsorted { index, at });
             }
+            if at - first > REACH {
+                return Err(elsewhere(at));
+            }
             // Of code that the table is not for there may be any number of blocks.
             while at - first >= blocks.len() as u64 * BLOCK && at <= code.end {
                 blocks.push(u32::try_from(index).unwrap_or(u32::MAX));
@@ -494,8 +500,9 @@ impl OrcTable {
         Some(self.address(self.index(address)?))
     }
 
-    /// The entry for `address` as the kernel has it.
-    pub(crate) fn entry(&self, address: u64) -> Option<&[u8]> {
+    /// The entry for `address` as the kernel has it; `None` below the first one.
+    #[must_use]
+    pub fn entry(&self, address: u64) -> Option<&[u8]> {
         let at = self.entries_in.start + self.index(address)? * self.format.size;
         (*self.entries).as_ref().get(at..at + self.format.size)
     }
@@ -722,6 +729,18 @@ mod tests {
             table(0x4_0000, [-0x2_0000, -0x1_f000]),
             Err(OrcError::Elsewhere { .. })
         ));
+        // The first address lies behind the end of the address space, the second before it.
+        let ips = [1 << 12, -1 << 12]
+            .iter()
+            .flat_map(|ip: &i32| ip.to_le_bytes());
+        let around = OrcTable::like(
+            like,
+            0_u64.wrapping_sub(8),
+            ips.collect(),
+            entries.clone(),
+            &(0..u64::MAX),
+        );
+        assert!(matches!(around, Err(OrcError::Elsewhere { .. })));
     }
 
     proptest! {

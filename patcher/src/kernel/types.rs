@@ -4,6 +4,7 @@
 //! One pass over the section indexes the names; a type is decoded when it is asked about. Where several types bear
 //! one name and answer differently, that is an error too.
 
+mod budget;
 mod parts;
 pub mod print;
 
@@ -11,8 +12,9 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
+use self::budget::Budget;
 use super::btf::{Kind, Layout, RawType, code};
-use super::image::{Bytes, Section};
+use super::image::Bytes;
 
 /// Deepest nesting of types that is followed; the kernel's own stay below twenty.
 const MAX_DEPTH: usize = 64;
@@ -65,7 +67,7 @@ pub enum TypeError {
         count: usize,
     },
     /// The type is so large, or nested so deep, that no kernel's is.
-    #[error("type {name} of the kernel is too large to be shown")]
+    #[error("type {name} of the kernel is too large to be read")]
     TooLarge {
         /// The name asked for.
         name: String,
@@ -98,9 +100,12 @@ pub struct Types {
 }
 
 impl Types {
-    /// Indexes the types in `btf`, the section `.BTF`.
-    pub(crate) fn parse(bytes: Bytes, btf: &Section) -> Result<Self, TypeError> {
-        Self::parse_part(bytes, btf.file.clone(), None)
+    /// Indexes the types of a kernel, whose section `.BTF` is `section` of `bytes`.
+    ///
+    /// # Errors
+    /// [`TypeError::Damaged`].
+    pub fn parse(bytes: Bytes, section: Range<usize>) -> Result<Self, TypeError> {
+        Self::parse_part(bytes, section, None)
     }
 
     fn parse_part(
@@ -131,9 +136,11 @@ impl Types {
         };
         let (first, _) = types.first_own();
         let key = |(id, name): (u32, u32)| {
-            key(types.string(name)) | u64::from(id.saturating_add(first - 1))
+            let name = types.string(name);
+            let entry = key(name) | u64::from(id.saturating_add(first - 1));
+            (!name.is_empty()).then_some(entry)
         };
-        let mut by_name: Vec<u64> = named.into_iter().map(key).collect();
+        let mut by_name: Vec<u64> = named.into_iter().filter_map(key).collect();
         by_name.sort_unstable();
         types.by_name = by_name;
         Ok(types)
@@ -188,9 +195,9 @@ impl Types {
     /// (`thread.sp`), through anonymous members without naming them, and through array elements (`slots[3]`).
     ///
     /// # Errors
-    /// [`TypeError::NoType`], [`TypeError::NoMember`], or [`TypeError::Ambiguous`].
+    /// [`TypeError::NoType`], [`TypeError::NoMember`], [`TypeError::Ambiguous`], or [`TypeError::TooLarge`] for what no kernel has.
     pub fn member(&self, name: &str, path: &str) -> Result<Member, TypeError> {
-        self.agreed(name, |id| {
+        self.agreed(name, |id, budget| {
             let mut at = Place {
                 id,
                 bit: 0,
@@ -201,7 +208,7 @@ impl Types {
                     name: name.to_owned(),
                     member: path.to_owned(),
                 };
-                at = self.step(at, part).ok_or_else(none)?;
+                at = self.step(at, part, budget).ok_or_else(none)?;
             }
             self.finish(at).ok_or_else(|| TypeError::NoMember {
                 name: name.to_owned(),
@@ -213,9 +220,9 @@ impl Types {
     /// The named members of structure or union `name`, in order, without those of anonymous members.
     ///
     /// # Errors
-    /// [`TypeError::NoType`] or [`TypeError::Ambiguous`].
+    /// [`TypeError::NoType`], [`TypeError::Ambiguous`] or [`TypeError::TooLarge`].
     pub fn members(&self, name: &str) -> Result<Vec<(String, Member)>, TypeError> {
-        self.agreed(name, |id| {
+        self.agreed(name, |id, budget| {
             let none = || TypeError::NoType {
                 name: name.to_owned(),
             };
@@ -223,7 +230,8 @@ impl Types {
                 .resolve(id)
                 .filter(|raw| matches!(raw.kind, Kind::Struct | Kind::Union))
                 .ok_or_else(none)?;
-            let raw = (0..of.vlen).filter_map(|index| self.raw_member(&of, index));
+            let all = (0..of.vlen).map_while(|index| budget.look().map(|()| index));
+            let raw = all.filter_map(|index| self.raw_member(&of, index));
             let named = raw.filter(|member| member.name != 0).filter_map(|member| {
                 let place = Place {
                     id: member.kind,
@@ -254,10 +262,10 @@ impl Types {
     /// Bytes of structure, union, enumeration or typedef `name`.
     ///
     /// # Errors
-    /// [`TypeError::NoType`] or [`TypeError::Ambiguous`].
+    /// [`TypeError::NoType`], [`TypeError::Ambiguous`] or [`TypeError::TooLarge`].
     pub fn size_of(&self, name: &str) -> Result<u64, TypeError> {
-        self.agreed(name, |id| {
-            self.size(id, 0).ok_or_else(|| TypeError::NoType {
+        self.agreed(name, |id, _| {
+            self.size(id).ok_or_else(|| TypeError::NoType {
                 name: name.to_owned(),
             })
         })
@@ -266,7 +274,7 @@ impl Types {
     /// Value of `enumerator` of enumeration `name`.
     ///
     /// # Errors
-    /// [`TypeError::NoType`], [`TypeError::NoEnumerator`] or [`TypeError::Ambiguous`].
+    /// [`TypeError::NoType`], [`TypeError::NoEnumerator`], [`TypeError::Ambiguous`] or [`TypeError::TooLarge`].
     pub fn enumerator(&self, name: &str, enumerator: &str) -> Result<i64, TypeError> {
         let all = self.enumerators(name)?;
         let found = all
@@ -282,9 +290,9 @@ impl Types {
     /// All enumerators of enumeration `name`, with their values.
     ///
     /// # Errors
-    /// [`TypeError::NoType`] or [`TypeError::Ambiguous`].
+    /// [`TypeError::NoType`], [`TypeError::Ambiguous`] or [`TypeError::TooLarge`].
     pub fn enumerators(&self, name: &str) -> Result<Vec<(String, i64)>, TypeError> {
-        self.agreed(name, |id| {
+        self.agreed(name, |id, budget| {
             let none = || TypeError::NoType {
                 name: name.to_owned(),
             };
@@ -292,7 +300,8 @@ impl Types {
                 .resolve(id)
                 .filter(|of| matches!(of.kind, Kind::Enum | Kind::Enum64))
                 .ok_or_else(none)?;
-            let named = (0..of.vlen).filter_map(|index| self.raw_enumerator(&of, index));
+            let all = (0..of.vlen).map_while(|index| budget.look().map(|()| index));
+            let named = all.filter_map(|index| self.raw_enumerator(&of, index));
             let text = |offset| String::from_utf8_lossy(self.string(offset)).into_owned();
             Ok(named.map(|(offset, value)| (text(offset), value)).collect())
         })
@@ -309,12 +318,20 @@ impl Types {
     fn agreed<T: PartialEq>(
         &self,
         name: &str,
-        ask: impl Fn(u32) -> Result<T, TypeError>,
+        ask: impl Fn(u32, &Budget) -> Result<T, TypeError>,
     ) -> Result<T, TypeError> {
         let ids = self.ids(name);
-        let mut answers = ids.iter().map(|id| ask(*id));
+        let budget = Budget::new();
+        let within = ids.iter().map_while(|id| budget.look().map(|()| *id));
+        let mut answers = within.map(|id| ask(id, &budget));
         let first = answers.next().unwrap_or_else(|| Err(self.none(name)));
-        if answers.any(|answer| answer != first) {
+        let differ = answers.any(|answer| answer != first);
+        if budget.is_spent() {
+            return Err(TypeError::TooLarge {
+                name: name.to_owned(),
+            });
+        }
+        if differ {
             return Err(TypeError::Ambiguous {
                 name: name.to_owned(),
                 count: ids.len(),
@@ -381,31 +398,42 @@ impl Types {
         None
     }
 
-    fn size(&self, id: u32, depth: usize) -> Option<u64> {
-        if depth > MAX_DEPTH {
-            return None;
+    /// Bytes of type `id`.
+    fn size(&self, mut id: u32) -> Option<u64> {
+        let mut times = 1_u64;
+        for _ in 0..MAX_DEPTH {
+            let raw = self.raw(id)?;
+            let each: u64 = match raw.kind {
+                Kind::Ptr => 8,
+                Kind::Array => {
+                    let (element, count) = self.raw_array(&raw)?;
+                    times = times.checked_mul(count.into())?;
+                    id = element;
+                    continue;
+                }
+                Kind::Alias | Kind::Typedef => {
+                    id = raw.size_or_type;
+                    continue;
+                }
+                Kind::Int
+                | Kind::Struct
+                | Kind::Union
+                | Kind::Enum
+                | Kind::Enum64
+                | Kind::Float => raw.size_or_type.into(),
+                Kind::Fwd | Kind::Other => return None,
+            };
+            return each.checked_mul(times);
         }
-        let raw = self.resolve(id)?;
-        match raw.kind {
-            Kind::Ptr => Some(8),
-            Kind::Array => {
-                let (element, count) = self.raw_array(&raw)?;
-                self.size(element, depth + 1)?.checked_mul(u64::from(count))
-            }
-            Kind::Int | Kind::Struct | Kind::Union | Kind::Enum | Kind::Enum64 | Kind::Float => {
-                Some(raw.size_or_type.into())
-            }
-            Kind::Fwd | Kind::Alias | Kind::Typedef | Kind::Other => None,
-        }
+        None
     }
 
     /// From `at` to its member `part`, which may end in `[index]`.
-    fn step(&self, at: Place, part: &str) -> Option<Place> {
+    fn step(&self, at: Place, part: &str, budget: &Budget) -> Option<Place> {
         let (member, mut indices) = part
             .split_once('[')
             .map_or((part, ""), |(member, indices)| (member, indices));
-        let mut budget = MAX_DEPTH * MAX_DEPTH;
-        let mut at = self.find(at, member.as_bytes(), 0, &mut budget)?;
+        let mut at = self.find(at, member.as_bytes(), 0, budget)?;
         while !indices.is_empty() {
             let (index, rest) = indices.split_once(']')?;
             let array = self.resolve(at.id).filter(|raw| raw.kind == Kind::Array)?;
@@ -418,7 +446,7 @@ impl Types {
                 id: element,
                 bit: at
                     .bit
-                    .checked_add(self.size(element, 0)?.checked_mul(index * 8)?)?,
+                    .checked_add(self.size(element)?.checked_mul(index * 8)?)?,
                 bits: 0,
             };
             indices = rest.strip_prefix('[').unwrap_or(rest);
@@ -426,16 +454,16 @@ impl Types {
         Some(at)
     }
 
-    /// Member `name` of the structure at `at`, also within its anonymous members, at most `budget` of which are looked into.
-    fn find(&self, at: Place, name: &[u8], depth: usize, budget: &mut usize) -> Option<Place> {
-        *budget = budget.checked_sub(1)?;
+    /// Member `name` of the structure at `at`, also within its anonymous members.
+    fn find(&self, at: Place, name: &[u8], depth: usize, budget: &Budget) -> Option<Place> {
         let of = self
             .resolve(at.id)
             .filter(|raw| matches!(raw.kind, Kind::Struct | Kind::Union))?;
         if depth > MAX_DEPTH {
             return None;
         }
-        (0..of.vlen).find_map(|index| {
+        let mut all = (0..of.vlen).map_while(|index| budget.look().map(|()| index));
+        all.find_map(|index| {
             let member = self.raw_member(&of, index)?;
             let place = Place {
                 id: member.kind,
@@ -456,7 +484,7 @@ impl Types {
         if at.bits == 0 && first == 0 {
             return Some(Member {
                 offset,
-                size: self.size(at.id, 0)?,
+                size: self.size(at.id)?,
                 bits: None,
             });
         }
@@ -500,20 +528,12 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::{Member, Section, TypeError, Types};
-    use crate::addr::LinkAddr;
+    use super::{Member, TypeError, Types};
     use crate::kernel::testing::{Btf, FORMS, btf};
 
-    pub(super) fn types(bytes: Vec<u8>) -> Result<Types, TypeError> {
-        let file = 0..bytes.len();
-        let range = LinkAddr(0)..LinkAddr(0);
-        let section = Section {
-            name: ".BTF".to_owned(),
-            range,
-            file,
-            executable: false,
-        };
-        Types::parse(Arc::new(bytes), &section)
+    pub(in crate::kernel::types) fn types(bytes: Vec<u8>) -> Result<Types, TypeError> {
+        let section = 0..bytes.len();
+        Types::parse(Arc::new(bytes), section)
     }
 
     /// A structure with everything in it that C allows.

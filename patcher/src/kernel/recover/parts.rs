@@ -71,13 +71,8 @@ pub(super) fn all<R: ReadPhys + ?Sized>(
     let types = match parts.between("types", "__start_BTF", "__stop_BTF")? {
         Some(range) => {
             let bytes = parts.copy(&range)?;
-            let section = Section {
-                name: ".BTF".to_owned(),
-                file: 0..bytes.len(),
-                range,
-                executable: false,
-            };
-            Types::parse(Arc::new(bytes), &section)?
+            let section = 0..bytes.len();
+            Types::parse(Arc::new(bytes), section)?
         }
         None => Types::absent(NEED_BTF),
     };

@@ -11,7 +11,10 @@ use crate::kernel::image::Bytes;
 
 impl Types {
     /// Indexes the types that a module adds to `base`: `bytes` are all of its section `.BTF`.
-    pub(crate) fn parse_module(bytes: Bytes, base: Arc<Self>) -> Result<Self, TypeError> {
+    ///
+    /// # Errors
+    /// [`TypeError::Damaged`].
+    pub fn parse_module(bytes: Bytes, base: Arc<Self>) -> Result<Self, TypeError> {
         let section = 0..(*bytes).as_ref().len();
         Self::parse_part(bytes, section, Some(base))
     }

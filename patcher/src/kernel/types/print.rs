@@ -7,10 +7,12 @@ use std::fmt;
 use super::{MAX_DEPTH, TypeError, Types};
 use crate::kernel::btf::{Kind, RawType, code};
 
-/// More lines than any structure of a kernel has, those of its anonymous members counted.
+/// More lines than all types of one name have, those of their anonymous members counted.
 const MAX_LINES: usize = 1 << 14;
 /// More characters than they have.
 const MAX_TEXT: usize = 1 << 21;
+/// Characters that a parameter counts for, beside its own.
+const PARAMETER: usize = 16;
 /// Column behind which the places stand.
 const COLUMN: usize = 56;
 
@@ -100,12 +102,16 @@ impl Types {
             found.extend(self.named(self.functions(), bare));
         }
         let mut layouts: Vec<TypeLayout> = Vec::new();
+        let mut room = Room {
+            lines: MAX_LINES,
+            text: MAX_TEXT,
+        };
         for (id, raw) in found {
-            let layout = self
-                .layout_of(id, &raw)
-                .ok_or_else(|| TypeError::TooLarge {
-                    name: name.to_owned(),
-                })?;
+            let layout =
+                self.layout_of(id, &raw, &mut room)
+                    .ok_or_else(|| TypeError::TooLarge {
+                        name: name.to_owned(),
+                    })?;
             if !layouts.contains(&layout) {
                 layouts.push(layout);
             }
@@ -117,11 +123,11 @@ impl Types {
         }
     }
 
-    fn layout_of(&self, id: u32, raw: &RawType) -> Option<TypeLayout> {
+    fn layout_of(&self, id: u32, raw: &RawType, room: &mut Room) -> Option<TypeLayout> {
         let mut printer = Printer {
             types: self,
             lines: Vec::new(),
-            left: MAX_TEXT,
+            room,
         };
         let name = self.text(raw.name);
         let size = match raw.kind {
@@ -129,7 +135,7 @@ impl Types {
                 let mut declared = printer.declare(raw.size_or_type, name, 0)?;
                 declared.base = declared.base.prefixed("typedef ");
                 printer.declaration(&declared, Context::default(), None)?;
-                self.size(id, 0)
+                self.size(id)
             }
             Kind::Other => {
                 let declared = printer.declare(raw.size_or_type, name, 0)?;
@@ -143,7 +149,7 @@ impl Types {
                     through_pointer: false,
                 };
                 printer.declaration(&declared, Context::default(), None)?;
-                self.size(id, 0)
+                self.size(id)
             }
         };
         Some(TypeLayout {
@@ -189,18 +195,29 @@ struct Context {
     bit: u64,
 }
 
+/// What may still be written: types refer to others more often than all of them could be shown.
+struct Room {
+    lines: usize,
+    text: usize,
+}
+
+impl Room {
+    fn take(&mut self, text: usize) -> Option<()> {
+        self.text = self.text.checked_sub(text)?;
+        Some(())
+    }
+}
+
 struct Printer<'a> {
     types: &'a Types,
     lines: Vec<Line>,
-    left: usize,
+    room: &'a mut Room,
 }
 
 impl Printer<'_> {
     fn line(&mut self, depth: usize, text: String, place: Option<LinePlace>) -> Option<()> {
-        self.left = self.left.checked_sub(text.len())?;
-        if self.lines.len() >= MAX_LINES {
-            return None;
-        }
+        self.room.take(text.len())?;
+        self.room.lines = self.room.lines.checked_sub(1)?;
         self.lines.push(Line { depth, text, place });
         Some(())
     }
@@ -210,7 +227,7 @@ impl Printer<'_> {
         let (mut declarator, mut qualifiers) = (inner, String::new());
         let mut through_pointer = false;
         for _ in 0..=MAX_DEPTH {
-            self.left = self.left.checked_sub(declarator.len())?;
+            self.room.take(declarator.len())?;
             let Some(raw) = self.types.raw(id) else {
                 let base = Base::Named(format!("{qualifiers}void"));
                 return (id == 0).then_some(Declared {
@@ -287,6 +304,8 @@ impl Printer<'_> {
         let mut list = Vec::new();
         for index in 0..raw.vlen {
             let (name, kind) = self.types.raw_parameter(raw, index)?;
+            // Each is held until all are there, whatever becomes of them then.
+            self.room.take(PARAMETER)?;
             if name == 0 && kind == 0 {
                 list.push("...".to_owned());
                 continue;
@@ -306,7 +325,7 @@ impl Printer<'_> {
         } else {
             list.join(", ")
         };
-        self.left = self.left.checked_sub(text.len())?;
+        self.room.take(text.len())?;
         Some(text)
     }
 
@@ -369,7 +388,7 @@ impl Printer<'_> {
             let place = LinePlace {
                 offset: bit / 8,
                 // A flexible array, and what is only declared, have no bytes.
-                size: self.types.size(member.kind, 0).unwrap_or(0),
+                size: self.types.size(member.kind).unwrap_or(0),
                 bits,
             };
             self.declaration(&declared, Context { bit, ..at }, Some(place))?;

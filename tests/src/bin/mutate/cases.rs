@@ -9,8 +9,6 @@ use std::time::Duration;
 
 use crate::Options;
 
-/// Far above what a case takes; only a hang reaches it.
-const LIMIT: Duration = Duration::from_secs(60);
 /// After so many findings a target is left.
 const ENOUGH: u64 = 10;
 
@@ -94,14 +92,15 @@ impl<'a> Run<'a> {
             .spawn()
             .map_err(broken)?;
         let lines = lines(&mut child).ok_or("a worker without output")?;
+        let limit = Duration::from_secs(self.options.limit_s);
         let mut at = None;
         loop {
-            match lines.recv_timeout(LIMIT) {
+            match lines.recv_timeout(limit) {
                 Ok(line) => at = Some(line.parse().map_err(|_| line)?),
                 Err(RecvTimeoutError::Timeout) => {
                     child.kill().and_then(|()| child.wait()).map_err(broken)?;
                     let case = at.ok_or("a worker hangs before its first case")?;
-                    return Ok(Row::Died(case, format!("does not end in {LIMIT:?}")));
+                    return Ok(Row::Died(case, format!("does not end in {limit:?}")));
                 }
                 Err(RecvTimeoutError::Disconnected) => break,
             }

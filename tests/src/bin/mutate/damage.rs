@@ -26,15 +26,15 @@ impl Random {
     }
 }
 
+/// What was where damage is now, in the order in which it was done.
+pub(crate) type Undo = Vec<(usize, Vec<u8>)>;
+
 /// Numbers that lengths, counts and offsets break at.
-const EXTREMES: [u64; 8] = [0, 1, 0x7f, 0xff, 0xffff, 0x7fff_ffff, 0xffff_ffff, u64::MAX];
+pub(crate) const EXTREMES: [u64; 8] =
+    [0, 1, 0x7f, 0xff, 0xffff, 0x7fff_ffff, 0xffff_ffff, u64::MAX];
 
 /// Damages some bytes of `bytes` within `range`. Returns what was there, to be put back in reverse.
-pub(crate) fn damage(
-    bytes: &mut [u8],
-    range: Range<usize>,
-    random: &mut Random,
-) -> Vec<(usize, Vec<u8>)> {
+pub(crate) fn damage(bytes: &mut [u8], range: Range<usize>, random: &mut Random) -> Undo {
     let mut undo = Vec::new();
     for _ in 0..=random.below(6) {
         let at = range.start + random.below(range.len());
@@ -49,7 +49,7 @@ pub(crate) fn damage(
 }
 
 /// Puts back what [`damage`] changed.
-pub(crate) fn mend(bytes: &mut [u8], undo: Vec<(usize, Vec<u8>)>) {
+pub(crate) fn mend(bytes: &mut [u8], undo: Undo) {
     for (at, old) in undo.into_iter().rev() {
         if let Some(there) = bytes.get_mut(at..at + old.len()) {
             there.copy_from_slice(&old);

@@ -24,7 +24,10 @@ use cases::Run;
 #[global_allocator]
 static ALLOCATOR: Cap<std::alloc::System> = Cap::new(std::alloc::System, usize::MAX);
 
-const USAGE: &str = "usage: exopatch-mutate --kernel VMLINUZ --dump CORE --package XPU [--cases N] [--first N] [--kept FILE] [TARGET...]";
+const USAGE: &str = "usage: exopatch-mutate [--kernel VMLINUZ] [--dump CORE] [--package XPU] [--cases N] [--first N] [--limit SECONDS] [--kept FILE] [TARGET...]";
+
+/// Far above what a case takes; only a hang reaches it.
+const LIMIT_S: u64 = 60;
 
 /// What a run works on.
 #[derive(Clone, Debug, Default)]
@@ -35,6 +38,8 @@ struct Options {
     kept: Option<PathBuf>,
     first: u64,
     cases: u64,
+    /// Seconds that a case may take.
+    limit_s: u64,
     /// This process is a worker.
     worker: bool,
     targets: Vec<String>,
@@ -43,6 +48,7 @@ struct Options {
 fn options() -> Result<Options, String> {
     let mut options = Options {
         cases: 100,
+        limit_s: LIMIT_S,
         ..Options::default()
     };
     let mut args = std::env::args().skip(1);
@@ -58,6 +64,7 @@ fn options() -> Result<Options, String> {
             "--package" => options.package = value()?.into(),
             "--kept" => options.kept = Some(value()?.into()),
             "--cases" => options.cases = number(value()?)?,
+            "--limit" => options.limit_s = number(value()?)?,
             "--first" => options.first = number(value()?)?,
             "--worker" => options.worker = true,
             name if target::find(name).is_some() => options.targets.push(arg),

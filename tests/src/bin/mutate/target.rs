@@ -1,5 +1,9 @@
 //! What is damaged, and who looks at it then.
 
+mod orc;
+mod types;
+mod wrong;
+
 use std::cell::RefCell;
 use std::fs;
 use std::ops::Range;
@@ -31,7 +35,7 @@ pub(crate) struct Target {
     pub(crate) make: fn(&Options) -> Result<Subject, String>,
 }
 
-const TARGETS: [Target; 6] = [
+const TARGETS: [Target; 9] = [
     Target {
         name: "bzimage",
         make: bzimage,
@@ -39,6 +43,18 @@ const TARGETS: [Target; 6] = [
     Target {
         name: "vmlinux",
         make: vmlinux,
+    },
+    Target {
+        name: "btf",
+        make: types::btf,
+    },
+    Target {
+        name: "made-up",
+        make: types::made_up,
+    },
+    Target {
+        name: "orc",
+        make: orc::orc,
     },
     Target {
         name: "dump",
@@ -59,9 +75,11 @@ const TARGETS: [Target; 6] = [
 ];
 
 pub(crate) fn find(name: &str) -> Option<&'static Target> {
-    TARGETS.iter().find(|target| target.name == name)
+    let all = TARGETS.iter().chain(&wrong::WRONGS);
+    all.into_iter().find(|target| target.name == name)
 }
 
+/// Those that are tried when none is named.
 pub(crate) fn names() -> impl Iterator<Item = &'static str> {
     TARGETS.iter().map(|target| target.name)
 }
