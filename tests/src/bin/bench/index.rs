@@ -1,4 +1,4 @@
-//! From a kernel's file to an index of its symbols and types, and what a look-up in that costs. All of it natively.
+//! From a kernel's file, or a guest's memory, to an index of its symbols and types, and what a look-up in that costs. All of it natively.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use patcher::addr::LinkAddr;
+use patcher::guest::Registers as _;
 use patcher::kernel::image::Image;
 use patcher::kernel::locate::Kernel;
 use patcher::kernel::payload::Payload;
@@ -45,6 +46,14 @@ const MEMBERS: [(&str, &str); 8] = [
 struct Times {
     unpack: Vec<f64>,
     parse: Vec<f64>,
+}
+
+impl Times {
+    /// Of both parts.
+    fn whole(&self) -> Result<f64, String> {
+        let parts = self.unpack.iter().zip(&self.parse);
+        median(parts.map(|(unpack, parse)| unpack + parse).collect())
+    }
 }
 
 /// Symbols and types from the bzImage.
@@ -106,8 +115,6 @@ pub(crate) fn beside_peer(
 ) -> Result<(), String> {
     let times = times(stock, samples.max(5))?;
     add_parts(figures, stock, &times)?;
-    let parts = times.unpack.iter().zip(&times.parse);
-    let whole = median(parts.map(|(unpack, parse)| unpack + parse).collect())?;
     let mut peers = Vec::new();
     for _ in 0..samples {
         let start = Instant::now();
@@ -116,10 +123,39 @@ pub(crate) fn beside_peer(
     }
     figures.add(
         format!("index {}: from bzImage to index", stock.0),
-        whole,
+        times.whole()?,
         "ms",
         Some(("vmlinux-to-elf", median(peers)?)),
         Some(Target::RatioAtMost(OF_PEER)),
+    );
+    Ok(())
+}
+
+/// Symbols, types and unwind table from a recorded guest's memory alone, beside the same from the bzImage.
+pub(crate) fn from_memory(
+    figures: &mut Figures,
+    stock: Stock,
+    samples: usize,
+) -> Result<(), String> {
+    eprintln!("measuring index {} from memory", stock.0);
+    let opened = open(stock, &recorded(stock).kept()?)?;
+    let dump = &opened.dump;
+    let mut ours = Vec::new();
+    for _ in 0..samples.max(5) {
+        let start = Instant::now();
+        let image = Image::from_memory(dump, dump.vcpus()).map_err(|error| error.to_string())?;
+        ours.push(start.elapsed().as_secs_f64() * 1e3);
+        if image.build_id() != opened.kernel.image().build_id() {
+            return Err("the guest's memory holds another kernel".to_owned());
+        }
+    }
+    let peer = times(stock, samples.max(5))?.whole()?;
+    figures.add(
+        format!("index {}: from memory to index", stock.0),
+        median(ours)?,
+        "ms",
+        Some(("from bzImage to index", peer)),
+        None,
     );
     Ok(())
 }
@@ -242,15 +278,19 @@ impl Symbols {
     }
 }
 
-/// What look-ups cost, beside drgn with the kernel's debug information. Both must find the same.
-pub(crate) fn lookups(figures: &mut Figures, stock: Stock) -> Result<(), String> {
-    eprintln!("measuring look-ups {}", stock.0);
-    let recorded = Recorded {
+/// The guest that is looked into.
+fn recorded(stock: Stock) -> Recorded {
+    Recorded {
         stock,
         load: Load::Sleepers(100),
         memory_mib: 256,
-    };
-    let core = recorded.kept()?;
+    }
+}
+
+/// What look-ups cost, beside drgn with the kernel's debug information. Both must find the same.
+pub(crate) fn lookups(figures: &mut Figures, stock: Stock) -> Result<(), String> {
+    eprintln!("measuring look-ups {}", stock.0);
+    let core = recorded(stock).kept()?;
     let opened = open(stock, &core)?;
     let (kernel, image) = (&opened.kernel, opened.kernel.image());
     let symbols = Symbols::of(image);

@@ -85,6 +85,7 @@ fn first(figures: &mut Figures, samples: usize) -> Result<(), String> {
 fn kernel(figures: &mut Figures, samples: usize) -> Result<(), String> {
     for stock in [LTS_6_1, NEWEST_6_12] {
         index::beside_peer(figures, stock, samples)?;
+        index::from_memory(figures, stock, samples)?;
         index::memory(figures, stock)?;
         index::lookups(figures, stock)?;
         unwind::unwind(figures, stock, samples)?;
