@@ -112,6 +112,18 @@ struct DisasmQuery {
     deadline_ms: Option<u64>,
 }
 
+/// What answers every call where nothing can be seen.
+#[derive(utoipa::IntoResponses)]
+#[expect(dead_code, reason = "it is described here, and made as an ApiError")]
+enum Unseen {
+    /// Not stopped or not found in time
+    #[response(status = GATEWAY_TIMEOUT)]
+    Late(ErrorBody),
+    /// The request is wrong, or the kernel cannot be read
+    #[response(status = "4XX")]
+    Wrong(ErrorBody),
+}
+
 /// Asks for a view, and waits for it.
 async fn see(
     api: &Api,
@@ -136,8 +148,7 @@ async fn see(
 #[utoipa::path(get, path = "/v1/kernel/symbols", tag = "kernel", params(SymbolsQuery), responses(
     (status = OK, body = Seen<Symbols>),
     (status = NOT_FOUND, description = "No such symbol", body = ErrorBody),
-    (status = GATEWAY_TIMEOUT, description = "Not stopped or not found in time", body = ErrorBody),
-    (status = "4XX", description = "The request is wrong, or the kernel cannot be read", body = ErrorBody),
+    Unseen,
 ))]
 async fn kernel_symbols(
     State(api): State<Api>,
@@ -169,8 +180,7 @@ async fn kernel_types(
 /// The modules that are loaded, as `/proc/modules` lists them
 #[utoipa::path(get, path = "/v1/kernel/modules", tag = "kernel", params(DeadlineQuery), responses(
     (status = OK, body = Seen<Modules>),
-    (status = GATEWAY_TIMEOUT, description = "Not stopped or not found in time", body = ErrorBody),
-    (status = "4XX", description = "The request is wrong, or the kernel cannot be read", body = ErrorBody),
+    Unseen,
 ))]
 async fn kernel_modules(
     State(api): State<Api>,
@@ -182,8 +192,7 @@ async fn kernel_modules(
 /// All tasks: processes, threads, kernel threads and idle tasks, with their stacks
 #[utoipa::path(get, path = "/v1/kernel/tasks", tag = "kernel", params(DeadlineQuery), responses(
     (status = OK, body = Seen<Tasks>),
-    (status = GATEWAY_TIMEOUT, description = "Not stopped or not found in time", body = ErrorBody),
-    (status = "4XX", description = "The request is wrong, or the kernel cannot be read", body = ErrorBody),
+    Unseen,
 ))]
 async fn kernel_tasks(
     State(api): State<Api>,
@@ -195,8 +204,7 @@ async fn kernel_tasks(
 /// The kernel's log, as `dmesg` in the guest prints it
 #[utoipa::path(get, path = "/v1/kernel/log", tag = "kernel", params(DeadlineQuery), responses(
     (status = OK, body = Seen<Log>),
-    (status = GATEWAY_TIMEOUT, description = "Not stopped or not found in time", body = ErrorBody),
-    (status = "4XX", description = "The request is wrong, or the kernel cannot be read", body = ErrorBody),
+    Unseen,
 ))]
 async fn kernel_log(
     State(api): State<Api>,
@@ -209,8 +217,7 @@ async fn kernel_log(
 #[utoipa::path(get, path = "/v1/kernel/text", tag = "kernel", params(TextQuery), responses(
     (status = OK, body = Seen<Text>),
     (status = CONFLICT, description = "The kernel boots, or is changing its text", body = ErrorBody),
-    (status = GATEWAY_TIMEOUT, description = "Not stopped or not found in time", body = ErrorBody),
-    (status = "4XX", description = "The request is wrong, or the kernel cannot be read", body = ErrorBody),
+    Unseen,
 ))]
 async fn kernel_text(
     State(api): State<Api>,
@@ -225,8 +232,7 @@ async fn kernel_text(
     (status = OK, body = Seen<Stacks>),
     (status = NOT_FOUND, description = "No such task, vCPU or function", body = ErrorBody),
     (status = CONFLICT, description = "Nobody can come there: the guest is paused, or has hardware breakpoints of its own", body = ErrorBody),
-    (status = GATEWAY_TIMEOUT, description = "Not stopped or not found in time", body = ErrorBody),
-    (status = "4XX", description = "The request is wrong, or the kernel cannot be read", body = ErrorBody),
+    Unseen,
 ))]
 async fn kernel_stack(
     State(api): State<Api>,
@@ -253,8 +259,7 @@ async fn kernel_stack(
 #[utoipa::path(get, path = "/v1/kernel/disasm", tag = "kernel", params(DisasmQuery), responses(
     (status = OK, body = Seen<Disassembly>),
     (status = NOT_FOUND, description = "No such function", body = ErrorBody),
-    (status = GATEWAY_TIMEOUT, description = "Not stopped or not found in time", body = ErrorBody),
-    (status = "4XX", description = "The request is wrong, or the kernel cannot be read", body = ErrorBody),
+    Unseen,
 ))]
 async fn kernel_disasm(
     State(api): State<Api>,
