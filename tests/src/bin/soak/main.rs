@@ -98,7 +98,7 @@ fn soak(results: &Results, tests: &Path, names: &[&str]) -> Result<(), String> {
     Err(format!("failed: {}", failed.join(" ")))
 }
 
-/// Runs one unit until it succeeds, as often as it may be tried.
+/// Runs one unit until it leaves figures, as often as it may be tried. Those of a try that failed count as they are.
 fn run(results: &Results, part: &Part, unit: u32, tests: &Path) -> Result<Outcome, String> {
     let file = results.path(part, unit, "figures");
     let path = file.to_str().ok_or("a path is not UTF-8")?;
@@ -116,18 +116,21 @@ fn run(results: &Results, part: &Part, unit: u32, tests: &Path) -> Result<Outcom
             fs::remove_file(&file).map_err(|error| format!("{path}: {error}"))?;
         }
         let start = Instant::now();
-        match lab::once(tests, &args, &environment, LIMIT_S) {
-            Ok(_) => {
-                return Ok(Outcome {
-                    date: today()?,
-                    seconds: start.elapsed().as_secs(),
-                    tries,
-                    figures: noted(&file, part.done)?,
-                });
-            }
-            Err(why) => last = why,
+        let failed = lab::once(tests, &args, &environment, LIMIT_S).err();
+        if let Some(why) = &failed {
+            eprintln!("{}, unit {}, try {tries}: {why}", part.name, unit + 1);
         }
-        eprintln!("{}, unit {}, try {tries}: {last}", part.name, unit + 1);
+        if let Some(why) = failed.filter(|_| !file.exists()) {
+            last = why;
+            continue;
+        }
+        let figures = noted(&file, part.done)?;
+        return Ok(Outcome {
+            date: today()?,
+            seconds: start.elapsed().as_secs(),
+            tries,
+            figures,
+        });
     }
     Err(last)
 }
