@@ -44,6 +44,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             deadline: Instant::now() + Duration::from_secs(1),
             check_only: false,
             doing: &|what| println!("{what}"),
+            written: &|| (),
         };
         let mut draft = arena.clone();
         let (applied, report) = apply(&mut guest, &kernel, &mut draft, &package, &options)?;
@@ -65,7 +66,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             );
         }
         reports.push(report);
-        reports.push(revert(&mut guest, &kernel, &draft, applied, &options)?);
+        reports.push(revert(&mut guest, &kernel, &draft, &applied, &options)?);
         // The room may be used again here: no thread of a recorded guest is in the edition.
         arena.layout = draft.layout;
     }

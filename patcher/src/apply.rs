@@ -80,6 +80,8 @@ pub struct ApplyOptions<'a> {
     pub check_only: bool,
     /// Told what is being waited for.
     pub doing: &'a dyn Fn(String),
+    /// Told that everything has been written, before the guest runs again: from then on nothing is undone.
+    pub written: &'a dyn Fn(),
 }
 
 /// An update that is in the guest.
@@ -159,16 +161,6 @@ pub enum ApplyError {
     Commit(#[from] CommitFailed),
 }
 
-/// An update that was not reverted.
-#[derive(Debug, thiserror::Error)]
-#[error("{cause}")]
-pub struct NotReverted {
-    /// The update, if it is still applied.
-    pub applied: Option<Box<Applied>>,
-    /// Why.
-    pub cause: CommitFailed,
-}
-
 impl CommitFailed {
     /// Whether the guest is not as it was before: it stays paused, and must be ended.
     #[must_use]
@@ -241,7 +233,8 @@ fn range(part: &ArenaPart) -> Range<Gva> {
 
 /// Applies `package` to the kernel that `guest` runs, or with [`ApplyOptions::check_only`] does everything but the commit.
 ///
-/// Returns the update (none if it was only checked) and what it cost. Room in `arena` is taken only by an update that is applied.
+/// Returns the update (none if it was only checked) and what it cost. Room in `arena` is taken only by an update that is applied, or that may be:
+/// a panic leaves it taken.
 ///
 /// # Errors
 /// [`ApplyError`]; the guest is as it was, unless [`CommitFailed::is_broken`].
@@ -256,34 +249,34 @@ pub fn apply<G: Guest>(
     let mut draft = arena.space.clone();
     let applied = prepare(guest, kernel, arena, &mut draft, package)?;
     let resident = Resident::of(&applied.linked, kernel)?;
-    let report = commit(guest, &arena.inhabited(kernel), &applied.plan, options)?;
-    if options.check_only {
-        return Ok((None, report));
-    }
-    arena.space = draft;
+    let inhabited = arena.inhabited(kernel);
+    let before = std::mem::replace(&mut arena.space, draft);
     arena.residents.push(resident);
-    Ok((Some(applied), report))
+    let committed = commit(guest, &inhabited, &applied.plan, options);
+    let stays = match &committed {
+        Ok(_) => !options.check_only,
+        Err(failed) => failed.is_broken(),
+    };
+    if !stays {
+        arena.space = before;
+        arena.residents.pop();
+    }
+    Ok(((!options.check_only).then_some(applied), committed?))
 }
 
 /// Takes the jumps of an update back. Its code stays where it is in `arena`: a thread may still be in it.
 ///
 /// # Errors
-/// [`NotReverted`], with the update if it is still applied.
+/// [`CommitFailed`]; it is still applied unless that [is broken](CommitFailed::is_broken).
 pub fn revert<G: Guest>(
     guest: &mut G,
     kernel: &Kernel,
     arena: &Arena,
-    applied: Applied,
+    applied: &Applied,
     options: &ApplyOptions<'_>,
-) -> Result<Report, NotReverted> {
+) -> Result<Report, CommitFailed> {
     let plan = applied.plan.revert();
-    commit(guest, &arena.inhabited(kernel), &plan, options).map_err(|cause| {
-        let gone = matches!(cause, CommitFailed::Resume(_));
-        NotReverted {
-            applied: (!gone).then(|| Box::new(applied)),
-            cause,
-        }
-    })
+    commit(guest, &arena.inhabited(kernel), &plan, options)
 }
 
 /// Waits until the guest has finished booting.
@@ -399,7 +392,9 @@ fn one_try<G: Guest, K: Running>(
         let times = quiescent.times;
         (quiescent.abandon(), times)
     } else {
-        quiescent.commit().map_err(CommitFailed::Commit)?
+        let committed = quiescent.commit().map_err(CommitFailed::Commit)?;
+        (options.written)();
+        committed
     };
     let resuming = Instant::now();
     paused.resume().map_err(CommitFailed::Resume)?;

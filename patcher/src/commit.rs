@@ -1,9 +1,10 @@
 //! Check and write under one pause: [`Quiescent`] proves that a plan can be done now, and committing it does it whole or not at all.
 //!
 //! A check never writes; a commit never decides. The guest is resumed in every case but one: when a write failed and
-//! undoing the earlier ones failed too, its memory is no longer known to be sound and it stays paused.
+//! undoing the earlier ones failed too, its memory is no longer known to be sound and it stays paused. A panic is such a failure.
 
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::{Duration, Instant};
 
 use crate::addr::{Gpa, Gva};
@@ -194,28 +195,42 @@ impl<'p, P: PausedGuest> Quiescent<'p, P> {
     ///
     /// # Errors
     /// [`CommitError`]; the guest is then as it was, or stays paused.
+    ///
+    /// # Panics
+    /// When a write does; the guest is then as it was, or stays paused.
     pub fn commit(mut self) -> Result<(P, Times), CommitError> {
         let mut clock = Instant::now();
         let mut journal = Journal::default();
-        for (write, old) in self.plan.writes.iter().zip(self.old) {
-            if let Err(cause) = journal.write(&mut self.paused, write.gpa, old, &write.bytes) {
-                let (purpose, at) = (write.purpose, write.gva);
-                return Err(match journal.undo(&mut self.paused) {
-                    Ok(()) => CommitError::RolledBack { purpose, at, cause },
-                    Err(undo) => {
-                        self.paused.leave_paused();
-                        CommitError::Torn {
-                            purpose,
-                            at,
-                            cause,
-                            undo,
-                        }
-                    }
-                });
+        let writes = self.plan.writes.iter().zip(self.old);
+        // Neither the journal nor the guest is used for anything but the undo if this panics.
+        let written = catch_unwind(AssertUnwindSafe(|| {
+            for (write, old) in writes {
+                let done = journal.write(&mut self.paused, write.gpa, old, &write.bytes);
+                done.map_err(|cause| (write, cause))?;
             }
-        }
+            Ok(())
+        }));
         self.times.write = lap(&mut clock);
-        Ok((self.paused, self.times))
+        let failed = match written {
+            Ok(Ok(())) => return Ok((self.paused, self.times)),
+            Ok(Err(failed)) => Ok(failed),
+            Err(panic) => Err(panic),
+        };
+        let undone = journal.undo(&mut self.paused);
+        if undone.is_err() {
+            self.paused.leave_paused();
+        }
+        let (write, cause) = failed.unwrap_or_else(|panic| resume_unwind(panic));
+        let (purpose, at) = (write.purpose, write.gva);
+        Err(match undone {
+            Ok(()) => CommitError::RolledBack { purpose, at, cause },
+            Err(undo) => CommitError::Torn {
+                purpose,
+                at,
+                cause,
+                undo,
+            },
+        })
     }
 
     /// Gives the guest back, still paused, without writing.

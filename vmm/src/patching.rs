@@ -20,7 +20,7 @@ use patcher::observe;
 
 use crate::guest::KvmGuest;
 use crate::kernel_index;
-use crate::updates::{KernelInfo, Patcher, Problem, Running, Task, Verified};
+use crate::updates::{KernelInfo, Patcher, Problem, Running, Task, Undo, Verified};
 use crate::views::{self, Asked, Seen, View};
 use crate::vm::{State, Vm};
 
@@ -208,6 +208,7 @@ impl Patcher for KernelPatcher {
             deadline,
             check_only: task.check,
             doing: task.doing,
+            written: task.written,
         };
         loop {
             self.find(&mut guest, &image, deadline, task.doing)?;
@@ -226,37 +227,29 @@ impl Patcher for KernelPatcher {
         }
     }
 
-    fn revert(
-        &mut self,
-        applied: Box<Applied>,
-        deadline: Instant,
-        doing: &dyn Fn(String),
-    ) -> Result<Report, (Problem, Option<Box<Applied>>)> {
-        let mut guest = match self.guest() {
-            Ok(guest) => guest,
-            Err(problem) => return Err((problem, Some(applied))),
-        };
+    fn revert(&mut self, applied: &Box<Applied>, task: &Undo<'_>) -> Result<Report, Problem> {
+        let mut guest = self.guest()?;
         let Some(Found { kernel, arena }) = &self.found else {
-            return Err((problem::gone(), Some(applied)));
+            return Err(problem::gone());
         };
         let options = ApplyOptions {
-            deadline,
+            deadline: task.deadline,
             check_only: false,
-            doing,
+            doing: task.doing,
+            written: task.written,
         };
-        let failed = match apply::revert(&mut guest, kernel, arena, *applied, &options) {
+        let failed = match apply::revert(&mut guest, kernel, arena, applied, &options) {
             Ok(report) => return Ok(report),
             Err(failed) => failed,
         };
-        let problem = if !failed.cause.is_broken() && self.is_gone(&mut guest, deadline) {
-            problem::gone()
-        } else {
-            self.explain(problem::commit(
-                "the update was not reverted",
-                &failed.cause,
-            ))
-        };
-        Err((problem, failed.applied))
+        if !failed.is_broken() && self.is_gone(&mut guest, task.deadline) {
+            return Err(problem::gone());
+        }
+        Err(self.explain(problem::commit("the update was not reverted", &failed)))
+    }
+
+    fn is_sound(&self) -> bool {
+        !matches!(self.vm.status().state, State::Paused { unsound: true, .. })
     }
 
     fn verify(&mut self, applied: &Box<Applied>, deadline: Instant) -> Result<Verified, Problem> {

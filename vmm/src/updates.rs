@@ -13,7 +13,7 @@ use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-pub use self::patcher::{KernelInfo, Patcher, Running, Task, Verified};
+pub use self::patcher::{KernelInfo, Patcher, Running, Task, Undo, Verified};
 pub use self::record::{BROKEN, Cost, Failing, Problem, State, Update};
 use self::worker::Worker;
 use crate::events::{EventKind, Events};

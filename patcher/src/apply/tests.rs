@@ -2,6 +2,7 @@
 
 use std::cell::Cell;
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use super::{ApplyOptions, CommitFailed, LOOKS, Report, commit};
@@ -139,6 +140,7 @@ fn try_it(
             deadline,
             check_only,
             doing: &|_| {},
+            written: &|| {},
         },
     )
 }
@@ -229,6 +231,71 @@ fn a_failed_undo_leaves_the_guest_paused() {
     }
 }
 
+/// Applies the plan with a panic at call `n`; the guest, and whether there was one.
+fn panics_at(fault: Fault) -> (FakeGuest, bool, bool) {
+    let mut guest = guest();
+    guest.fault = fault;
+    let written = Cell::new(false);
+    let options = ApplyOptions {
+        deadline: Instant::now() + Duration::from_secs(10),
+        check_only: false,
+        doing: &|_| {},
+        written: &|| written.set(true),
+    };
+    let (kernel, plan) = (Fake::default(), plan());
+    let end = catch_unwind(AssertUnwindSafe(|| {
+        commit(&mut guest, &kernel, &plan, &options).map(drop)
+    }));
+    assert!(!matches!(end, Ok(Err(_))), "{fault:?}: {end:?}");
+    (guest, written.get(), end.is_err())
+}
+
+#[test]
+fn a_panic_at_any_call_leaves_memory_as_it_was_or_whole() {
+    let (whole, ..) = panics_at(Fault::Never);
+    let before = guest();
+    let mut undone = 0;
+    for n in 0.. {
+        let (guest, written, panicked) = panics_at(Fault::Panic(n));
+        let expected = if written { &whole } else { &before };
+        assert_eq!(guest.memory(), expected.memory(), "call {n}");
+        assert!(!guest.is_paused(), "call {n}");
+        if !panicked {
+            break;
+        }
+        let writes = guest.calls.iter();
+        undone += usize::from(
+            writes
+                .clone()
+                .any(|call| matches!(call, Call::Write { .. }))
+                && !written,
+        );
+    }
+    // At each write but the first something had been written already.
+    assert!(undone >= plan().writes.len() - 1, "{undone}");
+}
+
+#[test]
+fn a_panic_that_cannot_be_undone_leaves_the_guest_paused() {
+    let mut left = 0;
+    for n in 0.. {
+        let (guest, written, panicked) = panics_at(Fault::PanicAndWrites(n));
+        if written || !panicked {
+            break;
+        }
+        // A write that panicked may have been done.
+        let begun = guest
+            .calls
+            .iter()
+            .any(|call| matches!(call, Call::Write { .. }));
+        assert_eq!(guest.is_paused(), begun, "call {n}");
+        let torn = guest.memory() != self::guest().memory();
+        assert!(begun || !torn, "call {n}");
+        left += usize::from(torn);
+    }
+    assert!(left > 0);
+}
+
 #[test]
 fn what_passes_is_waited_for() {
     let check = |kernel: &Fake, pauses: u64| {
@@ -301,6 +368,7 @@ fn a_check_that_takes_too_long_commits_nothing() {
         deadline: Instant::now(),
         check_only: false,
         doing: &|_| {},
+        written: &|| {},
     };
     let error = commit(&mut guest, &Fake::default(), &plan(), &options).unwrap_err();
     assert!(

@@ -39,6 +39,10 @@ pub enum Fault {
     WritesFrom(usize),
     /// Every pause misses its deadline.
     Pause,
+    /// The nth call of any kind panics, counted from zero: reads as well.
+    Panic(usize),
+    /// The same, and every write behind it fails: an undo does too.
+    PanicAndWrites(usize),
 }
 
 /// Contiguous memory of a guest.
@@ -69,6 +73,7 @@ pub struct FakeGuest {
     writes: usize,
     paused: bool,
     bytes_read: Cell<u64>,
+    steps: Cell<usize>,
 }
 
 impl FakeGuest {
@@ -84,6 +89,15 @@ impl FakeGuest {
             writes: 0,
             paused: false,
             bytes_read: Cell::new(0),
+            steps: Cell::new(0),
+        }
+    }
+
+    /// Counts a call, and panics if it is the one to do so.
+    fn step(&self) {
+        let nth = self.steps.replace(self.steps.get() + 1);
+        if let Fault::Panic(n) | Fault::PanicAndWrites(n) = self.fault {
+            assert!(nth != n, "call {nth} was made to panic");
         }
     }
 
@@ -168,6 +182,7 @@ fn slice_mut(memory: &mut [Region], at: Gpa, len: usize) -> Result<&mut [u8], Gu
 
 impl ReadPhys for FakeGuest {
     fn read_phys(&self, at: Gpa, buf: &mut [u8]) -> Result<(), GuestError> {
+        self.step();
         let found = self.memory.iter().find_map(|region| {
             within(region, at, buf.len()).and_then(|range| region.bytes.get(range))
         });
@@ -186,6 +201,7 @@ impl Guest for FakeGuest {
     }
 
     fn pause(&mut self, _deadline: Instant) -> Result<FakePaused<'_>, GuestError> {
+        self.step();
         self.calls.push(Call::Pause);
         if self.fault == Fault::Pause {
             return Err(GuestError::Deadline { vcpu: 0 });
@@ -215,6 +231,7 @@ impl Registers for FakePaused<'_> {
 
 impl PausedGuest for FakePaused<'_> {
     fn write_phys(&mut self, at: Gpa, bytes: &[u8]) -> Result<(), GuestError> {
+        self.guest.step();
         let nth = self.guest.writes;
         self.guest.writes += 1;
         self.guest.calls.push(Call::Write {
@@ -222,7 +239,8 @@ impl PausedGuest for FakePaused<'_> {
             len: bytes.len(),
         });
         let fails = match self.guest.fault {
-            Fault::Never | Fault::Pause => false,
+            Fault::Never | Fault::Pause | Fault::Panic(_) => false,
+            Fault::PanicAndWrites(n) => self.guest.steps.get() > n,
             Fault::Write(n) => nth == n,
             Fault::WritesFrom(n) => nth >= n,
         };
@@ -236,6 +254,7 @@ impl PausedGuest for FakePaused<'_> {
     }
 
     fn resume(self) -> Result<(), GuestError> {
+        self.guest.step();
         drop(self);
         Ok(())
     }

@@ -194,7 +194,8 @@ pub enum UpdateState {
     Refused,
     /// Was in effect in a kernel that no longer runs (reset or kexec).
     Lost,
-    /// A write failed and so did its undo: the guest is kept paused.
+    /// A write failed and so did its undo: the guest is kept paused. Or exopatch itself failed behind the last write: the editions are in effect
+    /// for good.
     Broken,
 }
 

@@ -18,16 +18,14 @@ pub trait Patcher: 'static {
     /// The guest is then as it was, but for [`Failing::Broken`](super::Failing::Broken).
     fn apply(&mut self, task: &Task<'_>) -> Result<(Option<Self::Applied>, Report), Problem>;
 
-    /// Undoes an update. It comes back with the problem if it stays applied.
+    /// Undoes an update.
     ///
     /// # Errors
-    /// The guest is then as it was, but for [`Failing::Broken`](super::Failing::Broken).
-    fn revert(
-        &mut self,
-        applied: Self::Applied,
-        deadline: Instant,
-        doing: &dyn Fn(String),
-    ) -> Result<Report, (Problem, Option<Self::Applied>)>;
+    /// The guest is then as it was, and the update applied, but for [`Failing::Broken`](super::Failing::Broken).
+    fn revert(&mut self, applied: &Self::Applied, task: &Undo<'_>) -> Result<Report, Problem>;
+
+    /// Whether the guest's memory is known to be sound. If not, the guest stays paused.
+    fn is_sound(&self) -> bool;
 
     /// Compares the guest's memory with what an update wrote.
     ///
@@ -69,6 +67,19 @@ pub struct Task<'a> {
     pub functions: &'a dyn Fn(Vec<String>),
     /// Tells what is being done or waited for.
     pub doing: &'a dyn Fn(String),
+    /// Tells that everything has been written.
+    pub written: &'a dyn Fn(),
+}
+
+/// One revert, as the patcher gets it.
+#[expect(missing_debug_implementations, reason = "holds closures")]
+pub struct Undo<'a> {
+    /// When to give up.
+    pub deadline: Instant,
+    /// Tells what is being done or waited for.
+    pub doing: &'a dyn Fn(String),
+    /// Tells that everything has been written.
+    pub written: &'a dyn Fn(),
 }
 
 /// What a verification found.

@@ -26,7 +26,8 @@ pub enum State {
     Refused,
     /// Was in effect in a kernel that no longer runs.
     Lost,
-    /// A write failed and so did its undo: the guest is kept paused.
+    /// A write failed and so did its undo: the guest is kept paused. Or exopatch itself failed behind the last write: the editions are in effect
+    /// for good.
     Broken,
 }
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use ::patcher::apply::Report;
 
 use super::{
-    BROKEN, Done, Failing, KernelInfo, Patcher, Problem, QUEUE, Session, State, Task, Update,
+    BROKEN, Done, Failing, KernelInfo, Patcher, Problem, QUEUE, Session, State, Task, Undo, Update,
     Verified,
 };
 use crate::events::{EventKind, Events};
@@ -19,6 +19,7 @@ struct Scripted {
     /// The next revert ends this way.
     revert: Arc<Mutex<Option<Problem>>>,
     generation: u64,
+    sound: bool,
 }
 
 fn problem(failing: Failing, code: &str) -> Problem {
@@ -35,6 +36,15 @@ impl Patcher for Scripted {
         match task.package {
             b"refuse" => Err(problem(Failing::Refused, "no")),
             b"tear" => Err(problem(Failing::Broken, BROKEN)),
+            b"panic" => panic!("as it was told"),
+            b"panic late" => {
+                (task.written)();
+                panic!("as it was told")
+            }
+            b"panic, torn" => {
+                self.sound = false;
+                panic!("as it was told")
+            }
             b"kexec" => {
                 self.generation += 1;
                 Err(problem(Failing::Refused, "other_kernel"))
@@ -47,17 +57,21 @@ impl Patcher for Scripted {
         }
     }
 
-    fn revert(
-        &mut self,
-        applied: Vec<u8>,
-        _: Instant,
-        _: &dyn Fn(String),
-    ) -> Result<Report, (Problem, Option<Vec<u8>>)> {
-        match self.revert.lock().unwrap().take() {
+    fn revert(&mut self, _: &Vec<u8>, task: &Undo<'_>) -> Result<Report, Problem> {
+        let end = self.revert.lock().unwrap().take();
+        match end {
             None => Ok(Report::default()),
-            Some(problem) if problem.failing == Failing::Broken => Err((problem, None)),
-            Some(problem) => Err((problem, Some(applied))),
+            Some(problem) if problem.code == "panic" => panic!("as it was told"),
+            Some(problem) if problem.code == "panic late" => {
+                (task.written)();
+                panic!("as it was told")
+            }
+            Some(problem) => Err(problem),
         }
+    }
+
+    fn is_sound(&self) -> bool {
+        self.sound
     }
 
     fn verify(&mut self, applied: &Vec<u8>, _: Instant) -> Result<Verified, Problem> {
@@ -71,7 +85,8 @@ impl Patcher for Scripted {
         self.generation
     }
 
-    fn kernel(&mut self, _: Instant) -> Result<KernelInfo, Problem> {
+    fn kernel(&mut self, deadline: Instant) -> Result<KernelInfo, Problem> {
+        assert!(deadline > Instant::now(), "a kernel in the past");
         Err(problem(Failing::Refused, "no_image"))
     }
 
@@ -113,6 +128,7 @@ impl Fixture {
             go: leave,
             revert: told,
             generation: 0,
+            sound: true,
         });
         Self {
             session: session.unwrap(),
@@ -236,6 +252,40 @@ fn a_failed_revert_leaves_it_applied_unless_memory_is_torn() {
     f.revert(2, Some(problem(Failing::Broken, BROKEN)))
         .unwrap_err();
     assert_eq!(f.session.updates()[1].state, State::Broken);
+}
+
+#[test]
+fn a_panic_ends_its_operation_and_no_other() {
+    use State::{Applied, Broken, Refused, Reverted};
+    let f = Fixture::new();
+    let ends = |package: &[u8], code: &str, state| {
+        let problem = f.apply(package).unwrap_err();
+        assert_eq!(problem.code, code, "{problem:?}");
+        assert!(problem.cause.contains("as it was told"), "{problem:?}");
+        assert_eq!(f.session.updates().last().unwrap().state, state);
+    };
+    ends(b"panic", "defect", Refused);
+    ends(b"panic late", "defect", Broken);
+    let id = f.apply(b"good").unwrap().id;
+    let revert = |code: &str| {
+        f.revert(id, Some(problem(Failing::Failed, code)))
+            .unwrap_err()
+    };
+    let state = || f.session.updates().last().unwrap().state;
+    assert_eq!(
+        (revert("panic").code.as_str(), state()),
+        ("defect", Applied)
+    );
+    assert_eq!(
+        (revert("panic late").code.as_str(), state()),
+        ("defect", Reverted)
+    );
+    let (done, end) = reply();
+    f.session.kernel(Instant::now(), done).unwrap();
+    let past = end.recv().unwrap().unwrap_err();
+    assert_eq!(past.code, "defect");
+    assert!(past.cause.contains("a kernel in the past"), "{past:?}");
+    ends(b"panic, torn", BROKEN, Broken);
 }
 
 #[test]

@@ -1,12 +1,15 @@
-//! The session's thread: takes one operation after the other, and records how each ends.
+//! The session's thread: takes one operation after the other, and records how each ends. A panic in one of them is its end, and not the thread's.
 
+use std::any::Any;
+use std::cell::Cell;
 use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
-use super::patcher::{Patcher, Task, Verified};
-use super::record::{Cost, Failing, Problem, State, Update};
+use super::patcher::{Patcher, Task, Undo, Verified};
+use super::record::{BROKEN, Cost, Failing, Problem, State, Update};
 use super::{Book, Job};
 use crate::views::{Asked, Seen, View};
 
@@ -35,7 +38,7 @@ impl<P: Patcher> Worker<P> {
                 Job::Revert(id, deadline, done) => done(self.revert(id, deadline)),
                 Job::Verify(id, deadline, done) => done(self.verify(id, deadline)),
                 Job::Kernel(deadline, done) => {
-                    let known = self.patcher.kernel(deadline);
+                    let known = self.work(|patcher| patcher.kernel(deadline));
                     self.forget();
                     done(known);
                 }
@@ -50,17 +53,19 @@ impl<P: Patcher> Worker<P> {
         let (check, submitted) = began.map_or((true, Duration::ZERO), |update| {
             (update.check, update.submitted)
         });
+        let written = Cell::new(false);
         let task = Task {
             package,
             check,
             deadline,
             functions: &|functions| drop(book.change(id, |update| update.functions = functions)),
             doing: &|doing| drop(book.change(id, |update| update.doing = Some(doing))),
+            written: &|| written.set(true),
         };
         let result = if Instant::now() >= deadline {
             Err(too_late())
         } else {
-            self.patcher.apply(&task)
+            self.work(|patcher| patcher.apply(&task))
         };
         match result {
             Ok((applied, report)) => {
@@ -82,6 +87,8 @@ impl<P: Patcher> Worker<P> {
             Err(problem) => {
                 let state = match problem.failing {
                     Failing::Broken => State::Broken,
+                    // What it takes to undo it went with the panic.
+                    _ if written.get() => State::Broken,
                     _ => State::Refused,
                 };
                 Err(self.fail(id, state, problem))
@@ -97,11 +104,16 @@ impl<P: Patcher> Worker<P> {
         };
         book.change(id, |update| update.state = State::Reverting);
         let began = Instant::now();
-        let doing = |doing| drop(book.change(id, |update| update.doing = Some(doing)));
+        let written = Cell::new(false);
+        let task = Undo {
+            deadline,
+            doing: &|doing| drop(book.change(id, |update| update.doing = Some(doing))),
+            written: &|| written.set(true),
+        };
         let result = if began >= deadline {
-            Err((too_late(), Some(applied)))
+            Err(too_late())
         } else {
-            self.patcher.revert(applied, deadline, &doing)
+            self.work(|patcher| patcher.revert(&applied, &task))
         };
         match result {
             Ok(report) => self.end(id, |update| {
@@ -111,13 +123,15 @@ impl<P: Patcher> Worker<P> {
                     total: began.elapsed(),
                 });
             }),
-            Err((problem, kept)) => {
-                let state = match (problem.failing, &kept) {
-                    (Failing::Broken, _) | (_, None) => State::Broken,
+            Err(problem) => {
+                let state = match problem.failing {
+                    Failing::Broken => State::Broken,
+                    _ if written.get() => State::Reverted,
                     _ => State::Applied,
                 };
-                self.applied
-                    .extend(kept.map(|kept| (id, (generation, kept))));
+                if state == State::Applied {
+                    self.applied.insert(id, (generation, applied));
+                }
                 Err(self.fail(id, state, problem))
             }
         }
@@ -127,7 +141,9 @@ impl<P: Patcher> Worker<P> {
         let Some((_, applied)) = self.applied.get(&id) else {
             return Err(self.book.applied(id).err().unwrap_or_else(too_late));
         };
-        let result = self.patcher.verify(applied, deadline);
+        let result = caught(&mut self.patcher, |patcher| {
+            patcher.verify(applied, deadline)
+        });
         self.forget();
         result
     }
@@ -138,7 +154,13 @@ impl<P: Patcher> Worker<P> {
         }
         let applied = self.applied.iter();
         let applied: Vec<_> = applied.map(|(id, (_, applied))| (*id, applied)).collect();
-        self.patcher.view(asked, &applied, deadline)
+        caught(&mut self.patcher, |patcher| {
+            patcher.view(asked, &applied, deadline)
+        })
+    }
+
+    fn work<T>(&mut self, work: impl FnOnce(&mut P) -> Result<T, Problem>) -> Result<T, Problem> {
+        caught(&mut self.patcher, work)
     }
 
     /// Records the good end of an operation.
@@ -174,6 +196,44 @@ impl<P: Patcher> Worker<P> {
             stays
         });
     }
+}
+
+/// Lets the patcher work. A panic is a problem like others: on its way out what was written is undone, or the guest left paused, and else
+/// let go; what the patcher knows of the guest is looked at again with each operation.
+fn caught<P: Patcher, T>(
+    patcher: &mut P,
+    work: impl FnOnce(&mut P) -> Result<T, Problem>,
+) -> Result<T, Problem> {
+    catch_unwind(AssertUnwindSafe(|| work(patcher)))
+        .unwrap_or_else(|panic| Err(defect(&*panic, patcher.is_sound())))
+}
+
+fn defect(panic: &(dyn Any + Send), sound: bool) -> Problem {
+    let said = panic.downcast_ref::<String>().map(String::as_str);
+    let said = said.or_else(|| panic.downcast_ref::<&str>().copied());
+    let (failing, code, hint) = if sound {
+        (
+            Failing::Failed,
+            "defect",
+            "the guest runs on; please report this with the VMM's log",
+        )
+    } else {
+        (
+            Failing::Broken,
+            BROKEN,
+            "the guest's memory is not known to be sound: dump what is needed, kill it, and please report this with the VMM's log",
+        )
+    };
+    Problem::new(
+        failing,
+        code,
+        "the operation ended by a defect of exopatch",
+        format!(
+            "its thread panicked: {}",
+            said.unwrap_or("it did not say why")
+        ),
+        hint,
+    )
 }
 
 fn too_late() -> Problem {

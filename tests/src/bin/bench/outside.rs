@@ -209,13 +209,14 @@ fn recorded(figures: &mut Figures, stock: Stock, dump: &Path) -> Result<(), Stri
             deadline: Instant::now() + Duration::from_secs(1),
             check_only: false,
             doing: &|_| (),
+            written: &|| (),
         };
         let mut draft = arena.clone();
         let (applied, report) = apply(&mut guest, &kernel, &mut draft, &package, &options)
             .map_err(|error| failed(&error))?;
         reports.push(report);
         let applied = applied.ok_or_else(|| failed(&"nothing was applied"))?;
-        revert(&mut guest, &kernel, &draft, applied, &options).map_err(|error| failed(&error))?;
+        revert(&mut guest, &kernel, &draft, &applied, &options).map_err(|error| failed(&error))?;
         // No thread of a recorded guest runs, so the room can be used again.
         arena.layout = draft.layout;
     }

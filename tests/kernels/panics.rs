@@ -1,0 +1,298 @@
+//! Does a panic of exopatch, at any of its calls on the guest, leave the guest's kernel as it was, or wholly updated, and the guest running?
+//!
+//! The calls of one apply and of one revert are counted. Then each is done again and again with a panic at one of those calls: at every pause, write and
+//! resume, and at reads all through. A program in the guest tells which edition answers it.
+
+use std::cell::{Cell, RefCell};
+use std::fs;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
+
+use patcher::addr::Gpa;
+use patcher::apply::{Applied, ApplyOptions, Arena, apply, revert};
+use patcher::edition::object::Package;
+use patcher::guest::{Guest, GuestError, PausedGuest, ReadPhys, Registers, Vcpu};
+use patcher::kernel::locate::Kernel;
+use tests::inside::Inside;
+use tests::stock::{LTS_6_1, NEWEST_6_12, Stock};
+use vmm::guest::KvmGuest;
+
+/// Reads at which there is a panic, of each operation's thousands.
+const READS: usize = 16;
+const LIMIT: Duration = Duration::from_secs(20);
+/// What SIOCATMARK on a datagram socket gives when the edition answers.
+const NEW: &str = "answer ENOTTY";
+
+/// The kinds of call on a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Read,
+    Pause,
+    Write,
+    Resume,
+}
+
+/// One call: the nth of its kind.
+type Call = (Kind, usize);
+
+/// The calls on a guest, as they are made, and the one that panics.
+#[derive(Debug, Default)]
+struct Calls {
+    made: RefCell<Vec<Kind>>,
+    panics: Option<Call>,
+}
+
+impl Calls {
+    fn call(&self, kind: Kind) {
+        let nth = self.count(kind);
+        self.made.borrow_mut().push(kind);
+        assert!(
+            self.panics != Some((kind, nth)),
+            "{kind:?} {nth} is to panic"
+        );
+    }
+
+    fn count(&self, kind: Kind) -> usize {
+        self.made
+            .borrow()
+            .iter()
+            .filter(|made| **made == kind)
+            .count()
+    }
+
+    /// Those at which there is to be a panic: all but reads, and some of these; a resume, behind which little can be undone, last.
+    fn chosen(&self) -> Vec<Call> {
+        let kinds = [Kind::Read, Kind::Pause, Kind::Write, Kind::Resume];
+        let each = kinds.into_iter().flat_map(|kind| {
+            let all = self.count(kind);
+            let step = if kind == Kind::Read {
+                all / READS + 1
+            } else {
+                1
+            };
+            (0..all).step_by(step).map(move |nth| (kind, nth))
+        });
+        each.collect()
+    }
+}
+
+/// A guest whose calls are counted.
+struct Counted<'c, G> {
+    guest: G,
+    calls: &'c Calls,
+}
+
+impl<G: ReadPhys> ReadPhys for Counted<'_, G> {
+    fn read_phys(&self, at: Gpa, buf: &mut [u8]) -> Result<(), GuestError> {
+        self.calls.call(Kind::Read);
+        self.guest.read_phys(at, buf)
+    }
+}
+
+impl<G: Registers> Registers for Counted<'_, G> {
+    fn vcpus(&self) -> &[Vcpu] {
+        self.guest.vcpus()
+    }
+}
+
+impl<'c, G: Guest> Guest for Counted<'c, G> {
+    type Paused<'g>
+        = Counted<'c, G::Paused<'g>>
+    where
+        Self: 'g;
+
+    fn arena(&self) -> Range<Gpa> {
+        self.guest.arena()
+    }
+
+    fn pause(&mut self, deadline: Instant) -> Result<Self::Paused<'_>, GuestError> {
+        self.calls.call(Kind::Pause);
+        let (guest, calls) = (self.guest.pause(deadline)?, self.calls);
+        Ok(Counted { guest, calls })
+    }
+}
+
+impl<P: PausedGuest> PausedGuest for Counted<'_, P> {
+    fn write_phys(&mut self, at: Gpa, bytes: &[u8]) -> Result<(), GuestError> {
+        // Behind the write: what has been done must be undone.
+        let written = self.guest.write_phys(at, bytes);
+        self.calls.call(Kind::Write);
+        written
+    }
+
+    fn resume(self) -> Result<(), GuestError> {
+        self.calls.call(Kind::Resume);
+        self.guest.resume()
+    }
+
+    fn leave_paused(self) {
+        self.guest.leave_paused();
+    }
+}
+
+/// A guest, what is known of its kernel, and the update that is tried.
+struct Scene {
+    guest: Inside,
+    kernel: Kernel,
+    package: Package,
+    arena: Arena,
+}
+
+/// How an operation ended: what it gave (nothing if it panicked), and whether everything had been written.
+struct End<T> {
+    gave: Option<T>,
+    written: bool,
+    calls: Calls,
+}
+
+impl Scene {
+    fn new(stock: Stock) -> Self {
+        let guest = Inside::boot(stock, 2);
+        let kernel = guest.kernel(stock);
+        let package = fs::read(stock.edition("unix_ioctl_notty")).expect("a package");
+        let package = Package::parse(&package).expect("a package");
+        let machine = guest.vm.guest().expect("a guest that nobody else has");
+        let arena = Arena::new(&machine, &kernel).expect("an arena");
+        drop(machine);
+        let _ = guest.must("(probe churn 2 >/dev/null 2>&1 &)");
+        Self {
+            guest,
+            kernel,
+            package,
+            arena,
+        }
+    }
+
+    /// Does something to the guest that may panic at a call.
+    fn run<T>(
+        &mut self,
+        at: Option<Call>,
+        run: impl FnOnce(&mut Self, &mut Counted<'_, KvmGuest>, &ApplyOptions<'_>) -> T,
+    ) -> End<T> {
+        let calls = Calls {
+            panics: at,
+            ..Calls::default()
+        };
+        let written = Cell::new(false);
+        let options = ApplyOptions {
+            deadline: Instant::now() + LIMIT,
+            check_only: false,
+            doing: &|_| {},
+            written: &|| written.set(true),
+        };
+        let mut counted = Counted {
+            guest: self.guest.vm.guest().expect("a guest that nobody else has"),
+            calls: &calls,
+        };
+        let gave = catch_unwind(AssertUnwindSafe(|| run(self, &mut counted, &options)));
+        drop(counted);
+        End {
+            gave: gave.ok(),
+            written: written.get(),
+            calls,
+        }
+    }
+
+    fn apply(&mut self, at: Option<Call>) -> End<Applied> {
+        self.run(at, |scene, guest, options| {
+            let applied = apply(
+                guest,
+                &scene.kernel,
+                &mut scene.arena,
+                &scene.package,
+                options,
+            );
+            applied.expect("an apply").0.expect("an update")
+        })
+    }
+
+    fn revert(&mut self, applied: &Applied, at: Option<Call>) -> End<()> {
+        self.run(at, |scene, guest, options| {
+            let report = revert(guest, &scene.kernel, &scene.arena, applied, options);
+            let _ = report.expect("a revert");
+        })
+    }
+
+    /// Whether the edition answers a program of the guest now; the guest runs.
+    fn is_new(&self) -> bool {
+        let answer = self.guest.must(
+            "rm -f /tmp/answer; probe answers 1 >/tmp/answer & \
+             until grep -qs answer /tmp/answer; do usleep 5000; done; kill $!; cat /tmp/answer",
+        );
+        answer.contains(NEW)
+    }
+}
+
+fn applies(stock: Stock) {
+    let mut scene = Scene::new(stock);
+    assert!(!scene.is_new());
+    // The first one maps the arena too.
+    let mut count = || {
+        let whole = scene.apply(None);
+        let applied = whole.gave.expect("an update");
+        assert!(scene.is_new());
+        let _ = scene.revert(&applied, None);
+        whole.calls
+    };
+    let _ = count();
+    let calls = count();
+    let (mut panics, mut behind) = (0, 0);
+    for call in calls.chosen() {
+        let end = scene.apply(Some(call));
+        assert_eq!(scene.is_new(), end.written, "apply, {call:?}");
+        match end.gave {
+            // It took fewer calls this time: nothing was in the way.
+            Some(applied) => drop(scene.revert(&applied, None)),
+            None if !end.written => panics += 1,
+            // What would undo it went with the panic.
+            None => {
+                behind += 1;
+                break;
+            }
+        }
+    }
+    println!("{stock:?}: {panics} panics in applies, {behind} behind the last write");
+    assert!(panics > READS && behind == 1);
+}
+
+fn reverts(stock: Stock) {
+    let mut scene = Scene::new(stock);
+    let first = scene.apply(None).gave.expect("an update");
+    let whole = scene.revert(&first, None);
+    let mut applied = scene.apply(None).gave.expect("an update");
+    let (mut panics, mut behind) = (0, 0);
+    for call in whole.calls.chosen() {
+        let end = scene.revert(&applied, Some(call));
+        assert_eq!(scene.is_new(), !end.written, "revert, {call:?}");
+        match end.gave {
+            None if !end.written => panics += 1,
+            gave => {
+                behind += usize::from(gave.is_none());
+                applied = scene.apply(None).gave.expect("an update");
+            }
+        }
+    }
+    println!("{stock:?}: {panics} panics in reverts, {behind} behind the last write");
+    assert!(panics > READS && behind == 1);
+}
+
+#[test]
+fn a_panic_anywhere_in_an_apply_leaves_a_6_1_whole() {
+    applies(LTS_6_1);
+}
+
+#[test]
+fn a_panic_anywhere_in_an_apply_leaves_a_6_12_whole() {
+    applies(NEWEST_6_12);
+}
+
+#[test]
+fn a_panic_anywhere_in_a_revert_leaves_a_6_1_whole() {
+    reverts(LTS_6_1);
+}
+
+#[test]
+fn a_panic_anywhere_in_a_revert_leaves_a_6_12_whole() {
+    reverts(NEWEST_6_12);
+}
