@@ -18,7 +18,7 @@ use patcher::plan::Purpose;
 
 use super::problem;
 use crate::guest::{KvmGuest, KvmPaused};
-use crate::updates::Problem;
+use crate::updates::{Failing, Problem};
 use crate::views::{self, Asked, Seen, Subject, Update, View, ViewError};
 
 /// How long the guest runs between the first two pauses for one view; each time after that twice as long,
@@ -47,11 +47,16 @@ impl Known<'_> {
         if let Asked::At(asked) = asked {
             return self.come(guest, asked, deadline);
         }
-        let mut between = BETWEEN;
+        let (mut between, mut last) = (BETWEEN, None);
         loop {
-            let error = match self.once(guest, asked, deadline)? {
-                Ok(seen) => return Ok(seen),
-                Err(error) => error,
+            let error = match self.once(guest, asked, deadline) {
+                Ok(Ok(seen)) => return Ok(seen),
+                Ok(Err(error)) => error,
+                // What is left of the time may be too short for another pause: what was in the way is what counts.
+                Err(late) if late.failing == Failing::Deadline => {
+                    return Err(last.as_ref().map_or(late, problem::view));
+                }
+                Err(problem) => return Err(problem),
             };
             if !error.passes() || Instant::now() + between >= deadline {
                 return Err(problem::view(&error));
@@ -59,6 +64,7 @@ impl Known<'_> {
             tracing::debug!(%error, ?between, "the guest is looked at again");
             std::thread::sleep(between);
             between = (between * 2).min(BETWEEN_AT_MOST);
+            last = Some(error);
         }
     }
 
