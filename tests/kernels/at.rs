@@ -94,7 +94,7 @@ fn own_breakpoints(guest: &mut Guest) {
     for _ in 0..2 {
         let _ = guest.wait_line(mark, "breakpoint", |line| line.contains("breakpoint: set"));
     }
-    let refused = call(&guest.client, "kernel_restart", &["--deadline", "2s"]);
+    let refused = call(&guest.client, "kernel_restart", &["--deadline", "10s"]);
     assert_eq!(
         refused.refusal("own breakpoints"),
         "guest_has_breakpoints",
