@@ -26,6 +26,7 @@ use crate::kernel::text::{ReturnError, ReturnForm};
 use crate::kernel::unwind::OtherCode;
 use crate::plan::target::{Target, TargetError};
 use crate::plan::{ArenaMap, Entry, Plan, PlanError};
+use crate::publish::{self, PublishError, Unit};
 
 /// Pauses in which the kernel must have been found to be another before that is believed.
 const LOOKS: u64 = 3;
@@ -153,6 +154,9 @@ pub enum ApplyError {
     /// The stacks of threads in the editions could not be followed.
     #[error("the package's unwind entries are not those of this kernel: {0}")]
     Unwind(#[from] OrcError),
+    /// The kernel cannot be told of the editions.
+    #[error("the kernel cannot be told of the package's code: {0}")]
+    Publish(#[from] PublishError),
     /// No plan can be made.
     #[error(transparent)]
     Plan(#[from] PlanError),
@@ -247,8 +251,7 @@ pub fn apply<G: Guest>(
 ) -> Result<(Option<Applied>, Report), ApplyError> {
     booted(guest, kernel, options)?;
     let mut draft = arena.space.clone();
-    let applied = prepare(guest, kernel, arena, &mut draft, package)?;
-    let resident = Resident::of(&applied.linked, kernel)?;
+    let (applied, resident) = prepare(guest, kernel, arena, &mut draft, package)?;
     let inhabited = arena.inhabited(kernel);
     let before = std::mem::replace(&mut arena.space, draft);
     arena.residents.push(resident);
@@ -308,7 +311,7 @@ fn prepare<G: Guest>(
     arena: &Arena,
     space: &mut ArenaSpace,
     package: &Package,
-) -> Result<Applied, ApplyError> {
+) -> Result<(Applied, Resident), ApplyError> {
     let returns = match kernel.return_form(guest)? {
         ReturnForm::Ret => Returns::Plain,
         ReturnForm::Jump(thunk) => Returns::Thunk(thunk),
@@ -322,13 +325,16 @@ fn prepare<G: Guest>(
         .map(|edition| Target::find(kernel, guest, edition, &ours, returns));
     let targets = targets.collect::<Result<Vec<_>, _>>()?;
     let linked = link::link(package, &live, targets, space)?;
+    let resident = Resident::of(&linked, kernel)?;
+    let unit = Unit::of(&linked, kernel, resident.code.table.clone())?;
+    let units = publish::place(&unit, kernel, space)?;
     let map = arena.map(guest, kernel)?;
-    let plan = Plan::apply(&linked, &map, |at| {
+    let plan = Plan::apply(&linked, units.into_iter().collect(), &map, |at| {
         kernel
             .translate(guest, at)
             .map_err(|error| error.to_string())
     })?;
-    Ok(Applied { linked, plan })
+    Ok((Applied { linked, plan }, resident))
 }
 
 /// Does `plan` under one pause, as soon as nothing is in the way.

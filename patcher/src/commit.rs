@@ -91,6 +91,11 @@ pub trait Running {
         guest: &G,
         forbidden: &[Range<Gva>],
     ) -> Result<Scanned, Blocked>;
+    /// The writes that make the code of `plan` known to it, and have it forget what the plan says.
+    ///
+    /// # Errors
+    /// [`Blocked::InFlux`], [`Blocked::Unreadable`].
+    fn publishing<G: ReadPhys>(&self, guest: &G, plan: &Plan) -> Result<Vec<Write>, Blocked>;
     /// Where the byte is that it sees at `at`.
     ///
     /// # Errors
@@ -116,6 +121,9 @@ pub struct Times {
 pub struct Quiescent<'p, P> {
     paused: P,
     plan: &'p Plan,
+    /// Writes that only the paused guest could say, to be done before the jumps.
+    published: Vec<Write>,
+    /// What each of the writes will overwrite, in their order.
     old: Vec<Vec<u8>>,
     /// What was looked through.
     pub scanned: Scanned,
@@ -173,9 +181,8 @@ impl<'p, P: PausedGuest> Quiescent<'p, P> {
         times.prove = lap(&mut clock);
         let scanned = kernel.scan(&paused, &plan.forbidden)?;
         times.scan = lap(&mut clock);
-        let old = plan
-            .writes
-            .iter()
+        let published = kernel.publishing(&paused, plan)?;
+        let old = ordered(plan, &published)
             .map(|write| verify(&paused, kernel, write))
             .collect::<Result<_, _>>()?;
         times.verify = lap(&mut clock);
@@ -185,6 +192,7 @@ impl<'p, P: PausedGuest> Quiescent<'p, P> {
         Ok(Self {
             paused,
             plan,
+            published,
             old,
             scanned,
             times,
@@ -201,7 +209,7 @@ impl<'p, P: PausedGuest> Quiescent<'p, P> {
     pub fn commit(mut self) -> Result<(P, Times), CommitError> {
         let mut clock = Instant::now();
         let mut journal = Journal::default();
-        let writes = self.plan.writes.iter().zip(self.old);
+        let writes = ordered(self.plan, &self.published).zip(self.old);
         // Neither the journal nor the guest is used for anything but the undo if this panics.
         let written = catch_unwind(AssertUnwindSafe(|| {
             for (write, old) in writes {
@@ -238,6 +246,12 @@ impl<'p, P: PausedGuest> Quiescent<'p, P> {
     pub fn abandon(self) -> P {
         self.paused
     }
+}
+
+/// All writes in the order in which they are done.
+fn ordered<'a>(plan: &'a Plan, published: &'a [Write]) -> impl Iterator<Item = &'a Write> {
+    let (placed, jumps) = plan.writes.split_at(plan.unreachable());
+    placed.iter().chain(published).chain(jumps)
 }
 
 fn lap(clock: &mut Instant) -> Duration {

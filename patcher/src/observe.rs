@@ -4,7 +4,7 @@ use crate::addr::Gva;
 use crate::apply::Applied;
 use crate::guest::ReadPhys;
 use crate::kernel::locate::Kernel;
-use crate::plan::Purpose;
+use crate::plan::{Purpose, Write};
 
 /// What was found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -15,21 +15,17 @@ pub struct Observed {
     pub differences: Vec<(Gva, String)>,
 }
 
-/// Compares the jumps and the code of `applied` with what the kernel sees at their places. Its variables may have changed, so
-/// only their mapping is looked at.
+/// Compares the jumps and the code of `applied` with what the kernel sees at their places. Its variables, and the tables that the kernel knows it by, may have
+/// changed, so only their mapping is looked at.
 #[must_use]
 pub fn verify<R: ReadPhys>(guest: &R, kernel: &Kernel, applied: &Applied) -> Observed {
     let mut observed = Observed::default();
     for write in &applied.plan.writes {
         let differs = match write.purpose {
             Purpose::Mapping => continue,
-            Purpose::Arena if write.gva.0 == applied.linked.data.at => {
-                match kernel.translate(guest, write.gva) {
-                    Ok(gpa) if gpa == write.gpa => None,
-                    Ok(gpa) => Some(format!("the kernel sees {gpa} here, not {}", write.gpa)),
-                    Err(error) => Some(error.to_string()),
-                }
-            }
+            // The kernel has links of its own in the tables.
+            Purpose::Publication => mapped(guest, kernel, write),
+            Purpose::Arena if write.gva.0 == applied.linked.data.at => mapped(guest, kernel, write),
             Purpose::Arena | Purpose::Trampoline => {
                 observed.bytes += write.bytes.len() as u64;
                 let mut live = vec![0; write.bytes.len()];
@@ -44,6 +40,15 @@ pub fn verify<R: ReadPhys>(guest: &R, kernel: &Kernel, applied: &Applied) -> Obs
             .extend(differs.map(|text| (write.gva, text)));
     }
     observed
+}
+
+/// Why the kernel does not see `write` where it was made.
+fn mapped<R: ReadPhys>(guest: &R, kernel: &Kernel, write: &Write) -> Option<String> {
+    match kernel.translate(guest, write.gva) {
+        Ok(gpa) if gpa == write.gpa => None,
+        Ok(gpa) => Some(format!("the kernel sees {gpa} here, not {}", write.gpa)),
+        Err(error) => Some(error.to_string()),
+    }
 }
 
 /// How `live` differs from what was written at `at`.

@@ -11,6 +11,7 @@ use std::ops::Range;
 
 use crate::addr::{Gpa, Gva};
 use crate::edition::link::{Linked, Placed};
+use crate::publish::Publication;
 use crate::x86::insn::{self, InsnError, JUMP_LEN};
 
 /// Bytes of a page: no write crosses the end of one.
@@ -23,6 +24,8 @@ pub enum Purpose {
     Mapping,
     /// Code or data of ours in the arena.
     Arena,
+    /// What the kernel is told of code of ours: its tables in the arena, and the kernel's own words that lead to them.
+    Publication,
     /// A jump in kernel text, or the bytes that it displaced.
     Trampoline,
 }
@@ -32,6 +35,7 @@ impl fmt::Display for Purpose {
         f.write_str(match self {
             Self::Mapping => "the mapping of the arena",
             Self::Arena => "the arena",
+            Self::Publication => "what the kernel knows of our code",
             Self::Trampoline => "a jump in kernel text",
         })
     }
@@ -119,10 +123,14 @@ pub struct Plan {
     pub writes: Vec<Write>,
     /// No instruction pointer and no saved one may be in these.
     pub forbidden: Vec<Range<Gva>>,
+    /// Code that becomes known to the kernel before the jumps: which words that changes is found out under the pause.
+    pub publish: Vec<Publication>,
+    /// Code that the kernel forgets, likewise.
+    pub unpublish: Vec<Publication>,
 }
 
 impl Plan {
-    /// The plan that applies `linked`.
+    /// The plan that applies `linked`, whose code the kernel is told of by `units`.
     ///
     /// `translate` finds the bytes of the kernel's own text.
     ///
@@ -130,6 +138,7 @@ impl Plan {
     /// [`PlanError`].
     pub fn apply(
         linked: &Linked,
+        units: Vec<(Placed, Publication)>,
         arena: &ArenaMap,
         translate: impl Fn(Gva) -> Result<Gpa, String>,
     ) -> Result<Self, PlanError> {
@@ -144,8 +153,12 @@ impl Plan {
                 bytes: entry.value.to_le_bytes().to_vec(),
             });
         }
-        plan.place(&linked.code, arena)?;
-        plan.place(&linked.data, arena)?;
+        plan.place(Purpose::Arena, &linked.code, arena)?;
+        plan.place(Purpose::Arena, &linked.data, arena)?;
+        for (tables, publication) in units {
+            plan.place(Purpose::Publication, &tables, arena)?;
+            plan.publish.push(publication);
+        }
         for redirection in &linked.redirections {
             let target = &redirection.target;
             let mut bytes = insn::jump(target.jump, redirection.edition)?.to_vec();
@@ -199,7 +212,28 @@ impl Plan {
         Self {
             writes: writes.collect(),
             forbidden: self.forbidden.clone(),
+            ..Self::default()
         }
+    }
+
+    /// The plan by which the kernel forgets the code of `publications`, in which no thread may be.
+    #[must_use]
+    pub fn withdraw(publications: Vec<Publication>) -> Self {
+        Self {
+            forbidden: publications.iter().map(|unit| unit.code.clone()).collect(),
+            unpublish: publications,
+            ..Self::default()
+        }
+    }
+
+    /// How many of the writes are done before any code of ours can be reached.
+    #[must_use]
+    pub fn unreachable(&self) -> usize {
+        let jump = |write: &Write| write.purpose == Purpose::Trampoline;
+        self.writes
+            .iter()
+            .position(jump)
+            .unwrap_or(self.writes.len())
     }
 
     /// Bytes that are written.
@@ -217,7 +251,12 @@ impl Plan {
         self.writes.is_empty()
     }
 
-    fn place(&mut self, placed: &Placed, arena: &ArenaMap) -> Result<(), PlanError> {
+    fn place(
+        &mut self,
+        purpose: Purpose,
+        placed: &Placed,
+        arena: &ArenaMap,
+    ) -> Result<(), PlanError> {
         if placed.bytes.is_empty() {
             return Ok(());
         }
@@ -230,7 +269,7 @@ impl Plan {
             return Err(outside());
         }
         self.writes.push(Write {
-            purpose: Purpose::Arena,
+            purpose,
             subject: "the arena".into(),
             gva: at,
             gpa,
@@ -278,7 +317,7 @@ mod tests {
                     moved: Vec::new(),
                 },
             }],
-            orc: Vec::new(),
+            ..Linked::default()
         }
     }
 
@@ -302,7 +341,7 @@ mod tests {
 
     fn plan() -> Plan {
         // The page behind the first one of the function is elsewhere in memory.
-        Plan::apply(&linked(), &arena(), |at| {
+        Plan::apply(&linked(), Vec::new(), &arena(), |at| {
             Ok(if at.0 < 0xffff_ffff_8100_1000 {
                 Gpa(0x1ffd)
             } else {
@@ -362,10 +401,10 @@ mod tests {
     fn what_does_not_fit_the_arena_is_refused() {
         let mut outside = linked();
         outside.code.at = ARENA.0 + 0x1f_fff0;
-        let error = Plan::apply(&outside, &arena(), |_| Ok(Gpa(0)));
+        let error = Plan::apply(&outside, Vec::new(), &arena(), |_| Ok(Gpa(0)));
         assert!(error.is_ok(), "both halves happen to be contiguous");
         outside.data.at = ARENA.0 + 0x3f_ffff;
-        let error = Plan::apply(&outside, &arena(), |_| Ok(Gpa(0)));
+        let error = Plan::apply(&outside, Vec::new(), &arena(), |_| Ok(Gpa(0)));
         assert_eq!(
             error,
             Err(PlanError::NotInArena {
@@ -373,7 +412,9 @@ mod tests {
                 len: 3
             })
         );
-        let error = Plan::apply(&linked(), &arena(), |_| Err("not present".into()));
+        let error = Plan::apply(&linked(), Vec::new(), &arena(), |_| {
+            Err("not present".into())
+        });
         assert!(matches!(error, Err(PlanError::Unmapped { at: JUMP, .. })));
     }
 }

@@ -9,6 +9,7 @@ mod boot;
 mod bpf;
 mod coexist;
 mod end;
+mod first_class;
 mod flavours;
 mod input;
 mod instant;

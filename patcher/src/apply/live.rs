@@ -11,7 +11,8 @@ use crate::kernel::quiescence::quiescent;
 use crate::kernel::stack::ScanError;
 use crate::kernel::symbols::{Space, SymbolError};
 use crate::kernel::unwind::OtherCode;
-use crate::plan::checks;
+use crate::plan::{Plan, Write, checks};
+use crate::publish;
 
 /// A located kernel, and how its functions return.
 #[derive(Clone, Copy, Debug)]
@@ -97,6 +98,10 @@ impl Running for Inhabited<'_> {
             }),
             Err(error) => Err(unreadable(error)),
         }
+    }
+
+    fn publishing<G: ReadPhys>(&self, guest: &G, plan: &Plan) -> Result<Vec<Write>, Blocked> {
+        publish::writes(self.kernel, guest, plan)
     }
 
     fn translate<G: ReadPhys>(&self, guest: &G, at: Gva) -> Result<Gpa, Blocked> {

@@ -67,6 +67,10 @@ impl Running for Fake {
         }
     }
 
+    fn publishing<G: ReadPhys>(&self, _: &G, _: &Plan) -> Result<Vec<Write>, Blocked> {
+        Ok(Vec::new())
+    }
+
     fn translate<G: ReadPhys>(&self, _: &G, at: Gva) -> Result<Gpa, Blocked> {
         at.offset_from(TEXT).map(Gpa).ok_or(Blocked::Unreadable {
             cause: "not text".into(),
@@ -122,6 +126,7 @@ fn plan() -> Plan {
             ),
         ],
         forbidden: vec![Gva(TEXT.0 + 6)..Gva(TEXT.0 + 10)],
+        ..Plan::default()
     }
 }
 

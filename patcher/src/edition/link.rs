@@ -10,6 +10,7 @@ use crate::edition::space::{ArenaSpace, Full};
 use crate::kernel::symbols::SymbolError;
 use crate::plan::refusal::Refusal;
 use crate::plan::target::Target;
+use crate::publish::{BUGS, FIXUPS, Symbol, Table};
 use crate::x86::insn::{self, FENTRY_LEN, Head, NOP5};
 
 /// Alignment of heads and between code sections, in bytes: that of the kernel's own functions.
@@ -122,7 +123,7 @@ pub struct Redirection {
 }
 
 /// A package with an address for everything.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Linked {
     /// Code of the editions and the relocated heads.
     pub code: Placed,
@@ -132,6 +133,12 @@ pub struct Linked {
     pub redirections: Vec<Redirection>,
     /// Unwind entries of the editions: from where each applies, in the kernel's own encoding.
     pub orc: Vec<(Gva, Vec<u8>)>,
+    /// Functions of the editions.
+    pub functions: Vec<Symbol>,
+    /// The exception table, if there is one.
+    pub fixups: Option<Table>,
+    /// The warnings, if there are any.
+    pub bugs: Option<Table>,
 }
 
 /// Links `package` for the functions in `targets`, one for each of its editions, in order.
@@ -207,12 +214,23 @@ pub fn link(
         .iter()
         .map(|entry| (at(entry.section, entry.offset), entry.entry.clone()))
         .collect();
+    let functions = package.functions().iter().map(|function| Symbol {
+        at: at(function.section, function.offset),
+        size: function.size,
+        name: function.name.clone(),
+    });
+    let functions = functions.collect();
+    let table = |name| layout.table(package, name, &data);
+    let (fixups, bugs) = (table(FIXUPS), table(BUGS));
     *space = draft;
     Ok(Linked {
         code,
         data,
         redirections,
         orc,
+        functions,
+        fixups,
+        bugs,
     })
 }
 
@@ -320,6 +338,18 @@ impl Layout {
             }
         }
         Ok(())
+    }
+
+    /// The section `name` as it was linked into `data`, if the package has it.
+    fn table(&self, package: &Package, name: &str, data: &Placed) -> Option<Table> {
+        let sections = package.sections();
+        let index = sections.iter().position(|section| section.name == name)?;
+        let start = usize::try_from(self.offset(index)).ok()?;
+        let end = start.checked_add(sections.get(index)?.bytes.len())?;
+        Some(Table {
+            at: Gva(self.address(index)),
+            bytes: data.bytes.get(start..end)?.to_vec(),
+        })
     }
 
     fn offset(&self, section: usize) -> u64 {

@@ -127,6 +127,12 @@ pub enum PackageError {
         /// The function that it replaces.
         function: String,
     },
+    /// A table is there more than once.
+    #[error("the package has more than one section {section}; compile it with `exopatch build`")]
+    TwoTables {
+        /// Name of the section.
+        section: String,
+    },
     /// Two editions of one function.
     #[error("the package has two editions of {function}")]
     Twice {
@@ -196,6 +202,19 @@ pub struct Edition {
     pub offset: u64,
 }
 
+/// A function of the package.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Function {
+    /// Its name.
+    pub name: String,
+    /// Index into [`Package::sections`], of a code section.
+    pub section: usize,
+    /// Offset of its first byte in it.
+    pub offset: u64,
+    /// Its bytes.
+    pub size: u64,
+}
+
 /// One entry of the unwind table: from where it applies, and the kernel's own encoding of what applies.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OrcEntry {
@@ -215,6 +234,7 @@ pub struct Package {
     sections: Vec<Section>,
     symbols: Vec<Symbol>,
     orc: Vec<OrcEntry>,
+    functions: Vec<Function>,
     left_out: Vec<(String, &'static str)>,
 }
 
@@ -267,6 +287,12 @@ impl Package {
     #[must_use]
     pub fn orc(&self) -> &[OrcEntry] {
         &self.orc
+    }
+
+    /// Its functions, in the order of the object.
+    #[must_use]
+    pub fn functions(&self) -> &[Function] {
+        &self.functions
     }
 
     /// Sections that take memory in an ordinary kernel object but were left out, and why nothing is lost.

@@ -176,6 +176,7 @@ mod tests {
                 redirection("g", 0x40, 0xc0, &[(0, 0x605)]),
             ],
             orc: orc.map(|(at, entry)| (Gva(CODE + at), entry)).into(),
+            ..Linked::default()
         }
     }
 

@@ -3,6 +3,8 @@
 //! The kernel's build sorts everything that needs care at run time into sections of its own (`include/asm-generic/vmlinux.lds.h`
 //! lists them), so refusing a section by name refuses what it stands for.
 
+use crate::publish::{BUGS, FIXUPS};
+
 /// What is done with a section.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
@@ -43,6 +45,8 @@ const DATA: &[&str] = &[
     ".data..cacheline_aligned",
     ".data..shared_aligned",
 ];
+/// Tables about the code, which become the kernel's (see [`crate::publish`]).
+const TABLES: &[&str] = &[FIXUPS, BUGS];
 const OURS: &[&str] = &[
     ".exopatch.kernel",
     ".exopatch.editions",
@@ -87,14 +91,6 @@ const LEFT_OUT: &[(&str, &str)] = &[
 ];
 
 const REFUSED: &[(&str, &str)] = &[
-    (
-        "__ex_table",
-        "exception fixups (user copies, rdmsr_safe) would not be found by the kernel",
-    ),
-    (
-        "__bug_table",
-        "BUG and WARN would not be recognised by the kernel; leave them out, or call a kernel function that has them",
-    ),
     (
         ".altinstr*",
         "alternatives would not be chosen for this processor",
@@ -197,7 +193,11 @@ pub fn role(name: &str, alloc: bool, zeroed: bool) -> Role {
         Role::Code
     } else if zeroed && (name == ".bss" || name.starts_with(".bss.")) {
         Role::Zeroed
-    } else if DATA.contains(&name) || name == ".rodata" || name.starts_with(".rodata.") {
+    } else if DATA.contains(&name)
+        || TABLES.contains(&name)
+        || name == ".rodata"
+        || name.starts_with(".rodata.")
+    {
         Role::Data
     } else {
         Role::Refused {
@@ -252,13 +252,10 @@ mod tests {
         }
         check(".discard.reachable", "left out");
         check(".note.gnu.property", "left out");
-        for name in [
-            "__ex_table",
-            "__bug_table",
-            ".altinstructions",
-            ".altinstr_replacement",
-            "__jump_table",
-        ] {
+        for name in ["__ex_table", "__bug_table"] {
+            check(name, "data");
+        }
+        for name in [".altinstructions", ".altinstr_replacement", "__jump_table"] {
             check(name, "refused");
         }
         for name in [

@@ -221,14 +221,18 @@ mod tests {
             },
             redirections: Vec::new(),
             data: Placed::default(),
-            orc: Vec::new(),
+            ..Linked::default()
         };
         let writes = vec![
             write(Purpose::Arena, 0x1000),
             write(Purpose::Trampoline, 0x15),
         ];
         let forbidden = Vec::new();
-        let plan = Plan { writes, forbidden };
+        let plan = Plan {
+            writes,
+            forbidden,
+            ..Plan::default()
+        };
         let applied = Applied { linked, plan };
         let residents = [resident(0x800), resident(0x1000)];
         let [old, new] = &super::updates(&[(3, &applied)], &residents)[..] else {

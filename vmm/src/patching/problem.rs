@@ -13,6 +13,7 @@ use patcher::kernel::locate::LocateError;
 use patcher::kernel::symbols::SymbolError;
 use patcher::plan::refusal::Refusal;
 use patcher::plan::target::TargetError;
+use patcher::publish::PublishError;
 
 use super::NotReady;
 use crate::guest::{BreakError, GuestBusy};
@@ -99,7 +100,7 @@ pub(super) fn package(cause: &PackageError) -> Problem {
             "package_editions_wrong",
             "see exopatch.h for how an edition says what it replaces",
         ),
-        PackageError::NoOrc | PackageError::Ours { .. } => (
+        PackageError::NoOrc | PackageError::Ours { .. } | PackageError::TwoTables { .. } => (
             "package_not_ours",
             "build it with this exopatch's build command",
         ),
@@ -289,8 +290,31 @@ pub(super) fn apply(cause: &ApplyError) -> Problem {
             error,
             "build it again: exopatch build --kernel with the vmlinuz that the guest was booted from",
         ),
+        ApplyError::Publish(error) => publish(error),
         ApplyError::Plan(error) => refused("cannot_plan", error, REPORT),
         ApplyError::Commit(error) => commit(NOT_APPLIED, error),
+    }
+}
+
+fn publish(cause: &PublishError) -> Problem {
+    match cause {
+        PublishError::Full(full) => link(&LinkError::Full(*full)),
+        PublishError::Kernel(_) => unreadable(cause),
+        PublishError::Unknown { .. } => refused(
+            "package_section_unsupported",
+            cause,
+            "write the edition without what makes this section",
+        ),
+        PublishError::Shape { .. } | PublishError::Outside { .. } | PublishError::Twice { .. } => {
+            refused(
+                "package_malformed",
+                cause,
+                "give an .xpu file as exopatch build wrote it",
+            )
+        }
+        PublishError::Symbol(_) | PublishError::Type(_) | PublishError::Far { .. } => {
+            refused("kernel_not_understood", cause, REPORT)
+        }
     }
 }
 

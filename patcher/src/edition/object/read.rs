@@ -5,14 +5,16 @@ use std::collections::HashMap;
 use object::read::elf::ElfFile64;
 use object::{
     LittleEndian, Object as _, ObjectSection as _, ObjectSymbol as _, RelocationFlags,
-    RelocationTarget, SectionFlags,
+    RelocationTarget, SectionFlags, SymbolKind,
 };
 
 use super::{
-    Edition, OrcEntry, Package, PackageError, Place, Relocation, Section, Symbol, parse_build_id,
+    Edition, Function, OrcEntry, Package, PackageError, Place, Relocation, Section, Symbol,
+    parse_build_id,
 };
 use crate::edition::reloc::{self, Kind};
 use crate::edition::section::{Role, role};
+use crate::publish::{BUGS, FIXUPS};
 
 /// Longest name of a kernel symbol, its NUL included (`KSYM_NAME_LEN`, `include/linux/kallsyms.h`).
 const NAME_LEN: usize = 512;
@@ -61,12 +63,14 @@ pub(super) fn read(file: &Elf<'_>) -> Result<Package, PackageError> {
     if orc.is_empty() {
         return Err(PackageError::NoOrc);
     }
+    let functions = reader.functions()?;
     Ok(Package {
         build_id,
         editions,
         sections: reader.sections,
         symbols: reader.symbols,
         orc,
+        functions,
         left_out: reader.left_out,
     })
 }
@@ -109,6 +113,10 @@ impl Reader<'_, '_> {
                 }
                 Role::Refused { why } => return Err(PackageError::Section { section: name, why }),
                 Role::Code | Role::Data | Role::Zeroed => {}
+            }
+            let again = self.sections.iter().any(|other| other.name == name);
+            if again && [FIXUPS, BUGS].contains(&name.as_str()) {
+                return Err(PackageError::TwoTables { section: name });
             }
             memory = memory.saturating_add(section.size());
             check_size(&section, &name, memory)?;
@@ -333,6 +341,46 @@ impl Reader<'_, '_> {
             return Err(PackageError::NoEdition);
         }
         Ok(editions)
+    }
+
+    /// The functions in what gets memory, by the names that the kernel would have for them.
+    fn functions(&self) -> Result<Vec<Function>, PackageError> {
+        let mut functions = Vec::new();
+        for symbol in self.file.symbols() {
+            let section = symbol.section_index().map(|index| index.0);
+            let placed = section.and_then(|index| self.placed.get(index).copied().flatten());
+            let code = |index: &usize| {
+                self.sections
+                    .get(*index)
+                    .is_some_and(|section| section.code)
+            };
+            let Some(section) = placed.filter(code) else {
+                continue;
+            };
+            let name = symbol.name_bytes().map_err(elf)?;
+            if symbol.kind() != SymbolKind::Text || name.is_empty() || name.len() >= NAME_LEN {
+                continue;
+            }
+            let len = self
+                .sections
+                .get(section)
+                .map_or(0, |section| section.bytes.len() as u64);
+            let inside = symbol.address().checked_add(symbol.size());
+            if inside.is_none_or(|end| end > len) {
+                return Err(PackageError::Outside {
+                    what: "a function",
+                    section: String::from_utf8_lossy(name).into_owned(),
+                    offset: symbol.address(),
+                });
+            }
+            functions.push(Function {
+                name: String::from_utf8_lossy(name).into_owned(),
+                section,
+                offset: symbol.address(),
+                size: symbol.size(),
+            });
+        }
+        Ok(functions)
     }
 
     /// The unwind table: `.orc_unwind_ip` holds a 4-byte place for each entry of `.orc_unwind`.

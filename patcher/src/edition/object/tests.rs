@@ -189,8 +189,6 @@ fn what_is_wrong_is_named() {
         assert!(error.contains(what), "{what}: {error}");
     };
     let refused = [
-        ("__ex_table", SectionKind::ReadOnlyData),
-        ("__bug_table", SectionKind::Data),
         (".altinstructions", SectionKind::ReadOnlyData),
         ("__jump_table", SectionKind::Data),
         (".static_call_sites", SectionKind::Data),
@@ -218,6 +216,12 @@ fn what_is_wrong_is_named() {
         m.edition("g", 0, 32)
     });
     check("without a function name", &|m| m.edition("", 0, 0));
+    for table in ["__ex_table", "__bug_table"] {
+        check(&format!("more than one section {table}"), &|m| {
+            m.section(table, SectionKind::Data, &[0; 12]);
+            m.section(table, SectionKind::Data, &[0; 12]);
+        });
+    }
     check("asks for memory of 0x20002f bytes", &|m| {
         m.section(".data.once", SectionKind::Data, &vec![1; 0x20_0007]);
     });
