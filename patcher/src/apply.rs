@@ -26,7 +26,7 @@ use crate::kernel::text::{ReturnError, ReturnForm};
 use crate::kernel::unwind::OtherCode;
 use crate::plan::target::{Target, TargetError};
 use crate::plan::{ArenaMap, Entry, Plan, PlanError};
-use crate::publish::{self, PublishError, Unit};
+use crate::publish::{self, Publication, PublishError, Unit};
 
 /// Pauses in which the kernel must have been found to be another before that is believed.
 const LOOKS: u64 = 3;
@@ -282,6 +282,22 @@ pub fn revert<G: Guest>(
     commit(guest, &arena.inhabited(kernel), &plan, options)
 }
 
+/// Has the kernel forget the code of `publications`, in which no thread may be. Their memory may be used for something else after
+/// a [`publish::Grace`].
+///
+/// # Errors
+/// [`CommitFailed`]; it is still known unless that [is broken](CommitFailed::is_broken).
+pub fn withdraw<G: Guest>(
+    guest: &mut G,
+    kernel: &Kernel,
+    arena: &Arena,
+    publications: Vec<Publication>,
+    options: &ApplyOptions<'_>,
+) -> Result<Report, CommitFailed> {
+    let plan = Plan::withdraw(publications);
+    commit(guest, &arena.inhabited(kernel), &plan, options)
+}
+
 /// Waits until the guest has finished booting.
 fn booted<G: Guest>(
     guest: &G,
@@ -431,6 +447,8 @@ fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
+#[cfg(test)]
+mod published_tests;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]

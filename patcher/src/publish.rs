@@ -8,10 +8,12 @@
 //! [`place`] makes the bytes before the pause; [`writes`] says under it which words of the guest's own change, since the guest's
 //! tree is another whenever it loads a module. Nobody who looks is in the middle of a change: the guest stands still, its count of
 //! changes tells who had begun to look to begin again, and `module_mutex` (see [`crate::kernel::flux`]) is free.
+//! Memory of a unit that was taken back is somebody else's only after [`Grace`].
 //!
 //! Sources: kernel `kernel/module/{main,tree_lookup,kallsyms}.c`, `kernel/extable.c`, `lib/bug.c`, `arch/x86/kernel/unwind_orc.c`.
 
 mod bytes;
+mod grace;
 mod layout;
 mod links;
 mod tree;
@@ -29,6 +31,7 @@ use crate::kernel::symbols::SymbolError;
 use crate::kernel::types::TypeError;
 
 pub use self::bytes::{BUGS, FIXUPS};
+pub use self::grace::Grace;
 pub use self::links::{Published, published, writes};
 
 /// What the guest shows in brackets behind the names of our code.

@@ -152,6 +152,8 @@ pub(crate) const DATA_SYMBOLS: &[(u64, &str)] = &[
     (0x3748, "vmcoreinfo_size"),
     (0x3760, "bpf_kallsyms"),
     (0x3780, "btf_modules"),
+    (0x37c0, "mod_tree"),
+    (0x3800, "module_bug_list"),
     (0x3e00, "__start_mcount_loc"),
     (0x3e10, "__stop_mcount_loc"),
     (0, "_sdata"),
@@ -453,7 +455,7 @@ fn text_types(btf: &mut Btf, form: Form, (int, long, byte, _): Basic) {
     btf.structure(
         "exception_table_entry",
         12,
-        &[("insn", int, 0), ("fixup", int, 4)],
+        &[("insn", int, 0), ("fixup", int, 4), ("data", int, 8)],
     );
     btf.structure(
         "jump_entry",

@@ -105,6 +105,12 @@ impl Maker {
         self.relocate(self.text, offset, kind, symbol, addend);
     }
 
+    /// Has the four bytes at `offset` of `section` hold the distance to `to` of `.text`.
+    pub(crate) fn relocate_to_text(&mut self, section: SectionId, offset: u64, to: i64) {
+        let text = self.object.section_symbol(self.text);
+        self.relocate(section, offset, 2, text, to);
+    }
+
     /// Declares that the code at `offset` of `.text` is an edition of `function`.
     pub(crate) fn edition(&mut self, function: &str, position: u32, offset: u64) {
         let symbol = self.symbol(

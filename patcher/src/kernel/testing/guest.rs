@@ -139,6 +139,10 @@ impl TinyGuest {
         self.list(self.at("modules"), &[]);
         self.list(self.at("bpf_kallsyms"), &[]);
         self.list(self.at("btf_modules"), &[]);
+        let bugs = self.at("module_bug_list");
+        self.list(bugs, &[]);
+        self.put(bugs + 8, bugs);
+        self.put(self.at("mod_tree") + 24, u64::MAX);
         if self.form == Form::New {
             self.put(self.at("vmap_nodes"), self.at("vmap_node_0"));
             self.put(self.at("nr_vmap_nodes"), 1);

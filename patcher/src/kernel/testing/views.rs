@@ -28,7 +28,22 @@ pub(super) fn module_types(btf: &mut Btf, form: Form, (int, long, byte, list): B
         ("orc_unwind", long, 16),
     ];
     let arch = btf.structure("mod_arch_specific", 24, &unwind);
+    let nodes = tree_types(btf, form, (int, long, byte, list));
+    let tables = [
+        ("symtab", long, 0),
+        ("num_symtab", int, 8),
+        ("strtab", long, 16),
+        ("typetab", long, 24),
+    ];
+    let symbols = btf.structure("mod_kallsyms", 32, &tables);
     let mut members = vec![
+        ("core_kallsyms", symbols, 336),
+        ("extable", long, 368),
+        ("num_exentries", int, 376),
+        ("bug_list", list, 384),
+        ("bug_table", long, 400),
+        ("num_bugs", int, 408),
+        ("target_list", list, 416),
         ("arch", arch, 0x1c0),
         ("state", int, 0),
         ("list", list, 8),
@@ -43,7 +58,9 @@ pub(super) fn module_types(btf: &mut Btf, form: Form, (int, long, byte, list): B
         ("kallsyms", long, 144),
     ];
     if form == Form::New {
-        let part = btf.structure("module_memory", 16, &[("base", long, 0), ("size", int, 8)]);
+        // The nodes lie behind all parts.
+        let part = [("base", long, 0), ("size", int, 8), ("mtn", nodes, 120)];
+        let part = btf.structure("module_memory", 16, &part);
         members.push(("mem", btf.array(part, 7), 160));
         let kinds = [
             "TEXT",
@@ -70,6 +87,7 @@ pub(super) fn module_types(btf: &mut Btf, form: Form, (int, long, byte, list): B
             ("text_size", int, 12),
             ("ro_size", int, 16),
             ("ro_after_init_size", int, 20),
+            ("mtn", nodes, 120),
         ];
         let half = btf.structure("module_layout", 24, &fields);
         members.extend([("core_layout", half, 160), ("init_layout", half, 184)]);
@@ -80,6 +98,11 @@ pub(super) fn module_types(btf: &mut Btf, form: Form, (int, long, byte, list): B
         );
     }
     btf.structure("module", 0x200, &members);
+    list_types(btf, (int, long, byte, list));
+}
+
+/// What the lists of modules, of their types and of their users are made of, and what a module's state and taints are called.
+fn list_types(btf: &mut Btf, (int, long, byte, list): Basic) {
     btf.structure(
         "btf_module",
         32,
@@ -97,13 +120,6 @@ pub(super) fn module_types(btf: &mut Btf, form: Form, (int, long, byte, list): B
         48,
         &[("source_list", list, 0), ("source", long, 32)],
     );
-    let tables = [
-        ("symtab", long, 0),
-        ("num_symtab", int, 8),
-        ("strtab", long, 16),
-        ("typetab", long, 24),
-    ];
-    btf.structure("mod_kallsyms", 32, &tables);
     let states =
         ["LIVE", "COMING", "GOING", "UNFORMED"].map(|state| format!("MODULE_STATE_{state}"));
     let states: Vec<(&str, u32)> = states.iter().map(String::as_str).zip(0..).collect();
@@ -117,6 +133,33 @@ pub(super) fn module_types(btf: &mut Btf, form: Form, (int, long, byte, list): B
             ("module", byte, 2),
         ],
     );
+}
+
+/// What a module is found by: the two trees, and the node that a module has in each.
+fn tree_types(btf: &mut Btf, form: Form, (int, long, _, _): Basic) -> u32 {
+    let fields = [
+        ("__rb_parent_color", long, 0),
+        ("rb_right", long, 8),
+        ("rb_left", long, 16),
+    ];
+    let node = btf.structure("rb_node", 24, &fields);
+    let first = btf.structure("rb_root", 8, &[("rb_node", long, 0)]);
+    let mut count = btf.structure("seqcount", 4, &[("sequence", int, 0)]);
+    if form == Form::New {
+        count = btf.structure("seqcount_latch_t", 4, &[("seqcount", count, 0)]);
+    }
+    let firsts = btf.array(first, 2);
+    let root = [("seq", count, 0), ("tree", firsts, 8)];
+    let root = btf.structure("latch_tree_root", 24, &root);
+    let bounds = [
+        ("root", root, 0),
+        ("addr_min", long, 24),
+        ("addr_max", long, 32),
+    ];
+    btf.structure("mod_tree_root", 40, &bounds);
+    let nodes = btf.array(node, 2);
+    let nodes = btf.structure("latch_tree_node", 48, &[("node", nodes, 0)]);
+    btf.structure("mod_tree_node", 56, &[("mod", long, 0), ("node", nodes, 8)])
 }
 
 /// The types of a module that stand on [`super::btf`]'s, behind the numbers that those have: a pointer, a structure, an enumeration.
