@@ -3,23 +3,25 @@
 //! A check never writes; a commit never decides. The guest is resumed in every case but one: when a write failed and
 //! undoing the earlier ones failed too, its memory is no longer known to be sound and it stays paused. A panic is such a failure.
 
-use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::{Duration, Instant};
 
 use crate::addr::{Gpa, Gva};
 use crate::guest::{GuestError, PausedGuest, ReadPhys, Registers};
 use crate::journal::{Journal, UndoError};
+use crate::kernel::stack::Watched;
 use crate::plan::refusal::Refusal;
 use crate::plan::{Plan, Purpose, Write, checks};
 
-/// What was looked through to find that nothing is in the way.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// What was looked through to find that nothing is in the way, and what was asked and seen on the way.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Scanned {
     /// Tasks whose stacks were looked through.
     pub tasks: u64,
     /// Words of stacks that were looked at.
     pub words: u64,
+    /// Who is in the code that the plan watches.
+    pub watched: Vec<Watched>,
 }
 
 /// Why a plan cannot be done under this pause. The guest is as it was.
@@ -82,15 +84,11 @@ pub trait Running {
     /// # Errors
     /// [`Blocked::InFlux`], [`Blocked::Unreadable`].
     fn settled<G: ReadPhys>(&self, guest: &G) -> Result<(), Blocked>;
-    /// No thread is in, or returns into, one of `forbidden`.
+    /// No thread is in, or returns into, what the plan forbids.
     ///
     /// # Errors
     /// [`Blocked::Busy`], [`Blocked::Unreadable`].
-    fn scan<G: ReadPhys + Registers>(
-        &self,
-        guest: &G,
-        forbidden: &[Range<Gva>],
-    ) -> Result<Scanned, Blocked>;
+    fn scan<G: ReadPhys + Registers>(&self, guest: &G, plan: &Plan) -> Result<Scanned, Blocked>;
     /// Where the byte is that it sees at `at`.
     ///
     /// # Errors
@@ -171,7 +169,7 @@ impl<'p, P: PausedGuest> Quiescent<'p, P> {
         kernel.prove_same(&paused)?;
         kernel.settled(&paused)?;
         times.prove = lap(&mut clock);
-        let scanned = kernel.scan(&paused, &plan.forbidden)?;
+        let scanned = kernel.scan(&paused, plan)?;
         times.scan = lap(&mut clock);
         let old = plan
             .writes

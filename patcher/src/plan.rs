@@ -9,9 +9,10 @@ pub mod target;
 use std::fmt;
 use std::ops::Range;
 
+use self::target::Target;
 use crate::addr::{Gpa, Gva};
 use crate::edition::link::{Linked, Placed};
-use crate::x86::insn::{self, InsnError, JUMP_LEN};
+use crate::x86::insn::InsnError;
 
 /// Bytes of a page: no write crosses the end of one.
 const PAGE: u64 = 4096;
@@ -112,30 +113,44 @@ pub enum PlanError {
     },
 }
 
-/// The writes of one update, in order, and where no thread may be while they are done.
+/// Where a function leads its callers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lead {
+    /// Nowhere else: it is as the kernel has it.
+    Original,
+    /// To an edition, by a jump.
+    Edition(Gva),
+    /// To a redirection handler, by a jump.
+    Handler(Gva),
+}
+
+impl Lead {
+    /// Where the jump leads, if there is one.
+    #[must_use]
+    pub fn address(self) -> Option<Gva> {
+        match self {
+            Self::Original => None,
+            Self::Edition(at) | Self::Handler(at) => Some(at),
+        }
+    }
+}
+
+/// The writes of one operation, in order, and what is asked of the threads before they are done.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
     /// In the order in which they are done.
     pub writes: Vec<Write>,
     /// No instruction pointer and no saved one may be in these.
     pub forbidden: Vec<Range<Gva>>,
+    /// Of these it is told whether any is in them.
+    pub watched: Vec<Range<Gva>>,
 }
 
 impl Plan {
-    /// The plan that applies `linked`.
-    ///
-    /// `translate` finds the bytes of the kernel's own text.
-    ///
-    /// # Errors
-    /// [`PlanError`].
-    pub fn apply(
-        linked: &Linked,
-        arena: &ArenaMap,
-        translate: impl Fn(Gva) -> Result<Gpa, String>,
-    ) -> Result<Self, PlanError> {
-        let mut plan = Self::default();
+    /// Plans the entries of the page tables that map the arena.
+    pub fn map(&mut self, arena: &ArenaMap) {
         for entry in &arena.entries {
-            plan.writes.push(Write {
+            self.writes.push(Write {
                 purpose: Purpose::Mapping,
                 subject: "the kernel's page table".into(),
                 gva: entry.maps,
@@ -144,62 +159,60 @@ impl Plan {
                 bytes: entry.value.to_le_bytes().to_vec(),
             });
         }
-        plan.place(&linked.code, arena)?;
-        plan.place(&linked.data, arena)?;
-        for redirection in &linked.redirections {
-            let target = &redirection.target;
-            let mut bytes = insn::jump(target.jump, redirection.edition)?.to_vec();
-            bytes.extend(insn::nops(target.displaced.len().saturating_sub(JUMP_LEN)));
-            let mut from = 0;
-            while let (Some(new), Some(old)) = (bytes.get(from..), target.displaced.get(from..)) {
-                if new.is_empty() || new.len() != old.len() {
-                    break;
-                }
-                let gva = Gva(target.jump.0.wrapping_add(from as u64));
-                let len = new
-                    .len()
-                    .min(usize::try_from(PAGE - gva.0 % PAGE).unwrap_or(usize::MAX));
-                let gpa = translate(gva).map_err(|cause| PlanError::Unmapped {
-                    function: target.name.clone(),
-                    at: gva,
-                    cause,
-                })?;
-                let cut = |bytes: &[u8]| bytes.iter().take(len).copied().collect::<Vec<u8>>();
-                plan.writes.push(Write {
-                    purpose: Purpose::Trampoline,
-                    subject: target.name.clone(),
-                    gva,
-                    gpa,
-                    expect: Some(cut(old)),
-                    bytes: cut(new),
-                });
-                from += len;
-            }
-            plan.forbidden.push(target.forbidden());
-        }
-        Ok(plan)
     }
 
-    /// The plan that takes back the jumps of `self`. Its mapping and arena stay: a thread may still be in an edition.
-    #[must_use]
-    pub fn revert(&self) -> Self {
-        let jumps = self
-            .writes
-            .iter()
-            .rev()
-            .filter(|write| write.purpose == Purpose::Trampoline);
-        let writes = jumps.map(|write| Write {
-            purpose: Purpose::Trampoline,
-            subject: write.subject.clone(),
-            gva: write.gva,
-            gpa: write.gpa,
-            expect: Some(write.bytes.clone()),
-            bytes: write.expect.clone().unwrap_or_default(),
-        });
-        Self {
-            writes: writes.collect(),
-            forbidden: self.forbidden.clone(),
+    /// Plans the code and data of `linked`.
+    ///
+    /// # Errors
+    /// [`PlanError::NotInArena`].
+    pub fn place_all(&mut self, linked: &Linked, arena: &ArenaMap) -> Result<(), PlanError> {
+        self.place(&linked.code, arena)?;
+        self.place(&linked.data, arena)
+    }
+
+    /// Plans that `target`, which leads to `from`, leads to `to`. Jumps are planned behind all that they lead to.
+    ///
+    /// `translate` finds the bytes of the kernel's own text.
+    ///
+    /// # Errors
+    /// [`PlanError`].
+    pub fn redirect(
+        &mut self,
+        target: &Target,
+        from: Lead,
+        to: Lead,
+        translate: impl Fn(Gva) -> Result<Gpa, String>,
+    ) -> Result<(), PlanError> {
+        let (old, new) = (target.bytes(from)?, target.bytes(to)?);
+        if old == new {
+            return Ok(());
         }
+        let mut start = 0;
+        while let (Some(old), Some(new)) = (old.get(start..), new.get(start..)) {
+            let gva = Gva(target.jump.0.wrapping_add(start as u64));
+            let room = usize::try_from(PAGE - gva.0 % PAGE).unwrap_or(usize::MAX);
+            let len = new.len().min(room);
+            if len == 0 {
+                break;
+            }
+            let gpa = translate(gva).map_err(|cause| PlanError::Unmapped {
+                function: target.name.clone(),
+                at: gva,
+                cause,
+            })?;
+            let cut = |bytes: &[u8]| bytes.iter().take(len).copied().collect::<Vec<u8>>();
+            self.writes.push(Write {
+                purpose: Purpose::Trampoline,
+                subject: target.name.clone(),
+                gva,
+                gpa,
+                expect: Some(cut(old)),
+                bytes: cut(new),
+            });
+            start += len;
+        }
+        self.forbidden.push(target.forbidden());
+        Ok(())
     }
 
     /// Bytes that are written.
@@ -217,7 +230,11 @@ impl Plan {
         self.writes.is_empty()
     }
 
-    fn place(&mut self, placed: &Placed, arena: &ArenaMap) -> Result<(), PlanError> {
+    /// Plans bytes of the arena.
+    ///
+    /// # Errors
+    /// [`PlanError::NotInArena`].
+    pub fn place(&mut self, placed: &Placed, arena: &ArenaMap) -> Result<(), PlanError> {
         if placed.bytes.is_empty() {
             return Ok(());
         }
@@ -243,7 +260,7 @@ impl Plan {
 
 #[cfg(test)]
 mod tests {
-    use super::{ArenaMap, Entry, Plan, PlanError, Purpose};
+    use super::{ArenaMap, Entry, Lead, Plan, PlanError, Purpose};
     use crate::addr::{Gpa, Gva};
     use crate::edition::link::{Linked, Placed, Redirection};
     use crate::plan::target::Target;
@@ -300,16 +317,28 @@ mod tests {
         }
     }
 
+    fn of(linked: &Linked, turns: &[(Lead, Lead)]) -> Result<Plan, PlanError> {
+        let mut plan = Plan::default();
+        plan.map(&arena());
+        plan.place_all(linked, &arena())?;
+        for (from, to) in turns {
+            // The page behind the first one of the function is elsewhere in memory.
+            let target = &linked.redirections[0].target;
+            plan.redirect(target, *from, *to, |at| {
+                Ok(if at.0 < 0xffff_ffff_8100_1000 {
+                    Gpa(0x1ffd)
+                } else {
+                    Gpa(0x9000)
+                })
+            })?;
+        }
+        Ok(plan)
+    }
+
+    const EDITION: Lead = Lead::Edition(Gva(ARENA.0 + 64));
+
     fn plan() -> Plan {
-        // The page behind the first one of the function is elsewhere in memory.
-        Plan::apply(&linked(), &arena(), |at| {
-            Ok(if at.0 < 0xffff_ffff_8100_1000 {
-                Gpa(0x1ffd)
-            } else {
-                Gpa(0x9000)
-            })
-        })
-        .unwrap()
+        of(&linked(), &[(Lead::Original, EDITION)]).unwrap()
     }
 
     #[test]
@@ -344,36 +373,49 @@ mod tests {
     }
 
     #[test]
-    fn reverting_restores_only_the_jumps() {
-        let (plan, revert) = (plan(), plan().revert());
-        assert_eq!(revert.writes.len(), 2);
-        assert_eq!(
-            Some(&revert.writes[0].bytes),
-            plan.writes[4].expect.as_ref()
-        );
-        assert_eq!(
-            revert.writes[1].expect.as_ref(),
-            Some(&plan.writes[3].bytes)
-        );
-        assert_eq!(revert.forbidden, plan.forbidden);
+    fn each_turn_expects_what_the_one_before_has_left() {
+        let other = Lead::Handler(Gva(ARENA.0 + 0x80));
+        let turns = [
+            (Lead::Original, EDITION),
+            (EDITION, other),
+            (other, Lead::Original),
+        ];
+        let plan = of(&linked(), &turns).unwrap();
+        let jumps: Vec<_> = plan.writes.iter().skip(3).collect();
+        assert_eq!(jumps.len(), 6, "two pieces each");
+        for (before, after) in jumps.iter().zip(jumps.iter().skip(2)) {
+            assert_eq!(after.expect.as_ref(), Some(&before.bytes));
+        }
+        assert_eq!(jumps[0].expect.as_ref(), Some(&jumps[4].bytes));
+        let none = of(&linked(), &[(EDITION, EDITION)]).unwrap();
+        assert!(none.writes.len() == 3 && none.forbidden.is_empty());
     }
 
     #[test]
     fn what_does_not_fit_the_arena_is_refused() {
         let mut outside = linked();
         outside.code.at = ARENA.0 + 0x1f_fff0;
-        let error = Plan::apply(&outside, &arena(), |_| Ok(Gpa(0)));
-        assert!(error.is_ok(), "both halves happen to be contiguous");
+        assert!(
+            of(&outside, &[]).is_ok(),
+            "both halves happen to be contiguous"
+        );
         outside.data.at = ARENA.0 + 0x3f_ffff;
-        let error = Plan::apply(&outside, &arena(), |_| Ok(Gpa(0)));
         assert_eq!(
-            error,
+            of(&outside, &[]),
             Err(PlanError::NotInArena {
                 at: Gva(ARENA.0 + 0x3f_ffff),
                 len: 3
             })
         );
-        let error = Plan::apply(&linked(), &arena(), |_| Err("not present".into()));
+        let mut plan = Plan::default();
+        let target = &linked().redirections[0].target;
+        let error = plan.redirect(target, Lead::Original, EDITION, |_| {
+            Err("not present".into())
+        });
         assert!(matches!(error, Err(PlanError::Unmapped { at: JUMP, .. })));
+        let far = Lead::Edition(Gva(0x7fff_0000_0000));
+        let error = plan.redirect(target, Lead::Original, far, |_| Ok(Gpa(0)));
+        assert!(matches!(error, Err(PlanError::Jump(_))));
+        assert!(plan.is_empty());
     }
 }

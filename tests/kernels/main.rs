@@ -19,6 +19,7 @@ mod processes;
 mod recover;
 mod residents;
 mod see;
+mod stacking;
 mod stops;
 mod sysrq;
 mod types;

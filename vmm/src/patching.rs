@@ -10,7 +10,7 @@ mod problem;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use patcher::apply::{self, Applied, ApplyError, ApplyOptions, Arena, Report};
+use patcher::apply::{self, ApplyOptions, Arena, Edition, Report, Request};
 use patcher::edition::object::Package;
 use patcher::guest::{Guest, GuestError, PausedGuest, Registers};
 use patcher::kernel::boot::BootState;
@@ -189,9 +189,7 @@ fn look(guest: &mut KvmGuest, image: &Arc<Image>, deadline: Instant) -> Result<L
 }
 
 impl Patcher for KernelPatcher {
-    type Applied = Box<Applied>;
-
-    fn apply(&mut self, task: &Task<'_>) -> Result<(Option<Box<Applied>>, Report), Problem> {
+    fn apply(&mut self, task: &Task<'_>) -> Result<Report, Problem> {
         let package = Package::parse(task.package).map_err(|error| problem::package(&error))?;
         let editions = package.editions().iter();
         (task.functions)(editions.map(|edition| edition.function.clone()).collect());
@@ -216,20 +214,24 @@ impl Patcher for KernelPatcher {
                 continue;
             };
             (task.doing)("linking and planning".to_owned());
-            let error = match apply::apply(&mut guest, kernel, arena, &package, &options) {
-                Ok((applied, report)) => return Ok((applied.map(Box::new), report)),
+            let request = Request {
+                id: task.update,
+                package: &package,
+                instead_of: task.instead_of,
+            };
+            let error = match apply::apply(&mut guest, kernel, arena, &request, &options) {
+                Ok(report) => return Ok(report),
                 Err(error) => error,
             };
-            let broken = matches!(&error, ApplyError::Commit(failed) if failed.is_broken());
-            if broken || !self.is_gone(&mut guest, deadline) {
+            if error.is_broken() || !self.is_gone(&mut guest, deadline) {
                 return Err(self.explain(problem::apply(&error)));
             }
         }
     }
 
-    fn revert(&mut self, applied: &Box<Applied>, task: &Undo<'_>) -> Result<Report, Problem> {
+    fn revert(&mut self, updates: &[u64], task: &Undo<'_>) -> Result<Report, Problem> {
         let mut guest = self.guest()?;
-        let Some(Found { kernel, arena }) = &self.found else {
+        let Some(Found { kernel, arena }) = &mut self.found else {
             return Err(problem::gone());
         };
         let options = ApplyOptions {
@@ -238,29 +240,66 @@ impl Patcher for KernelPatcher {
             doing: task.doing,
             written: task.written,
         };
-        let failed = match apply::revert(&mut guest, kernel, arena, applied, &options) {
+        let failed = match apply::revert(&mut guest, kernel, arena, updates, &options) {
             Ok(report) => return Ok(report),
             Err(failed) => failed,
         };
         if !failed.is_broken() && self.is_gone(&mut guest, task.deadline) {
             return Err(problem::gone());
         }
-        Err(self.explain(problem::commit("the update was not reverted", &failed)))
+        Err(self.explain(problem::revert(&failed)))
+    }
+
+    fn editions(&self, update: u64) -> Vec<Edition> {
+        let found = self.found.as_ref();
+        found.map_or_else(Vec::new, |found| found.arena.holds.editions(update))
+    }
+
+    fn is_settling(&self) -> bool {
+        let found = self.found.as_ref();
+        found.is_some_and(|found| !found.arena.holds.drains.is_empty())
+    }
+
+    fn settle(&mut self, deadline: Instant) -> Result<(), Problem> {
+        // A guest that its user has paused does not go on.
+        if !matches!(self.vm.status().state, State::Running) {
+            return Ok(());
+        }
+        let mut guest = self.guest()?;
+        let Some(Found { kernel, arena }) = &mut self.found else {
+            return Ok(());
+        };
+        let options = ApplyOptions {
+            deadline,
+            check_only: false,
+            doing: &|_| {},
+            written: &|| {},
+        };
+        match apply::settle(&mut guest, kernel, arena, &options) {
+            Ok(_) => Ok(()),
+            Err(failed) => {
+                self.is_gone(&mut guest, deadline);
+                Err(problem::commit(
+                    "the guest's threads could not be looked at",
+                    &failed,
+                ))
+            }
+        }
     }
 
     fn is_sound(&self) -> bool {
         !matches!(self.vm.status().state, State::Paused { unsound: true, .. })
     }
 
-    fn verify(&mut self, applied: &Box<Applied>, deadline: Instant) -> Result<Verified, Problem> {
+    fn verify(&mut self, update: u64, deadline: Instant) -> Result<Verified, Problem> {
         let mut guest = self.guest()?;
         if self.is_gone(&mut guest, deadline) {
             return Err(problem::gone());
         }
-        let Some(Found { kernel, .. }) = &self.found else {
+        let Some(Found { kernel, arena }) = &self.found else {
             return Err(problem::gone());
         };
-        let observed = observe::verify(&guest, kernel, applied);
+        let observed = observe::verify(&guest, kernel, &arena.holds, update);
         let differences = observed.differences.into_iter();
         Ok(Verified {
             bytes: observed.bytes,
@@ -306,16 +345,11 @@ impl Patcher for KernelPatcher {
             arena_used: self
                 .found
                 .as_ref()
-                .map_or(0, |found| found.arena.space.used()),
+                .map_or(0, |found| found.arena.holds.space.used()),
         })
     }
 
-    fn view(
-        &mut self,
-        asked: &Asked,
-        applied: &[(u64, &Box<Applied>)],
-        deadline: Instant,
-    ) -> Result<Seen<View>, Problem> {
+    fn view(&mut self, asked: &Asked, deadline: Instant) -> Result<Seen<View>, Problem> {
         let reading = Instant::now();
         let image = self.image(&|_| {})?;
         let deadline = deadline + reading.elapsed();
@@ -327,12 +361,8 @@ impl Patcher for KernelPatcher {
             return view.map(seen).map_err(|error| problem::view(&error));
         }
         let mut guest = self.guest()?;
-        let applied = applied.iter().map(|(id, applied)| (*id, &***applied));
-        let applied: Vec<(u64, &Applied)> = applied.collect();
-        let updated = self.found.as_ref().map(|Found { kernel, arena }| {
-            let updates = look::updates(&applied, &arena.residents);
-            (kernel, updates)
-        });
+        let found = self.found.as_ref();
+        let updated = found.map(|Found { kernel, arena }| (kernel, look::updates(&arena.holds)));
         let mut known = look::Known {
             image: &image,
             updated,

@@ -18,6 +18,7 @@ pub use self::record::{BROKEN, Cost, Failing, Problem, State, Update};
 use self::worker::Worker;
 use crate::events::{EventKind, Events};
 use crate::views::{Asked, Seen, View};
+pub use ::patcher::apply::{Edition, Life};
 
 /// Operations that may wait behind the one under way.
 const QUEUE: usize = 16;
@@ -29,8 +30,32 @@ const STACK: usize = 1 << 20;
 /// Called once, on the session's thread, with an operation's end.
 pub type Done<T> = Box<dyn FnOnce(Result<T, Problem>) + Send>;
 
+/// An update that is handed in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Order {
+    /// A name for people.
+    pub name: String,
+    /// The package's bytes.
+    pub package: Vec<u8>,
+    /// Do everything but write.
+    pub check: bool,
+    /// Whose place it takes.
+    pub instead_of: InsteadOf,
+    /// When to give up.
+    pub deadline: Instant,
+}
+
+/// The updates that go when another one comes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum InsteadOf {
+    /// These.
+    These(Vec<u64>),
+    /// All that are in effect.
+    All,
+}
+
 enum Job {
-    Apply(u64, Vec<u8>, Instant, Done<Update>),
+    Apply(u64, Order, Done<Update>),
     Revert(u64, Instant, Done<Update>),
     Verify(u64, Instant, Done<Verified>),
     Kernel(Instant, Done<KernelInfo>),
@@ -90,16 +115,9 @@ impl Session {
     ///
     /// # Errors
     /// [`Failing::Busy`] when too many operations wait.
-    pub fn apply(
-        &self,
-        name: String,
-        package: Vec<u8>,
-        check: bool,
-        deadline: Instant,
-        done: Done<Update>,
-    ) -> Result<Update, Problem> {
-        let update = self.book.open(name, package.len(), check);
-        self.hand_in(Job::Apply(update.id, package, deadline, done))
+    pub fn apply(&self, order: Order, done: Done<Update>) -> Result<Update, Problem> {
+        let update = self.book.open(&order);
+        self.hand_in(Job::Apply(update.id, order, done))
             .inspect_err(|problem| self.book.refuse(update.id, problem))?;
         Ok(update)
     }
@@ -186,14 +204,18 @@ impl Book {
     }
 
     /// Enters a new update.
-    fn open(&self, name: String, package_bytes: usize, check: bool) -> Update {
+    fn open(&self, order: &Order) -> Update {
         let mut updates = self.lock();
         if updates.len() >= KEPT {
             let over = updates.iter().position(|update| {
                 matches!(
                     update.state,
-                    State::Checked | State::Reverted | State::Refused | State::Lost
-                )
+                    State::Checked
+                        | State::Reverted
+                        | State::Replaced
+                        | State::Refused
+                        | State::Lost
+                ) && update.editions.is_empty()
             });
             if let Some(oldest) = over {
                 updates.remove(oldest);
@@ -201,12 +223,14 @@ impl Book {
         }
         let update = Update {
             id: updates.last().map_or(1, |last| last.id + 1),
-            name,
+            name: order.name.clone(),
             state: State::Queued,
             doing: None,
-            check,
-            package_bytes,
+            check: order.check,
+            package_bytes: order.package.len(),
             functions: Vec::new(),
+            instead_of: Vec::new(),
+            editions: Vec::new(),
             submitted: self.events.elapsed(),
             changed: self.events.elapsed(),
             applied: None,
@@ -248,6 +272,7 @@ impl Book {
                 "the kernel in which it was applied no longer runs",
             ),
             State::Reverted => ("update_not_applied", "it was reverted already"),
+            State::Replaced => ("update_not_applied", "another update has taken its place"),
             State::Broken => (
                 BROKEN,
                 "it failed half-way: the guest's memory is not known to be sound",
@@ -264,13 +289,16 @@ impl Book {
         ))
     }
 
-    /// Changes an update and tells the world; the update afterwards.
+    /// Changes an update and tells the world, if there is anything new; the update afterwards.
     fn change(&self, id: u64, change: impl FnOnce(&mut Update)) -> Option<Update> {
         let mut updates = self.lock();
         let update = updates.iter_mut().find(|update| update.id == id)?;
-        let before = update.state;
+        let before = update.clone();
         change(update);
-        if update.state != before {
+        if *update == before {
+            return Some(before);
+        }
+        if update.state != before.state {
             update.changed = self.events.elapsed();
         }
         let update = update.clone();

@@ -1,17 +1,15 @@
 //! What planning and committing ask of a kernel, answered by the located [`Kernel`].
 
-use std::ops::Range;
-
 use crate::addr::{Gpa, Gva, LinkAddr};
 use crate::commit::{Blocked, Running, Scanned};
 use crate::edition::link::{Resolve, Returns};
 use crate::guest::{ReadPhys, Registers};
 use crate::kernel::locate::Kernel;
-use crate::kernel::quiescence::quiescent;
+use crate::kernel::quiescence::{Question, quiescent};
 use crate::kernel::stack::ScanError;
 use crate::kernel::symbols::{Space, SymbolError};
 use crate::kernel::unwind::OtherCode;
-use crate::plan::checks;
+use crate::plan::{Plan, checks};
 
 /// A located kernel, and how its functions return.
 #[derive(Clone, Copy, Debug)]
@@ -77,20 +75,22 @@ impl Running for Inhabited<'_> {
         }
     }
 
-    fn scan<G: ReadPhys + Registers>(
-        &self,
-        guest: &G,
-        forbidden: &[Range<Gva>],
-    ) -> Result<Scanned, Blocked> {
+    fn scan<G: ReadPhys + Registers>(&self, guest: &G, plan: &Plan) -> Result<Scanned, Blocked> {
         // A probe that is not armed yet would be written over our jump when it is.
-        for range in forbidden {
+        for range in &plan.forbidden {
             let probes = self.kernel.kprobes_in(guest, range).map_err(unreadable)?;
             checks::no_kprobe("the redirected function", &probes).map_err(Blocked::Changed)?;
         }
-        match quiescent(self.kernel, guest, guest.vcpus(), forbidden, &self.others) {
-            Ok(scan) => Ok(Scanned {
-                tasks: scan.tasks as u64,
-                words: scan.words,
+        let question = Question {
+            forbidden: &plan.forbidden,
+            watched: &plan.watched,
+            ..Question::default()
+        };
+        match quiescent(self.kernel, guest, guest.vcpus(), &question, &self.others) {
+            Ok(answer) => Ok(Scanned {
+                tasks: answer.scan.tasks as u64,
+                words: answer.scan.words,
+                watched: answer.watched,
             }),
             Err(error @ (ScanError::Hit(_) | ScanError::Disagree { .. })) => Err(Blocked::Busy {
                 cause: error.to_string(),

@@ -1,8 +1,11 @@
 //! Packages applied to a made-up kernel in a made-up guest, from the package's bytes to the guest's.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Applied, ApplyError, ApplyOptions, Arena, CommitFailed, Report, apply, revert};
+use super::{
+    ApplyError, ApplyOptions, Arena, CommitFailed, Life, Report, Request, apply, revert, settle,
+};
 use crate::addr::{Gpa, Gva};
 use crate::commit::CommitError;
 use crate::edition::object::Package;
@@ -13,7 +16,7 @@ use crate::kernel::stack::Who;
 use crate::kernel::testing::guest::{SLIDE, TinyGuest};
 use crate::kernel::testing::orc::{AFTER_CALL, FUNCTION, FUNCTIONS, Rule, entry, function};
 use crate::kernel::testing::{BUILD_ID, FORMS, Form, TEXT, task};
-use crate::kernel::unwind::{End, OtherCode, Reason, Region, Stack, stacks};
+use crate::kernel::unwind::{End, OtherCode, Reason, Stack, stacks};
 use crate::observe::verify;
 use crate::x86::insn::{NOP5, whole_instructions};
 
@@ -63,14 +66,22 @@ fn apply_it(
     arena: &mut Arena,
     package: &Package,
     check_only: bool,
-) -> Result<(Option<Applied>, Report), ApplyError> {
-    let options = ApplyOptions {
+) -> Result<Report, ApplyError> {
+    let request = Request {
+        id: 1,
+        package,
+        instead_of: &[],
+    };
+    apply(guest, kernel, arena, &request, &options(check_only))
+}
+
+fn options<'a>(check_only: bool) -> ApplyOptions<'a> {
+    ApplyOptions {
         deadline: Instant::now() + Duration::from_millis(200),
         check_only,
         doing: &|_| {},
         written: &|| {},
-    };
-    apply(guest, kernel, arena, package, &options)
+    }
 }
 
 /// What the kernel sees at `JUMP`, 6 bytes.
@@ -87,22 +98,22 @@ fn a_package_reaches_the_guest_and_leaves_it() {
         let (mut guest, kernel, mut arena) = booted(form);
         let before = live(&guest, &kernel);
         let package = package("patient", 0, &BUILD_ID);
-        let (none, _) = apply_it(&mut guest, &kernel, &mut arena, &package, true).unwrap();
+        apply_it(&mut guest, &kernel, &mut arena, &package, true).unwrap();
         assert!(
-            none.is_none() && arena.space.used() == 64,
+            arena.holds.placed.is_empty() && arena.holds.space.used() == 64,
             "a check changes nothing"
         );
         assert_eq!(live(&guest, &kernel), before);
 
-        let (applied, report) = apply_it(&mut guest, &kernel, &mut arena, &package, false).unwrap();
-        let applied = applied.unwrap();
+        let report = apply_it(&mut guest, &kernel, &mut arena, &package, false).unwrap();
         assert_eq!(report.tasks, 3);
-        let observed = verify(&guest, &kernel, &applied);
+        let observed = verify(&guest, &kernel, &arena.holds, 1);
         assert!(
             observed.bytes > 20 && observed.differences.is_empty(),
             "{observed:?}"
         );
-        let [redirection] = &applied.linked.redirections[..] else {
+        let placed = Arc::clone(&arena.holds.placed[&1]);
+        let [redirection] = &placed.linked.redirections[..] else {
             panic!("one redirection")
         };
         let jump = whole_instructions(&live(&guest, &kernel), redirection.target.jump, 6).unwrap();
@@ -117,22 +128,81 @@ fn a_package_reaches_the_guest_and_leaves_it() {
         let edition = whole_instructions(&edition, redirection.edition, 10).unwrap();
         assert_eq!(edition[1].near_branch_target(), redirection.head.at.0);
 
-        let again = apply_it(&mut guest, &kernel, &mut arena, &package, false).unwrap_err();
-        assert!(again.to_string().contains("already redirected"), "{again}");
-        let options = ApplyOptions {
-            deadline: Instant::now() + Duration::from_millis(200),
-            check_only: false,
-            doing: &|_| {},
-            written: &|| {},
-        };
-        revert(&mut guest, &kernel, &arena, &applied, &options).unwrap();
+        revert(&mut guest, &kernel, &mut arena, &[1], &options(false)).unwrap();
         assert_eq!(live(&guest, &kernel), before);
-        assert_eq!(
-            verify(&guest, &kernel, &applied).differences.len(),
-            1,
-            "the jump is gone"
-        );
+        let observed = verify(&guest, &kernel, &arena.holds, 1);
+        assert!(observed.differences.is_empty(), "its code is still there");
+        let again = revert(&mut guest, &kernel, &mut arena, &[1], &options(false)).unwrap_err();
+        assert!(again.to_string().contains("not in effect"), "{again}");
+        let gone = settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
+        assert_eq!((gone, arena.holds.space.used()), (vec![1], 64));
     }
+}
+
+/// Updates lie on each other, and go one by one, two at once, or for another that takes their place.
+#[test]
+fn updates_lie_on_each_other() {
+    let (mut guest, kernel, mut arena) = booted(Form::New);
+    let before = live(&guest, &kernel);
+    let package = package("patient", 0, &BUILD_ID);
+    let come = |arena: &mut Arena, guest: &mut FakeGuest, id: u64, instead_of: &[u64]| {
+        let request = Request {
+            id,
+            package: &package,
+            instead_of,
+        };
+        apply(guest, &kernel, arena, &request, &options(false)).unwrap();
+        let lead = arena.holds.placed[&id].linked.redirections[0].edition;
+        let jump = whole_instructions(&live(guest, &kernel), Gva(JUMP + SLIDE), 5).unwrap();
+        assert_eq!(jump[0].near_branch_target(), lead.0, "update {id} leads");
+        let found = verify(&*guest, &kernel, &arena.holds, id);
+        assert!(found.differences.is_empty(), "{found:?}");
+    };
+    let life = |arena: &Arena, id: u64| {
+        let editions = arena.holds.editions(id).into_iter();
+        editions.map(|edition| edition.life).collect::<Vec<_>>()
+    };
+    come(&mut arena, &mut guest, 1, &[]);
+    come(&mut arena, &mut guest, 2, &[]);
+    come(&mut arena, &mut guest, 3, &[]);
+    assert_eq!(life(&arena, 1), [Life::Placed]);
+    assert_eq!(life(&arena, 3), [Life::Active]);
+    // From the middle: nothing changes for callers.
+    let jump = live(&guest, &kernel);
+    revert(&mut guest, &kernel, &mut arena, &[2], &options(false)).unwrap();
+    assert_eq!(live(&guest, &kernel), jump);
+    assert_eq!(life(&arena, 2), [Life::Draining { by: None }]);
+    come(&mut arena, &mut guest, 4, &[1, 3]);
+    assert_eq!(life(&arena, 4), [Life::Active]);
+    assert!(life(&arena, 2).is_empty(), "the pause found nobody in it");
+    revert(&mut guest, &kernel, &mut arena, &[4], &options(false)).unwrap();
+    assert_eq!(live(&guest, &kernel), before);
+    // The next one settles what is left of the others.
+    settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
+    assert_eq!(arena.holds.space.used(), 64);
+    assert!(arena.holds.placed.is_empty() && arena.holds.drains.is_empty());
+}
+
+/// A jump of ours that somebody has changed is not written over.
+#[test]
+fn a_jump_that_is_not_as_it_was_left_is_refused() {
+    let (mut guest, kernel, mut arena) = booted(Form::New);
+    let package = package("patient", 0, &BUILD_ID);
+    apply_it(&mut guest, &kernel, &mut arena, &package, false).unwrap();
+    let at = kernel.translate(&guest, Gva(JUMP + SLIDE)).unwrap();
+    guest.poke(at, &[0xcc]).unwrap();
+    let refused = |error: ApplyError| {
+        let said = error.to_string();
+        assert!(said.contains("was changed in the running kernel"), "{said}");
+    };
+    let request = Request {
+        id: 2,
+        package: &package,
+        instead_of: &[],
+    };
+    refused(apply(&mut guest, &kernel, &mut arena, &request, &options(false)).unwrap_err());
+    refused(revert(&mut guest, &kernel, &mut arena, &[1], &options(false)).unwrap_err());
+    assert_eq!(arena.holds.editions(1)[0].life, Life::Active);
 }
 
 #[test]
@@ -152,7 +222,7 @@ fn a_fault_at_any_write_leaves_the_guest_as_it_was() {
             guest.memory() == before && !guest.is_paused(),
             "write {faults}"
         );
-        assert_eq!(arena.space.used(), 64, "no room is taken");
+        assert_eq!(arena.holds.space.used(), 64, "no room is taken");
         faults += 1;
     }
     // Two entries of the mapping, the code, the jump.
@@ -239,27 +309,17 @@ fn another_kernel_is_refused() {
     let error = apply_it(&mut guest, &kernel, &mut arena, &other, false).unwrap_err();
     assert!(error.to_string().contains(&"09".repeat(20)), "{error}");
     // The guest is reset and another kernel takes its place: the build-id is gone.
-    let mut applied = None;
     let ours = package("patient", 0, &BUILD_ID);
-    if let Ok((done, _)) = apply_it(&mut guest, &kernel, &mut arena, &ours, false) {
-        applied = done;
-    }
+    apply_it(&mut guest, &kernel, &mut arena, &ours, false).unwrap();
     guest
         .vcpus_mut()
         .iter_mut()
         .for_each(|vcpu| vcpu.idt_base += 0x1000);
-    let options = ApplyOptions {
-        deadline: Instant::now() + Duration::from_millis(50),
-        check_only: false,
-        doing: &|_| {},
-        written: &|| {},
-    };
-    let error = revert(&mut guest, &kernel, &arena, &applied.unwrap(), &options).unwrap_err();
+    let error = revert(&mut guest, &kernel, &mut arena, &[1], &options(false)).unwrap_err();
     assert!(
         error.to_string().contains("no longer runs the kernel"),
         "{error}"
     );
-    assert!(!error.is_broken());
 }
 
 /// A thread that sleeps beneath an edition is followed through it and through the head, while the update is in effect and after.
@@ -288,9 +348,9 @@ fn stacks_lead_through_editions_that_stay() {
         maker.edition("patient", 0, 0);
         maker.orc_entry(entry(form, Rule::Call((5, 8), (0, 0))));
         let package = Package::parse(&maker.finish()).unwrap();
-        let (applied, _) = apply_it(&mut guest, &kernel, &mut arena, &package, false).unwrap();
-        let applied = applied.unwrap();
-        let [redirection] = &applied.linked.redirections[..] else {
+        apply_it(&mut guest, &kernel, &mut arena, &package, false).unwrap();
+        let placed = Arc::clone(&arena.holds.placed[&1]);
+        let [redirection] = &placed.linked.redirections[..] else {
             panic!("one redirection")
         };
         let back = redirection.edition.0 + 10;
@@ -299,7 +359,8 @@ fn stacks_lead_through_editions_that_stay() {
 
         let vcpus = guest.vcpus_mut().clone();
         let follow = |guest: &FakeGuest, arena: &Arena| {
-            let known = arena.residents.iter().map(|resident| resident.code.clone());
+            let placed = arena.holds.placed.values();
+            let known = placed.map(|placed| placed.resident.code.clone());
             let others: Vec<_> = known.chain([OtherCode::arena()]).collect();
             let found = stacks(&kernel, guest, &vcpus, &others).unwrap();
             let of_it = |stack: &Stack| matches!(&stack.who, Who::Task { pid: 7, .. });
@@ -311,26 +372,35 @@ fn stacks_lead_through_editions_that_stay() {
         assert_eq!(follow(&guest, &arena), whole, "{form:?}");
         // Nothing is known of it in another arena.
         let mut other = arena.clone();
-        other.residents.clear();
-        let unknown = Err(Reason::NoTable {
-            at: Gva(back - 1),
-            region: Region::Given("the arena".to_owned()),
-        });
-        assert_eq!(follow(&guest, &other), (Vec::new(), unknown));
-
-        let options = ApplyOptions {
-            deadline: Instant::now() + Duration::from_millis(200),
-            check_only: false,
-            doing: &|_| {},
-            written: &|| {},
+        let unknown = OtherCode {
+            table: None,
+            ..placed.resident.code.clone()
         };
-        let refused = revert(&mut guest, &kernel, &other, &applied, &options);
+        let mut forgotten = (*placed).clone();
+        forgotten.resident.code = unknown;
+        other.holds.placed.insert(1, Arc::new(forgotten));
+        let (frames, end) = follow(&guest, &other);
+        assert!(
+            frames.is_empty() && matches!(end, Err(Reason::NoTable { .. })),
+            "{end:?}"
+        );
+        let refused = revert(&mut guest, &kernel, &mut other, &[1], &options(false));
         let refused = refused.unwrap_err().to_string();
         assert!(
             refused.contains("task 7 (sleeper) cannot be followed"),
             "{refused}"
         );
-        revert(&mut guest, &kernel, &arena, &applied, &options).unwrap();
+        revert(&mut guest, &kernel, &mut arena, &[1], &options(false)).unwrap();
         assert_eq!(follow(&guest, &arena), whole, "{form:?}, reverted");
+        // As long as it sleeps there the room is not used again.
+        let gone = settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
+        let by = Some("task 7 (sleeper)".to_owned());
+        assert!(gone.is_empty());
+        assert_eq!(arena.holds.editions(1)[0].life, Life::Draining { by });
+        guest
+            .poke(at, &after(function::OTHERS).to_le_bytes())
+            .unwrap();
+        let gone = settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
+        assert_eq!((gone, arena.holds.space.used()), (vec![1], 64));
     }
 }

@@ -17,7 +17,7 @@ const CODE_ALIGN: u64 = 16;
 /// What fills gaps in code: `int3`.
 const GAP: u8 = 0xcc;
 /// Prefix of the symbols by which an edition calls an original; see `exopatch.h`.
-const ORIGINAL: &str = "exopatch_original_";
+pub(crate) const ORIGINAL: &str = "exopatch_original_";
 
 /// Why a package cannot be linked.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]

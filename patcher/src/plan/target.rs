@@ -2,17 +2,18 @@
 
 use std::ops::Range;
 
-use super::checks;
 use super::refusal::Refusal;
+use super::{Lead, checks};
 use crate::addr::{Gva, LinkAddr};
 use crate::edition::link::Returns;
+use crate::edition::list::Function;
 use crate::edition::object::Edition;
 use crate::guest::ReadPhys;
 use crate::kernel::image::{NotShipped, Shipped};
 use crate::kernel::locate::{Kernel, KernelError};
 use crate::kernel::sites::{Site, SiteKind};
 use crate::kernel::symbols::{Symbol, SymbolError};
-use crate::x86::insn::{self, JUMP_LEN};
+use crate::x86::insn::{self, InsnError, JUMP_LEN};
 use crate::x86::paging::PagingError;
 
 /// What the kernel makes of a return where it needs no thunk (kernel `arch/x86/kernel/alternative.c`, `patch_return()`).
@@ -65,16 +66,18 @@ pub enum TargetError {
 impl Target {
     /// Finds the function that `edition` replaces, and checks every rule that can be checked while the guest runs.
     ///
-    /// `arena` is where the kernel sees the arena: a jump there is ours. `returns` is how the kernel's functions return.
+    /// `arena` is where the kernel sees the arena: a jump there is ours. `returns` is how the kernel's functions return. `redirected` is what
+    /// is known of a function that leads to an edition already: its jump must still be there.
     ///
     /// # Errors
     /// [`TargetError`]. Nothing was written.
-    pub fn find<R: ReadPhys>(
+    pub fn find<'r, R: ReadPhys>(
         kernel: &Kernel,
         guest: &R,
         edition: &Edition,
         arena: &Range<Gva>,
         returns: Returns,
+        redirected: impl Fn(Gva) -> Option<&'r Function>,
     ) -> Result<Self, TargetError> {
         let shipped = kernel.image().shipped()?;
         let symbols = kernel.image().symbols();
@@ -85,7 +88,10 @@ impl Target {
                 usize::try_from(nth).unwrap_or(usize::MAX),
             )?,
         };
-        let function = Function::new(kernel, shipped, &symbol)?;
+        if let Some(known) = redirected(kernel.runtime(symbol.address)) {
+            return known.target.still(kernel, guest, known.lead);
+        }
+        let function = Code::new(kernel, shipped, &symbol)?;
         let jump = function.jump()?;
         let displaced = function.displaced_range(jump)?;
         let displaced_sites = function.sites_in(&displaced);
@@ -115,6 +121,40 @@ impl Target {
         })
     }
 
+    /// The target itself, if the running kernel leads it to `lead`, as it should.
+    fn still<R: ReadPhys>(
+        &self,
+        kernel: &Kernel,
+        guest: &R,
+        lead: Lead,
+    ) -> Result<Self, TargetError> {
+        let expected = self.bytes(lead).map_err(|cause| Refusal::Immovable {
+            function: self.name.clone(),
+            cause,
+        })?;
+        let mut live = vec![0; expected.len()];
+        let read = kernel.read(guest, self.jump, &mut live);
+        read.map_err(|cause| TargetError::Unreadable {
+            function: self.name.clone(),
+            cause,
+        })?;
+        checks::unchanged(&self.name, self.jump, &expected, &live)?;
+        Ok(self.clone())
+    }
+
+    /// What is at the jump's place while the function leads to `lead`.
+    ///
+    /// # Errors
+    /// When that is out of a jump's reach.
+    pub fn bytes(&self, lead: Lead) -> Result<Vec<u8>, InsnError> {
+        let Some(to) = lead.address() else {
+            return Ok(self.displaced.clone());
+        };
+        let mut bytes = insn::jump(self.jump, to)?.to_vec();
+        bytes.extend(insn::nops(self.displaced.len().saturating_sub(JUMP_LEN)));
+        Ok(bytes)
+    }
+
     /// Where no thread may be or return to while the jump is written: the displaced bytes but the first.
     #[must_use]
     pub fn forbidden(&self) -> Range<Gva> {
@@ -124,7 +164,7 @@ impl Target {
 }
 
 /// A function of the image, with its code.
-struct Function<'a> {
+struct Code<'a> {
     kernel: &'a Kernel,
     shipped: &'a Shipped,
     symbol: &'a Symbol,
@@ -133,7 +173,7 @@ struct Function<'a> {
     sites: Vec<Site>,
 }
 
-impl<'a> Function<'a> {
+impl<'a> Code<'a> {
     /// The function behind `symbol`, if it lies where functions may be redirected.
     fn new(kernel: &'a Kernel, shipped: &'a Shipped, symbol: &'a Symbol) -> Result<Self, Refusal> {
         let at = kernel.runtime(symbol.address);

@@ -7,7 +7,7 @@ use axum::http::StatusCode;
 use super::error::ApiError;
 use super::wire;
 use crate::events::{Event, EventKind};
-use crate::updates::{Cost, Failing, KernelInfo, Problem, State, Update, Verified};
+use crate::updates::{Cost, Edition, Failing, KernelInfo, Life, Problem, State, Update, Verified};
 use crate::views::ViewError;
 use crate::vm::{self, PauseStats, Status};
 
@@ -97,6 +97,7 @@ pub(super) fn update(update: Update) -> wire::Update {
         State::Applied => wire::UpdateState::Applied,
         State::Reverting => wire::UpdateState::Reverting,
         State::Reverted => wire::UpdateState::Reverted,
+        State::Replaced => wire::UpdateState::Replaced,
         State::Refused => wire::UpdateState::Refused,
         State::Lost => wire::UpdateState::Lost,
         State::Broken => wire::UpdateState::Broken,
@@ -109,11 +110,28 @@ pub(super) fn update(update: Update) -> wire::Update {
         check: update.check,
         package_bytes: count(update.package_bytes),
         functions: update.functions,
+        instead_of: update.instead_of,
+        editions: update.editions.into_iter().map(edition).collect(),
         submitted_at_ms: ms(update.submitted),
         changed_at_ms: ms(update.changed),
         applied: update.applied.as_ref().map(report),
         reverted: update.reverted.as_ref().map(report),
         error: update.problem.map(|problem| error(problem).body),
+    }
+}
+
+fn edition(edition: Edition) -> wire::Edition {
+    let (state, why) = match edition.life {
+        Life::Placed => (wire::EditionState::Placed, None),
+        Life::Active => (wire::EditionState::Active, None),
+        Life::Draining { by } => (wire::EditionState::Draining, by),
+        Life::Kept { escape } => (wire::EditionState::Kept, Some(escape)),
+    };
+    wire::Edition {
+        function: edition.function,
+        at: edition.at.to_string(),
+        state,
+        why,
     }
 }
 

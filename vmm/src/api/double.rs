@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 use axum::http::StatusCode;
 
 use super::error::ApiError;
-use super::machine::{Apply, Done, Machine};
+use super::machine::{Done, Machine};
 use super::wire::{
     Arena, Dump, Kernel, Report, Stop, Update, UpdateState, Verification, Vm, VmState,
 };
 use crate::events::Events;
+use crate::updates::{InsteadOf, Order};
 use crate::views::{Asked, Seen, View, disasm, log, modules, stack, symbols, tasks, text, types};
 
 /// The double. A package that starts with `refuse`, `late` or `panic` meets that end.
@@ -131,7 +132,7 @@ impl Machine for Double {
         self.updates.lock().unwrap().clone()
     }
 
-    fn apply(&self, apply: Apply, done: Done<Update>) -> Result<Update, ApiError> {
+    fn apply(&self, apply: Order, done: Done<Update>) -> Result<Update, ApiError> {
         assert!(!apply.package.starts_with(b"panic"), "told to panic");
         assert!(apply.deadline > Instant::now());
         let queued = Update {
@@ -142,6 +143,11 @@ impl Machine for Double {
             check: apply.check,
             package_bytes: u64::try_from(apply.package.len()).unwrap(),
             functions: Vec::new(),
+            instead_of: match apply.instead_of {
+                InsteadOf::These(these) => these,
+                InsteadOf::All => Vec::new(),
+            },
+            editions: Vec::new(),
             submitted_at_ms: 1,
             changed_at_ms: 1,
             applied: None,

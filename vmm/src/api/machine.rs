@@ -8,23 +8,11 @@ use std::time::{Duration, Instant};
 use super::error::ApiError;
 use super::wire;
 use crate::events::Events;
+use crate::updates::Order;
 use crate::views::{Asked, Seen, View};
 
 /// Called once, from any thread, when an operation has come to its end.
 pub type Done<T> = Box<dyn FnOnce(Result<T, ApiError>) + Send>;
-
-/// A package to apply.
-#[derive(Debug)]
-pub struct Apply {
-    /// The package's bytes.
-    pub package: Vec<u8>,
-    /// A name for people.
-    pub name: String,
-    /// Do everything but write.
-    pub check: bool,
-    /// The operation, its wait in the queue included, gives up here.
-    pub deadline: Instant,
-}
 
 /// The machine. `vm`, `pause`, `resume`, `power_button`, `kill` and `dump` may block, for as long as a pause may take; the
 /// others answer at once and come back later. None needs an async runtime.
@@ -85,7 +73,7 @@ pub trait Machine: Send + Sync + 'static {
     ///
     /// # Errors
     /// When too many operations wait already.
-    fn apply(&self, apply: Apply, done: Done<wire::Update>) -> Result<wire::Update, ApiError>;
+    fn apply(&self, order: Order, done: Done<wire::Update>) -> Result<wire::Update, ApiError>;
 
     /// Asks for an update's end: gives the update as it was queued, and calls `done` at the end.
     ///

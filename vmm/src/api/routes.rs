@@ -21,11 +21,12 @@ use super::convert;
 use super::error::ApiError;
 use super::events;
 use super::extract::{Id, JsonBody, Octets, Options, deadline};
-use super::machine::{Apply, Done, Machine};
+use super::machine::{Done, Machine};
 use super::wire::{
     ApplyQuery, DeadlineQuery, Dump, DumpRequest, ErrorBody, Event, EventsQuery, Health, Kernel,
     PowerButton, RevertQuery, Stop, Transition, Update, UpdateList, Verification, Vm,
 };
+use crate::updates::{InsteadOf, Order};
 
 /// Longest name of an update, in bytes.
 const NAME_LIMIT: usize = 128;
@@ -305,14 +306,29 @@ async fn apply(
         StatusCode::CREATED
     };
     let (done, ended) = reply();
-    let apply = Apply {
+    let order = Order {
         package,
         name,
         check,
+        instead_of: instead_of(query.instead_of.as_deref())?,
         deadline,
     };
-    let queued = api.machine.apply(apply, done)?;
+    let queued = api.machine.apply(order, done)?;
     settle(queued, ended, query.wait, status).await
+}
+
+/// The updates that an option names: `all`, or numbers with commas between them.
+fn instead_of(option: Option<&str>) -> Result<InsteadOf, ApiError> {
+    let these: Result<Vec<u64>, _> = match option {
+        None => return Ok(InsteadOf::These(Vec::new())),
+        Some("all") => return Ok(InsteadOf::All),
+        Some(these) => these.split(',').map(str::parse).collect(),
+    };
+    these.map(InsteadOf::These).map_err(|_| {
+        ApiError::malformed(format_args!(
+            "instead_of must be `all`, or the numbers of updates with commas between them"
+        ))
+    })
 }
 
 /// Undoes an applied update

@@ -126,6 +126,8 @@ pub struct ApplyQuery {
     /// that the first operation needs to read the kernel's image does not count.
     #[param(minimum = 1, maximum = 600_000)]
     pub deadline_ms: Option<u64>,
+    /// The updates whose place it takes, by number with commas between them, or `all` that are in effect: they go in the same moment.
+    pub instead_of: Option<String>,
     /// `false`: answer 202 at once, the operation goes on; follow it at its `Location` or in the events.
     pub wait: Option<bool>,
 }
@@ -190,12 +192,13 @@ pub enum UpdateState {
     Reverting,
     /// Was in effect, and has been undone.
     Reverted,
+    /// Was in effect until another update took its place.
+    Replaced,
     /// Was not applied; the guest is as it was.
     Refused,
     /// Was in effect in a kernel that no longer runs (reset or kexec).
     Lost,
-    /// A write failed and so did its undo: the guest is kept paused. Or exopatch itself failed behind the last write: the editions are in effect
-    /// for good.
+    /// A write failed and so did its undo: the guest is kept paused.
     Broken,
 }
 
@@ -225,6 +228,12 @@ pub struct Update {
     pub package_bytes: u64,
     /// The kernel functions that it replaces, once the package was read.
     pub functions: Vec<String>,
+    /// The updates whose place it takes.
+    #[serde(default)]
+    pub instead_of: Vec<u64>,
+    /// Its editions, while they are in the guest.
+    #[serde(default)]
+    pub editions: Vec<Edition>,
     /// When it was handed in.
     pub submitted_at_ms: u64,
     /// When `state` last changed.
@@ -238,6 +247,34 @@ pub struct Update {
     /// Why the last operation on it failed, if it did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<ErrorBody>,
+}
+
+/// Where an edition stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum EditionState {
+    /// It is in the arena, beneath another one: nothing leads to it.
+    Placed,
+    /// Calls of its function get to it.
+    Active,
+    /// Nothing leads to it any more, but a thread may be in it or come back to it.
+    Draining,
+    /// Nothing leads to it, but it stays: an address of it may be known to the guest.
+    Kept,
+}
+
+/// One edition of an update.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Edition {
+    /// The kernel function.
+    pub function: String,
+    /// Guest-virtual address of the edition, hexadecimal.
+    pub at: String,
+    /// Where it stands.
+    pub state: EditionState,
+    /// Why it is still there, if nothing leads to it: who was in it when that was looked at last, or what may know its address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
 }
 
 /// What one operation cost the guest.

@@ -2,8 +2,8 @@
 
 use super::clean;
 use crate::api::wire::{
-    Dump, Event, EventBody, Kernel, PowerButton, Report, Transition, Update, UpdateList,
-    UpdateState, Verification, Vm, VmState,
+    Dump, EditionState, Event, EventBody, Kernel, PowerButton, Report, Transition, Update,
+    UpdateList, UpdateState, Verification, Vm, VmState,
 };
 
 /// Appends a line of a name and its value.
@@ -27,6 +27,7 @@ fn update_state(state: UpdateState) -> &'static str {
         UpdateState::Applied => "applied",
         UpdateState::Reverting => "reverting",
         UpdateState::Reverted => "reverted",
+        UpdateState::Replaced => "replaced",
         UpdateState::Refused => "refused",
         UpdateState::Lost => "lost",
         UpdateState::Broken => "broken",
@@ -150,7 +151,28 @@ pub(super) fn update(update: &Update) -> String {
     if let Some(doing) = &update.doing {
         row(&mut table, "doing", clean(doing));
     }
+    if !update.instead_of.is_empty() {
+        let numbers = update.instead_of.iter().map(u64::to_string);
+        let numbers: Vec<String> = numbers.collect();
+        row(&mut table, "instead of", numbers.join(", "));
+    }
     row(&mut table, "functions", clean(&update.functions.join(", ")));
+    for edition in &update.editions {
+        let state = match edition.state {
+            EditionState::Placed => "placed",
+            EditionState::Active => "active",
+            EditionState::Draining => "draining",
+            EditionState::Kept => "kept",
+        };
+        let why = edition.why.as_ref();
+        let why = why.map_or_else(String::new, |why| format!(" ({})", clean(why)));
+        let at = clean(&edition.at);
+        row(
+            &mut table,
+            &format!("  {}", clean(&edition.function)),
+            format_args!("{state} at {at}{why}"),
+        );
+    }
     if let Some(applied) = &update.applied {
         report(
             &mut table,

@@ -24,6 +24,9 @@ pub enum UpdateCommand {
         /// Return as soon as the package is handed in; see `exopatch update show`
         #[arg(long)]
         no_wait: bool,
+        /// Take the place of these updates (numbers with commas between them), or of `all`: they go in the same moment
+        #[arg(long, value_name = "IDS")]
+        instead_of: Option<String>,
     },
     /// Do everything that apply does, but write nothing to the guest
     #[command(after_help = EXIT_CODES)]
@@ -87,8 +90,9 @@ impl Client {
                     package,
                     check,
                     no_wait,
-                } => self.apply(package, check, no_wait).await,
-                UpdateCommand::Check { package } => self.apply(package, true, false).await,
+                    instead_of,
+                } => self.apply(package, check, no_wait, instead_of).await,
+                UpdateCommand::Check { package } => self.apply(package, true, false, None).await,
                 UpdateCommand::List => {
                     let list: UpdateList = self.call(Call::get("/v1/updates")).await?;
                     self.print(&list, show::updates)
@@ -125,7 +129,13 @@ impl Client {
         })
     }
 
-    async fn apply(&self, package: Package, check: bool, no_wait: bool) -> Result<(), Failure> {
+    async fn apply(
+        &self,
+        package: Package,
+        check: bool,
+        no_wait: bool,
+        instead_of: Option<String>,
+    ) -> Result<(), Failure> {
         let Package { file, deadline } = package;
         let body = std::fs::read(&file).map_err(|cause| Failure::File {
             path: file.clone(),
@@ -135,6 +145,7 @@ impl Client {
             .query(&[
                 ("name", Some(name_of(&file))),
                 ("check", check.then(|| "true".to_owned())),
+                ("instead_of", instead_of),
                 ("wait", no_wait.then(|| "false".to_owned())),
             ])
             .deadline(deadline)

@@ -4,17 +4,15 @@
 //! that nothing explains.
 //! What the guest was just changing makes no sense for a moment; it is then let go, and looked at again a little later, until the deadline.
 
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use patcher::addr::Gva;
-use patcher::apply::Applied;
-use patcher::edition::resident::Resident;
+use patcher::apply::Holdings;
+use patcher::apply::arena::Placed;
+use patcher::edition::list::Function;
 use patcher::guest::{Guest, PausedGuest, Registers};
 use patcher::kernel::image::Image;
 use patcher::kernel::locate::Kernel;
-use patcher::plan::Purpose;
 
 use super::problem;
 use crate::guest::{KvmGuest, KvmPaused};
@@ -156,87 +154,25 @@ fn paused_us(guest: &KvmGuest, began: Instant) -> Option<u64> {
     Some(if stopped { took } else { 0 })
 }
 
-/// What updates have put into the guest: those in `applied`, and those of the arena's `residents` that were reverted.
-pub(super) fn updates(applied: &[(u64, &Applied)], residents: &[Resident]) -> Vec<Update> {
-    let of = |resident: &Resident| {
-        let holds = |(_, applied): &&(u64, &Applied)| {
-            let code = &applied.linked.code;
-            !code.bytes.is_empty() && resident.code.range.contains(&Gva(code.at))
+/// What updates have put into the guest: those in effect, and those that threads have yet to leave.
+pub(super) fn updates(holds: &Holdings) -> Vec<Update> {
+    let of = |(id, placed): (&u64, &Arc<Placed>)| {
+        let redirections = placed.linked.redirections.iter();
+        let functions = redirections.map(|redirection| redirection.target.function);
+        let functions = functions.filter_map(|at| holds.functions.redirected(at));
+        let leads_here = |function: &&Function| {
+            let to = function.lead.address();
+            to.is_some_and(|to| placed.resident.code.range.contains(&to))
         };
-        let applied = applied.iter().find(holds);
+        let jumps = functions.filter(leads_here).filter_map(|function| {
+            let target = &function.target;
+            target.jump.range(target.displaced.len() as u64)
+        });
         Update {
-            id: applied.map(|(id, _)| *id),
-            jumps: applied.map_or_else(Vec::new, |(_, applied)| jumps(applied)),
-            code: resident.clone(),
+            id: holds.functions.of(*id).next().map(|_| *id),
+            jumps: jumps.collect(),
+            code: placed.resident.clone(),
         }
     };
-    residents.iter().map(of).collect()
-}
-
-/// The jumps of an update in the kernel's text.
-fn jumps(applied: &Applied) -> Vec<Range<Gva>> {
-    let jumps = applied.plan.writes.iter();
-    let jumps = jumps.filter(|write| write.purpose == Purpose::Trampoline);
-    let ranges = jumps.filter_map(|write| write.gva.range(write.bytes.len() as u64));
-    ranges.collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use patcher::addr::{Gpa, Gva};
-    use patcher::apply::Applied;
-    use patcher::edition::link::{Linked, Placed};
-    use patcher::edition::resident::Resident;
-    use patcher::kernel::unwind::OtherCode;
-    use patcher::plan::{Plan, Purpose, Write};
-
-    fn write(purpose: Purpose, at: u64) -> Write {
-        Write {
-            purpose,
-            subject: String::new(),
-            gva: Gva(at),
-            gpa: Gpa(0),
-            expect: None,
-            bytes: vec![0; 5],
-        }
-    }
-
-    fn resident(at: u64) -> Resident {
-        Resident {
-            pieces: vec![(Gva(at)..Gva(at + 0x100), "f".to_owned())],
-            code: OtherCode {
-                name: String::new(),
-                range: Gva(at)..Gva(at + 0x100),
-                table: None,
-            },
-        }
-    }
-
-    #[test]
-    fn what_is_in_the_arena_belongs_to_an_update_or_to_a_reverted_one() {
-        let linked = Linked {
-            code: Placed {
-                at: 0x1000,
-                bytes: vec![0; 0x100],
-            },
-            redirections: Vec::new(),
-            data: Placed::default(),
-            orc: Vec::new(),
-        };
-        let writes = vec![
-            write(Purpose::Arena, 0x1000),
-            write(Purpose::Trampoline, 0x15),
-        ];
-        let forbidden = Vec::new();
-        let plan = Plan { writes, forbidden };
-        let applied = Applied { linked, plan };
-        let residents = [resident(0x800), resident(0x1000)];
-        let [old, new] = &super::updates(&[(3, &applied)], &residents)[..] else {
-            panic!("one of each")
-        };
-        assert_eq!((old.id, old.jumps.len()), (None, 0));
-        assert_eq!(new.id, Some(3));
-        assert_eq!(new.jumps, [Gva(0x15)..Gva(0x1a)]);
-        assert_eq!(new.code.pieces, residents[1].pieces);
-    }
+    holds.placed.iter().map(of).collect()
 }

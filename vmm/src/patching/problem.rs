@@ -6,6 +6,7 @@ use std::error::Error;
 use patcher::apply::{ApplyError, CommitFailed};
 use patcher::commit::{Blocked, CommitError};
 use patcher::edition::link::LinkError;
+use patcher::edition::list::ListError;
 use patcher::edition::object::PackageError;
 use patcher::guest::GuestError;
 use patcher::kernel::arena::ArenaError;
@@ -24,6 +25,7 @@ use crate::views::error::Kind;
 use crate::vm::BreakpointError;
 
 const NOT_APPLIED: &str = "the update was not applied";
+const NOT_REVERTED: &str = "the update was not reverted";
 const NOT_SEEN: &str = "the kernel was not shown";
 const REPORT: &str = "this should not happen with a stock kernel: please report it";
 const ELSEWHERE: &str =
@@ -290,8 +292,36 @@ pub(super) fn apply(cause: &ApplyError) -> Problem {
             "build it again: exopatch build --kernel with the vmlinuz that the guest was booted from",
         ),
         ApplyError::Plan(error) => refused("cannot_plan", error, REPORT),
+        ApplyError::List(error) => list(NOT_APPLIED, error),
         ApplyError::Commit(error) => commit(NOT_APPLIED, error),
     }
+}
+
+/// A revert failed.
+pub(super) fn revert(cause: &ApplyError) -> Problem {
+    match cause {
+        ApplyError::List(error) => list(NOT_REVERTED, error),
+        ApplyError::Commit(error) => commit(NOT_REVERTED, error),
+        other => Problem {
+            message: NOT_REVERTED.to_owned(),
+            ..apply(other)
+        },
+    }
+}
+
+/// The lists of editions do not allow it.
+fn list(message: &str, cause: &ListError) -> Problem {
+    let (code, hint) = match cause {
+        ListError::NotInEffect { .. } => (
+            "update_not_applied",
+            "exopatch update list shows the state of all updates",
+        ),
+        ListError::Beneath { .. } => (
+            "update_beneath_another",
+            "or apply one update instead of both: exopatch update apply --instead-of",
+        ),
+    };
+    Problem::new(Failing::Conflict, code, message, cause.to_string(), hint)
 }
 
 fn target(cause: &TargetError) -> Problem {

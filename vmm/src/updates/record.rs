@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use ::patcher::apply::Report;
+use ::patcher::apply::{Edition, Report};
 
 /// The code of a failure that left the guest paused.
 pub const BROKEN: &str = "guest_left_paused";
@@ -22,12 +22,13 @@ pub enum State {
     Reverting,
     /// Was in effect, and has been undone.
     Reverted,
+    /// Was in effect until another update took its place.
+    Replaced,
     /// Was not applied; the guest is as it was.
     Refused,
     /// Was in effect in a kernel that no longer runs.
     Lost,
-    /// A write failed and so did its undo: the guest is kept paused. Or exopatch itself failed behind the last write: the editions are in effect
-    /// for good.
+    /// A write failed and so did its undo: the guest is kept paused.
     Broken,
 }
 
@@ -101,6 +102,10 @@ pub struct Update {
     pub package_bytes: usize,
     /// The kernel functions that it replaces, once the package was read.
     pub functions: Vec<String>,
+    /// The updates whose place it takes.
+    pub instead_of: Vec<u64>,
+    /// Its editions, while they are in the guest.
+    pub editions: Vec<Edition>,
     /// When it was handed in, since the VM's start.
     pub submitted: Duration,
     /// When its state changed last, since the VM's start.

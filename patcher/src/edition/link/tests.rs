@@ -4,7 +4,7 @@ use super::{LinkError, Linked, Resolve, Returns, link};
 use crate::addr::Gva;
 use crate::edition::object::Package;
 use crate::edition::object::tests::{BUILD_ID, Maker, sample};
-use crate::edition::space::{ArenaSpace, Full};
+use crate::edition::space::{ArenaSpace, Full, HANDLERS};
 use crate::kernel::symbols::SymbolError;
 use crate::plan::target::Target;
 use crate::x86::insn::{JUMP_LEN, NOP5, jump, whole_instructions};
@@ -62,7 +62,10 @@ fn target() -> Target {
 }
 
 fn space() -> ArenaSpace {
-    ArenaSpace::new(CODE..Gva(CODE.0 + 0x1000), DATA..Gva(DATA.0 + 0x1000))
+    ArenaSpace::new(
+        Gva(CODE.0 - HANDLERS)..Gva(CODE.0 + 0x1000),
+        DATA..Gva(DATA.0 + 0x1000),
+    )
 }
 
 fn link_it(maker: &Maker, kernel: &Fake, space: &mut ArenaSpace) -> Result<Linked, LinkError> {
@@ -78,12 +81,12 @@ fn link_it(maker: &Maker, kernel: &Fake, space: &mut ArenaSpace) -> Result<Linke
 fn everything_gets_its_place_and_value() {
     let mut space = space();
     let linked = link_it(&sample(), &kernel(), &mut space).unwrap();
-    assert_eq!((linked.code.at, linked.data.at), (CODE.0 + 64, DATA.0));
+    assert_eq!((linked.code.at, linked.data.at), (CODE.0, DATA.0));
     let [redirection] = &linked.redirections[..] else {
         panic!("one")
     };
-    assert_eq!(redirection.edition, Gva(CODE.0 + 64));
-    assert_eq!(redirection.head.at, Gva(CODE.0 + 64 + 32));
+    assert_eq!(redirection.edition, Gva(CODE.0));
+    assert_eq!(redirection.head.at, Gva(CODE.0 + 32));
     assert_eq!(linked.code.bytes[..5], NOP5, "the fentry call");
     let code = whole_instructions(&linked.code.bytes, Gva(linked.code.at), 17).unwrap();
     assert_eq!(
@@ -106,7 +109,7 @@ fn everything_gets_its_place_and_value() {
     );
     assert_eq!(linked.code.bytes[32..], redirection.head.bytes);
     assert_eq!(linked.data.bytes, [7; 8]);
-    assert_eq!(linked.orc, [(Gva(CODE.0 + 64), vec![8, 0, 0, 0, 5, 0])]);
+    assert_eq!(linked.orc, [(Gva(CODE.0), vec![8, 0, 0, 0, 5, 0])]);
     assert_eq!(space.used(), 64 + linked.code.bytes.len() as u64 + 8);
     // A second one goes behind it.
     let next = link_it(&sample(), &kernel(), &mut space).unwrap();
