@@ -18,6 +18,7 @@ use crate::edition::resident::Resident;
 use crate::edition::space::ArenaSpace;
 use crate::guest::counted::Counted;
 use crate::guest::{Guest, GuestError, PausedGuest};
+use crate::kernel::alternatives::Alternatives;
 use crate::kernel::arena::{ArenaError, ArenaLayout, ArenaPart, SLOT_SIZE};
 use crate::kernel::boot::BootState;
 use crate::kernel::locate::{Kernel, KernelError};
@@ -313,7 +314,11 @@ fn prepare<G: Guest>(
         ReturnForm::Ret => Returns::Plain,
         ReturnForm::Jump(thunk) => Returns::Thunk(thunk),
     };
-    let live = Live { kernel, returns };
+    let live = Live {
+        kernel,
+        returns,
+        alternatives: Alternatives::read(kernel, guest)?,
+    };
     link::same_kernel(package, &live)?;
     let ours = range(&arena.layout.code);
     let targets = package
