@@ -277,7 +277,7 @@ fn alternatives_keep_what_they_lead_to() {
         maker.relocate(section, 1, 4, symbol, -4);
         maker.relocate(section, 8, 2, symbol, -4);
         // What is replaced leads nowhere any more.
-        maker.relocate_text(17, 2, "elsewhere", -4);
+        maker.relocate_text(26, 2, "elsewhere", -4);
     };
     let got = alternatives(&replacements, &related, &[(16, 0, 1, 0, 15, 14)], true).unwrap();
     let at = Gva(CODE.0 + 64 + 16);
