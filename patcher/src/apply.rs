@@ -24,6 +24,7 @@ use crate::edition::list::{ListError, Listed, UpdateId};
 use crate::edition::object::Package;
 use crate::edition::resident::Resident;
 use crate::guest::Guest;
+use crate::kernel::alternatives::Alternatives;
 use crate::kernel::arena::ArenaError;
 use crate::kernel::boot::BootState;
 use crate::kernel::locate::{Kernel, KernelError};
@@ -258,7 +259,11 @@ fn place<G: Guest>(
         ReturnForm::Ret => Returns::Plain,
         ReturnForm::Jump(thunk) => Returns::Thunk(thunk),
     };
-    let live = Live { kernel, returns };
+    let live = Live {
+        kernel,
+        returns,
+        alternatives: Alternatives::read(kernel, guest)?,
+    };
     link::same_kernel(package, &live)?;
     let ours = range(&arena.layout.code);
     let redirected = |at| arena.holds.functions.redirected(at);

@@ -12,6 +12,7 @@ mod end;
 mod flavours;
 mod input;
 mod instant;
+mod ordinary;
 mod panics;
 mod patch;
 mod pause;

@@ -4,6 +4,7 @@ use crate::addr::{Gpa, Gva, LinkAddr};
 use crate::commit::{Blocked, Running, Scanned};
 use crate::edition::link::{Resolve, Returns};
 use crate::guest::{ReadPhys, Registers};
+use crate::kernel::alternatives::Alternatives;
 use crate::kernel::locate::Kernel;
 use crate::kernel::quiescence::{Question, quiescent};
 use crate::kernel::stack::ScanError;
@@ -11,11 +12,12 @@ use crate::kernel::symbols::{Space, SymbolError};
 use crate::kernel::unwind::OtherCode;
 use crate::plan::{Plan, checks};
 
-/// A located kernel, and how its functions return.
-#[derive(Clone, Copy, Debug)]
+/// A located kernel, and what it decided at boot for all of its code.
+#[derive(Clone, Debug)]
 pub(super) struct Live<'k> {
     pub(super) kernel: &'k Kernel,
     pub(super) returns: Returns,
+    pub(super) alternatives: Alternatives,
 }
 
 impl Resolve for Live<'_> {
@@ -41,6 +43,10 @@ impl Resolve for Live<'_> {
 
     fn returns(&self) -> Returns {
         self.returns
+    }
+
+    fn alternatives(&self) -> &Alternatives {
+        &self.alternatives
     }
 }
 

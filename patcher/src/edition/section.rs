@@ -27,7 +27,15 @@ pub enum Role {
 }
 
 /// Instructions that live where ordinary kernel text does.
-const CODE: &[&str] = &[".text", ".text.unlikely", ".text.hot"];
+const CODE: &[&str] = &[
+    ".text",
+    ".text.unlikely",
+    ".text.hot",
+    // Takes the place of other code where the guest's processor calls for it; never run where it is.
+    ".altinstr_replacement",
+    // Runs as long as no alternative was chosen.
+    ".altinstr_aux",
+];
 /// Data that needs nothing but memory.
 const DATA: &[&str] = &[
     ".data",
@@ -42,12 +50,16 @@ const DATA: &[&str] = &[
     ".data..ro_after_init",
     ".data..cacheline_aligned",
     ".data..shared_aligned",
+    // Debug messages that nobody can switch on, for the kernel does not know of them.
+    "__dyndbg",
+    "__dyndbg_classes",
 ];
 const OURS: &[&str] = &[
     ".exopatch.kernel",
     ".exopatch.editions",
     ".orc_unwind",
     ".orc_unwind_ip",
+    ".altinstructions",
 ];
 
 /// By exact name, or by prefix where the name ends in `*`.
@@ -78,6 +90,18 @@ const LEFT_OUT: &[(&str, &str)] = &[
         ".orc_header",
         "the package is for exactly one kernel, which has the same format",
     ),
+    (
+        ".static_call_sites",
+        "static calls of an edition go through the kernel's trampolines, which it keeps right",
+    ),
+    (
+        ".parainstructions",
+        "an edition keeps its indirect calls through the kernel's table of paravirtual operations",
+    ),
+    (
+        ".printk_index",
+        "only a list of all messages lacks those of an edition",
+    ),
     (".discard*", "the kernel's own linking discards it"),
     (".note*", "notes are for tools"),
     (".comment", "comments are for tools"),
@@ -96,22 +120,10 @@ const REFUSED: &[(&str, &str)] = &[
         "BUG and WARN would not be recognised by the kernel; leave them out, or call a kernel function that has them",
     ),
     (
-        ".altinstr*",
-        "alternatives would not be chosen for this processor",
-    ),
-    (
-        ".parainstructions",
-        "paravirtual calls would not be patched",
-    ),
-    (
         "__jump_table",
-        "static branches (jump labels, dynamic debug, tracepoints) would not be switched",
+        "static branches (jump labels, dynamic debug, tracepoints) would not be switched; compile it with `exopatch build`, which makes them test their keys",
     ),
-    (".static_call*", "static calls would not be updated"),
-    (
-        "__dyndbg*",
-        "dynamic debug messages would not be known; use printk instead of pr_debug",
-    ),
+    (".static_call*", "static calls cannot be added"),
     ("__tracepoints*", "tracepoints cannot be added"),
     ("__tracepoint*", "tracepoints cannot be added"),
     ("_ftrace*", "trace events cannot be added"),
@@ -130,10 +142,6 @@ const REFUSED: &[(&str, &str)] = &[
     (
         ".export_symbol",
         "symbols cannot be exported from an edition",
-    ),
-    (
-        ".printk_index",
-        "its messages would not be known to the printk index",
     ),
     (
         ".noinstr.text",
@@ -247,23 +255,25 @@ mod tests {
             ".call_sites",
             ".ibt_endbr_seal",
             ".smp_locks",
+            ".static_call_sites",
+            ".parainstructions",
+            ".printk_index",
         ] {
             check(name, "left out");
         }
         check(".discard.reachable", "left out");
         check(".note.gnu.property", "left out");
-        for name in [
-            "__ex_table",
-            "__bug_table",
-            ".altinstructions",
-            ".altinstr_replacement",
-            "__jump_table",
-        ] {
+        check(".altinstructions", "ours");
+        check(".altinstr_replacement", "code");
+        check(".altinstr_aux", "code");
+        check("__dyndbg", "data");
+        check("__dyndbg_classes", "data");
+        for name in ["__ex_table", "__bug_table", "__jump_table"] {
             check(name, "refused");
         }
         for name in [
-            ".static_call_sites",
-            ".parainstructions",
+            ".static_call.text",
+            ".static_call_tramp_key",
             ".data..percpu",
             ".init.text",
             ".exit.text",

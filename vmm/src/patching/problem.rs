@@ -365,6 +365,10 @@ fn link(cause: &LinkError) -> Problem {
             "relocation_out_of_range",
             "build it with exopatch build, which uses the kernel's code model",
         ),
+        LinkError::Alternative(_) => (
+            "alternative_unusable",
+            "build it again: exopatch build --kernel with the vmlinuz that the guest was booted from",
+        ),
         LinkError::Full(_) => (
             "arena_full",
             "the space of reverted updates is not used again yet: restart the guest, or merge the updates",

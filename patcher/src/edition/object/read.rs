@@ -9,7 +9,8 @@ use object::{
 };
 
 use super::{
-    Edition, OrcEntry, Package, PackageError, Place, Relocation, Section, Symbol, parse_build_id,
+    AlternativeTable, Edition, OrcEntry, Package, PackageError, Place, Pointer, Relocation,
+    Section, Symbol, parse_build_id,
 };
 use crate::edition::reloc::{self, Kind};
 use crate::edition::section::{Role, role};
@@ -61,12 +62,14 @@ pub(super) fn read(file: &Elf<'_>) -> Result<Package, PackageError> {
     if orc.is_empty() {
         return Err(PackageError::NoOrc);
     }
+    let alternatives = reader.alternatives()?;
     Ok(Package {
         build_id,
         editions,
         sections: reader.sections,
         symbols: reader.symbols,
         orc,
+        alternatives,
         left_out: reader.left_out,
     })
 }
@@ -367,6 +370,29 @@ impl Reader<'_, '_> {
             });
         }
         Ok(entries)
+    }
+
+    /// The table of alternatives, which is understood only together with the kernel's types.
+    fn alternatives(&mut self) -> Result<AlternativeTable, PackageError> {
+        let name = ".altinstructions";
+        if self.file.section_by_name(name).is_none() {
+            return Ok(AlternativeTable::default());
+        }
+        let pointers = self.pointers(name)?.into_iter();
+        let pointers = pointers.map(|(at, section, offset)| {
+            let outside = |_| PackageError::Outside {
+                what: "a pointer",
+                section: name.to_owned(),
+                offset: at,
+            };
+            let offset = usize::try_from(offset).map_err(outside)?;
+            let at = usize::try_from(at).map_err(outside)?;
+            Ok((at, Pointer { section, offset }))
+        });
+        Ok(AlternativeTable {
+            pointers: pointers.collect::<Result<_, _>>()?,
+            bytes: self.ours(name)?,
+        })
     }
 }
 
