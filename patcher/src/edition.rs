@@ -4,9 +4,11 @@
 //! running kernel and gives every byte its place in the arena ([`space`]), and [`resident`] is what stays there.
 
 pub mod build;
+pub mod handler;
 pub mod link;
 pub mod object;
 pub mod reloc;
 pub mod resident;
 pub mod section;
+pub mod set;
 pub mod space;
