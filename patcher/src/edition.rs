@@ -6,10 +6,12 @@
 
 pub mod build;
 pub mod escape;
+pub mod handler;
 pub mod link;
 pub mod list;
 pub mod object;
 pub mod reloc;
 pub mod resident;
 pub mod section;
+pub mod set;
 pub mod space;

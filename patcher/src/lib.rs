@@ -14,4 +14,5 @@ pub mod journal;
 pub mod kernel;
 pub mod observe;
 pub mod plan;
+pub mod rule;
 pub mod x86;
