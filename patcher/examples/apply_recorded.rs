@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use patcher::addr::Gpa;
-use patcher::apply::{ApplyOptions, Arena, Report, Request, apply, revert};
+use patcher::apply::{ApplyOptions, Arena, Model, Report, Request, apply, revert};
 use patcher::edition::object::Package;
 use patcher::guest::Registers as _;
 use patcher::guest::dump::Dump;
@@ -46,11 +46,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             doing: &|what| println!("{what}"),
             written: &|| (),
         };
-        let request = Request {
-            id: 1,
-            package: &package,
-            instead_of: &[],
-        };
+        let request = Request::new(1, &package);
         let report = apply(&mut guest, &kernel, &mut arena, &request, &options)?;
         let placed = arena.holds.placed.get(&1).ok_or("nothing was applied")?;
         let linked = placed.linked.clone();
@@ -71,7 +67,14 @@ fn main() -> Result<(), Box<dyn Error>> {
             );
         }
         reports.push(report);
-        reports.push(revert(&mut guest, &kernel, &mut arena, &[1], &options)?);
+        reports.push(revert(
+            &mut guest,
+            &kernel,
+            &mut arena,
+            &[1],
+            Model::Immediate,
+            &options,
+        )?);
     }
     print_report(&reports);
     let changed: Vec<String> = before

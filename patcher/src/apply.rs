@@ -4,25 +4,34 @@
 //! looked at again under it.
 
 pub mod arena;
+mod calls;
+pub mod handlers;
 mod live;
+pub mod passing;
+mod settle;
+mod switch;
 pub mod tries;
 
-use std::cell::Cell;
-use std::collections::BTreeSet;
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::time::Instant;
 
 pub use self::arena::{Arena, Edition, Holdings, Life};
 use self::arena::{Placed, range};
+pub use self::calls::{Calls, calls};
 use self::live::Live;
+pub use self::passing::{Model, Passing};
+pub use self::settle::{force, settle};
+use self::switch::Turn;
+use self::tries::LONGEST_WAIT;
 pub use self::tries::{ApplyOptions, CommitFailed, Phases, Report};
-use self::tries::{LONGEST_WAIT, commit};
 use crate::edition::escape::escape;
+use crate::edition::handler::HandlerError;
 use crate::edition::link::{self, LinkError, Returns};
-use crate::edition::list::{ListError, Listed, UpdateId};
+use crate::edition::list::{ListError, Listed, UpdateId, Use};
 use crate::edition::object::Package;
 use crate::edition::resident::Resident;
+use crate::edition::set::SetError;
+use crate::edition::space::Full;
 use crate::guest::Guest;
 use crate::kernel::alternatives::Alternatives;
 use crate::kernel::arena::ArenaError;
@@ -30,8 +39,9 @@ use crate::kernel::boot::BootState;
 use crate::kernel::locate::{Kernel, KernelError};
 use crate::kernel::orc::OrcError;
 use crate::kernel::text::{ReturnError, ReturnForm};
+use crate::plan::PlanError;
 use crate::plan::target::{Target, TargetError};
-use crate::plan::{Plan, PlanError};
+use crate::rule::resolve::ResolveError;
 
 /// Why an update was not applied.
 #[derive(Debug, thiserror::Error)]
@@ -71,6 +81,18 @@ pub enum ApplyError {
     /// No plan can be made.
     #[error(transparent)]
     Plan(#[from] PlanError),
+    /// A rule cannot be asked of a function.
+    #[error(transparent)]
+    Rule(#[from] ResolveError),
+    /// No handler can be made.
+    #[error(transparent)]
+    Handler(#[from] HandlerError),
+    /// There is no room for handlers, or what they look into.
+    #[error(transparent)]
+    Full(#[from] Full),
+    /// No set of bound tasks can be made.
+    #[error(transparent)]
+    Set(#[from] SetError),
     /// The lists of editions do not allow it.
     #[error(transparent)]
     List(#[from] ListError),
@@ -88,7 +110,7 @@ impl ApplyError {
 }
 
 /// An update that is to be applied.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Request<'a> {
     /// Its number: a higher one than that of any before.
     pub id: UpdateId,
@@ -96,6 +118,24 @@ pub struct Request<'a> {
     pub package: &'a Package,
     /// The updates whose place it takes: they go in the same moment.
     pub instead_of: &'a [UpdateId],
+    /// Who may be where at the switch.
+    pub model: Model,
+    /// How its editions are used.
+    pub how: Use,
+}
+
+impl<'a> Request<'a> {
+    /// Update `id`, whose editions are for all calls from the next on.
+    #[must_use]
+    pub fn new(id: UpdateId, package: &'a Package) -> Self {
+        Self {
+            id,
+            package,
+            instead_of: &[],
+            model: Model::default(),
+            how: Use::default(),
+        }
+    }
 }
 
 /// Applies an update to the kernel that `guest` runs, or with [`ApplyOptions::check_only`] does everything but the commit.
@@ -103,7 +143,7 @@ pub struct Request<'a> {
 /// Returns what it cost. `arena` changes only with an update that is applied, or that may be.
 ///
 /// # Errors
-/// [`ApplyError`]; the guest is as it was, unless [`CommitFailed::is_broken`].
+/// [`ApplyError`]; the guest is as it was, unless [`ApplyError::is_broken`].
 pub fn apply<G: Guest>(
     guest: &mut G,
     kernel: &Kernel,
@@ -112,17 +152,14 @@ pub fn apply<G: Guest>(
     options: &ApplyOptions<'_>,
 ) -> Result<Report, ApplyError> {
     booted(guest, kernel, options)?;
-    let mut draft = arena.holds.clone();
+    let mut turn = Turn::new(arena, request.id, true);
     let going = request.instead_of.iter().copied().collect();
-    draft.functions.remove(&going)?;
-    draft.drain(&going);
-    let mut plan = Plan::default();
-    let map = arena.map(guest, kernel)?;
-    plan.map(&map);
-    let placed = place(guest, kernel, arena, &mut draft, request.package)?;
-    plan.place_all(&placed.linked, &map)?;
+    turn.leave(&going)?;
+    turn.map(guest, kernel, arena)?;
+    let placed = place(guest, kernel, arena, &mut turn.draft, request.package)?;
+    turn.plan.place_all(&placed.linked, &turn.map)?;
     let placed = Placed {
-        writes: plan.writes.clone(),
+        writes: turn.plan.writes.clone(),
         ..placed
     };
     for redirection in &placed.linked.redirections {
@@ -131,98 +168,51 @@ pub fn apply<G: Guest>(
             at: redirection.edition,
             head: redirection.head.at,
         };
-        draft.functions.add(&redirection.target, edition);
+        turn.draft.functions.add(&redirection.target, edition);
     }
-    draft.placed.insert(request.id, Arc::new(placed));
-    Ok(switch(guest, kernel, arena, draft, plan, options)?)
+    turn.draft.placed.insert(request.id, Arc::new(placed));
+    turn.draft.uses.insert(request.id, request.how.clone());
+    turn.switch(guest, kernel, arena, request.model, options)
 }
 
 /// Takes updates back, all in the same moment. Their code stays where it is until it is known that no thread is in it, nor will return to it.
 ///
 /// # Errors
-/// [`ApplyError`]; all of them are still applied unless that [is broken](CommitFailed::is_broken).
+/// [`ApplyError`]; all of them are still applied unless that [is broken](ApplyError::is_broken).
 pub fn revert<G: Guest>(
     guest: &mut G,
     kernel: &Kernel,
     arena: &mut Arena,
     updates: &[UpdateId],
+    model: Model,
     options: &ApplyOptions<'_>,
 ) -> Result<Report, ApplyError> {
-    let mut draft = arena.holds.clone();
-    let going: BTreeSet<UpdateId> = updates.iter().copied().collect();
-    draft.functions.remove(&going)?;
-    draft.drain(&going);
-    Ok(switch(
-        guest,
-        kernel,
-        arena,
-        draft,
-        Plan::default(),
-        options,
-    )?)
+    let update = updates.first().copied().unwrap_or_default();
+    let mut turn = Turn::new(arena, update, false);
+    turn.map(guest, kernel, arena)?;
+    turn.leave(&updates.iter().copied().collect())?;
+    turn.switch(guest, kernel, arena, model, options)
 }
 
-/// Looks under one pause whether code that nothing leads to any more is free of threads, and gives the room of such code back. Returns whose
-/// it was. Nothing is written.
+/// Uses the editions of an update in effect in another way: for other calls, or counted.
 ///
 /// # Errors
-/// [`CommitFailed`].
-pub fn settle<G: Guest>(
+/// [`ApplyError`]; they are used as before then, unless that [is broken](ApplyError::is_broken).
+pub fn reuse<G: Guest>(
     guest: &mut G,
     kernel: &Kernel,
     arena: &mut Arena,
-    options: &ApplyOptions<'_>,
-) -> Result<Vec<UpdateId>, CommitFailed> {
-    let mut plan = Plan::default();
-    arena.holds.watch(&mut plan);
-    let (_, scanned) = commit(guest, &arena.inhabited(kernel), &plan, options)?;
-    Ok(arena.holds.settle(&scanned.watched))
-}
-
-/// Leads every function to where the lists of `draft` say, behind the writes of `plan`, and keeps the draft once that is done.
-fn switch<G: Guest>(
-    guest: &mut G,
-    kernel: &Kernel,
-    arena: &mut Arena,
-    mut draft: Holdings,
-    mut plan: Plan,
+    update: UpdateId,
+    how: Use,
     options: &ApplyOptions<'_>,
 ) -> Result<Report, ApplyError> {
-    let turns = draft.functions.turns();
-    for (target, from, to) in &turns {
-        plan.redirect(target, *from, *to, |at| {
-            let found = kernel.translate(guest, at);
-            found.map_err(|error| error.to_string())
-        })?;
+    let mut turn = Turn::new(arena, update, true);
+    turn.map(guest, kernel, arena)?;
+    match turn.draft.uses.get_mut(&update) {
+        Some(used) => *used = how,
+        None => return Err(ListError::NotInEffect { update }.into()),
     }
-    draft.functions.led(&turns);
-    // What is still led to is not yet free, whoever is in it.
-    arena.holds.watch(&mut plan);
-    let before = std::mem::replace(&mut arena.holds, draft);
-    let inhabited = arena.inhabited(kernel);
-    let written = Cell::new(false);
-    let noted = ApplyOptions {
-        written: &|| {
-            written.set(true);
-            (options.written)();
-        },
-        ..*options
-    };
-    // A panic goes on its way once the draft is known to be true, or not.
-    let outcome = catch_unwind(AssertUnwindSafe(|| {
-        commit(guest, &inhabited, &plan, &noted)
-    }));
-    let stays = match &outcome {
-        Ok(Ok(_)) => !options.check_only,
-        Ok(Err(failed)) => failed.is_broken(),
-        Err(_) => written.get(),
-    };
-    if !stays {
-        arena.holds = before;
-    }
-    let (report, scanned) = outcome.unwrap_or_else(|panic| resume_unwind(panic))?;
-    arena.holds.settle(&scanned.watched);
-    Ok(report)
+    turn.switch(guest, kernel, arena, Model::Immediate, options)
 }
 
 /// Waits until the guest has finished booting.
@@ -247,6 +237,14 @@ fn booted<G: Guest>(
     }
 }
 
+/// How the kernel's functions return.
+fn returns<G: Guest>(guest: &G, kernel: &Kernel) -> Result<Returns, ApplyError> {
+    Ok(match kernel.return_form(guest)? {
+        ReturnForm::Ret => Returns::Plain,
+        ReturnForm::Jump(thunk) => Returns::Thunk(thunk),
+    })
+}
+
 /// Finds the functions and links, while the guest runs. Room is taken from `draft`.
 fn place<G: Guest>(
     guest: &G,
@@ -255,10 +253,7 @@ fn place<G: Guest>(
     draft: &mut Holdings,
     package: &Package,
 ) -> Result<Placed, ApplyError> {
-    let returns = match kernel.return_form(guest)? {
-        ReturnForm::Ret => Returns::Plain,
-        ReturnForm::Jump(thunk) => Returns::Thunk(thunk),
-    };
+    let returns = returns(guest, kernel)?;
     let live = Live {
         kernel,
         returns,

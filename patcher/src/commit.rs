@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use crate::addr::{Gpa, Gva};
 use crate::guest::{GuestError, PausedGuest, ReadPhys, Registers};
 use crate::journal::{Journal, UndoError};
+use crate::kernel::quiescence::Inside;
 use crate::kernel::stack::Watched;
 use crate::plan::refusal::Refusal;
 use crate::plan::{Plan, Purpose, Write, checks};
@@ -22,6 +23,8 @@ pub struct Scanned {
     pub words: u64,
     /// Who is in the code that the plan watches.
     pub watched: Vec<Watched>,
+    /// Who is in the code of the plan's group.
+    pub inside: Vec<Inside>,
 }
 
 /// Why a plan cannot be done under this pause. The guest is as it was.
@@ -114,6 +117,9 @@ pub struct Times {
 pub struct Quiescent<'p, P> {
     paused: P,
     plan: &'p Plan,
+    /// Writes that only the guest that stands still could tell, to be done before the jumps.
+    found: Vec<Write>,
+    /// What each of the writes will overwrite, in their order.
     old: Vec<Vec<u8>>,
     /// What was looked through.
     pub scanned: Scanned,
@@ -171,9 +177,11 @@ impl<'p, P: PausedGuest> Quiescent<'p, P> {
         times.prove = lap(&mut clock);
         let scanned = kernel.scan(&paused, plan)?;
         times.scan = lap(&mut clock);
-        let old = plan
-            .writes
-            .iter()
+        let found = match &plan.binding {
+            Some(binding) => binding.with(&scanned.inside)?.1,
+            None => Vec::new(),
+        };
+        let old = ordered(plan, &found)
             .map(|write| verify(&paused, kernel, write))
             .collect::<Result<_, _>>()?;
         times.verify = lap(&mut clock);
@@ -183,6 +191,7 @@ impl<'p, P: PausedGuest> Quiescent<'p, P> {
         Ok(Self {
             paused,
             plan,
+            found,
             old,
             scanned,
             times,
@@ -199,7 +208,7 @@ impl<'p, P: PausedGuest> Quiescent<'p, P> {
     pub fn commit(mut self) -> Result<(P, Times), CommitError> {
         let mut clock = Instant::now();
         let mut journal = Journal::default();
-        let writes = self.plan.writes.iter().zip(self.old);
+        let writes = ordered(self.plan, &self.found).zip(self.old);
         // Neither the journal nor the guest is used for anything but the undo if this panics.
         let written = catch_unwind(AssertUnwindSafe(|| {
             for (write, old) in writes {
@@ -236,6 +245,12 @@ impl<'p, P: PausedGuest> Quiescent<'p, P> {
     pub fn abandon(self) -> P {
         self.paused
     }
+}
+
+/// All writes in the order in which they are done.
+fn ordered<'a>(plan: &'a Plan, found: &'a [Write]) -> impl Iterator<Item = &'a Write> {
+    let (placed, jumps) = plan.writes.split_at(plan.unreachable());
+    placed.iter().chain(found).chain(jumps)
 }
 
 fn lap(clock: &mut Instant) -> Duration {

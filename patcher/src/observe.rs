@@ -1,7 +1,10 @@
 //! Is an update still in the guest, byte for byte? Reads only; the guest may run.
 
+use std::sync::Arc;
+
 use crate::addr::Gva;
 use crate::apply::Holdings;
+use crate::apply::handlers::Made;
 use crate::edition::list::UpdateId;
 use crate::guest::ReadPhys;
 use crate::kernel::locate::Kernel;
@@ -53,6 +56,11 @@ pub fn verify<R: ReadPhys>(
         match function.target.bytes(function.lead) {
             Ok(bytes) => observed.compare(guest, kernel, jump, &bytes),
             Err(error) => observed.differences.push((jump, error.to_string())),
+        }
+        let of_it = |made: &&Arc<Made>| made.function == function.target.function;
+        for made in holds.made.iter().filter(of_it) {
+            let assembled = &made.assembled;
+            observed.compare(guest, kernel, assembled.at, &assembled.bytes);
         }
     }
     observed

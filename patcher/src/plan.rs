@@ -2,6 +2,7 @@
 //!
 //! New code becomes reachable last: the arena's mapping first, then its code and data, then the jumps. A plan writes nothing.
 
+pub mod binding;
 pub mod checks;
 pub mod refusal;
 pub mod target;
@@ -9,6 +10,7 @@ pub mod target;
 use std::fmt;
 use std::ops::Range;
 
+use self::binding::Binding;
 use self::target::Target;
 use crate::addr::{Gpa, Gva};
 use crate::edition::link::{Linked, Placed};
@@ -56,7 +58,7 @@ pub struct Write {
 }
 
 /// The arena, in both address spaces, and the entries that map it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ArenaMap {
     /// Parts of it: where the kernel sees each, and where it is.
     pub parts: Vec<(Range<Gva>, Gpa)>,
@@ -144,6 +146,10 @@ pub struct Plan {
     pub forbidden: Vec<Range<Gva>>,
     /// Of these it is told whether any is in them.
     pub watched: Vec<Range<Gva>>,
+    /// Code of a group of functions: it is told which tasks are in it.
+    pub group: Vec<Range<Gva>>,
+    /// What follows for the set of tasks that are bound to it.
+    pub binding: Option<Binding>,
 }
 
 impl Plan {
@@ -215,7 +221,15 @@ impl Plan {
         Ok(())
     }
 
-    /// Bytes that are written.
+    /// How many of the writes are done before any code of ours can be reached by them.
+    #[must_use]
+    pub fn unreachable(&self) -> usize {
+        let jump = |write: &Write| write.purpose == Purpose::Trampoline;
+        let first = self.writes.iter().position(jump);
+        first.unwrap_or(self.writes.len())
+    }
+
+    /// Bytes that are written, as far as that is known before the pause.
     #[must_use]
     pub fn len(&self) -> u64 {
         self.writes

@@ -10,7 +10,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use patcher::addr::Gpa;
-use patcher::apply::{ApplyOptions, Arena, Request, apply, revert};
+use patcher::apply::{ApplyOptions, Arena, Model, Request, apply, revert};
 use patcher::edition::object::Package;
 use patcher::guest::{Guest, GuestError, PausedGuest, ReadPhys, Registers, Vcpu};
 use patcher::kernel::locate::Kernel;
@@ -200,11 +200,7 @@ impl Scene {
     fn apply(&mut self, at: Option<Call>) -> End<u64> {
         self.updates += 1;
         self.run(at, |scene, guest, options| {
-            let request = Request {
-                id: scene.updates,
-                package: &scene.package,
-                instead_of: &[],
-            };
+            let request = Request::new(scene.updates, &scene.package);
             let report = apply(guest, &scene.kernel, &mut scene.arena, &request, options);
             let _ = report.expect("an apply");
             scene.updates
@@ -213,7 +209,14 @@ impl Scene {
 
     fn revert(&mut self, update: u64, at: Option<Call>) -> End<()> {
         self.run(at, |scene, guest, options| {
-            let report = revert(guest, &scene.kernel, &mut scene.arena, &[update], options);
+            let report = revert(
+                guest,
+                &scene.kernel,
+                &mut scene.arena,
+                &[update],
+                Model::Immediate,
+                options,
+            );
             let _ = report.expect("a revert");
         })
     }

@@ -10,17 +10,24 @@ mod problem;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use patcher::apply::{self, ApplyOptions, Arena, Edition, Report, Request};
+use patcher::apply::{
+    self, ApplyError, ApplyOptions, Arena, Calls, Edition, Model, Report, Request,
+};
+use patcher::edition::list::Use;
 use patcher::edition::object::Package;
 use patcher::guest::{Guest, GuestError, PausedGuest, Registers};
 use patcher::kernel::boot::BootState;
 use patcher::kernel::image::Image;
 use patcher::kernel::locate::{Kernel, LocateError};
+use patcher::kernel::quiescence::Inside;
+use patcher::kernel::unwind::Frame;
 use patcher::observe;
 
 use crate::guest::KvmGuest;
 use crate::kernel_index;
-use crate::updates::{KernelInfo, Patcher, Problem, Running, Task, Undo, Verified};
+use crate::updates::{
+    KernelInfo, Passing, Patcher, Problem, Running, Straggler, Task, Undo, Verified,
+};
 use crate::views::{self, Asked, Seen, View};
 use crate::vm::{State, Vm};
 
@@ -156,12 +163,35 @@ impl KernelPatcher {
         true
     }
 
+    /// What it means that something was not done to the kernel that was found, now that it can be known whether that is gone.
+    fn not_done(
+        &mut self,
+        guest: &mut KvmGuest,
+        deadline: Instant,
+        failed: &ApplyError,
+        problem: impl FnOnce(&ApplyError) -> Problem,
+    ) -> Problem {
+        if !failed.is_broken() && self.is_gone(guest, deadline) {
+            return problem::gone();
+        }
+        self.explain(problem(failed))
+    }
+
     /// What a failure means, now that it can be known whether the guest has ended.
     fn explain(&self, problem: Problem) -> Problem {
         match self.vm.status().state {
             State::Ended(_) => problem::guest(&GuestError::Ended),
             _ => problem,
         }
+    }
+}
+
+fn options<'a>(task: &Undo<'a>) -> ApplyOptions<'a> {
+    ApplyOptions {
+        deadline: task.deadline,
+        check_only: false,
+        doing: task.doing,
+        written: task.written,
     }
 }
 
@@ -201,6 +231,11 @@ impl Patcher for KernelPatcher {
         if package.build_id() != image.build_id() {
             return Err(problem::other_build(package.build_id(), image.build_id()));
         }
+        // Functions that come together belong together, unless somebody says that they do not.
+        let usual = match package.editions() {
+            [_] => Model::Immediate,
+            _ => Model::PerTask,
+        };
         let mut guest = self.guest()?;
         let options = ApplyOptions {
             deadline,
@@ -218,6 +253,8 @@ impl Patcher for KernelPatcher {
                 id: task.update,
                 package: &package,
                 instead_of: task.instead_of,
+                model: task.model.unwrap_or(usual),
+                how: task.how.clone(),
             };
             let error = match apply::apply(&mut guest, kernel, arena, &request, &options) {
                 Ok(report) => return Ok(report),
@@ -234,20 +271,65 @@ impl Patcher for KernelPatcher {
         let Some(Found { kernel, arena }) = &mut self.found else {
             return Err(problem::gone());
         };
-        let options = ApplyOptions {
-            deadline: task.deadline,
-            check_only: false,
-            doing: task.doing,
-            written: task.written,
+        let options = options(task);
+        let model = match arena.holds.placed.get(updates.first().unwrap_or(&0)) {
+            Some(placed) if placed.linked.redirections.len() == 1 => Model::Immediate,
+            _ => Model::PerTask,
         };
-        let failed = match apply::revert(&mut guest, kernel, arena, updates, &options) {
-            Ok(report) => return Ok(report),
-            Err(failed) => failed,
-        };
-        if !failed.is_broken() && self.is_gone(&mut guest, task.deadline) {
-            return Err(problem::gone());
+        match apply::revert(&mut guest, kernel, arena, updates, model, &options) {
+            Ok(report) => Ok(report),
+            Err(failed) => Err(self.not_done(&mut guest, task.deadline, &failed, problem::revert)),
         }
-        Err(self.explain(problem::revert(&failed)))
+    }
+
+    fn reuse(&mut self, update: u64, how: &Use, task: &Undo<'_>) -> Result<Report, Problem> {
+        let mut guest = self.guest()?;
+        let Some(Found { kernel, arena }) = &mut self.found else {
+            return Err(problem::gone());
+        };
+        let options = options(task);
+        match apply::reuse(&mut guest, kernel, arena, update, how.clone(), &options) {
+            Ok(report) => Ok(report),
+            Err(failed) => Err(self.not_done(&mut guest, task.deadline, &failed, problem::reuse)),
+        }
+    }
+
+    fn force(&mut self, update: u64, task: &Undo<'_>) -> Result<(), Problem> {
+        let mut guest = self.guest()?;
+        let Some(Found { kernel, arena }) = &mut self.found else {
+            return Err(problem::gone());
+        };
+        match apply::force(&mut guest, kernel, arena, update, &options(task)) {
+            Ok(()) => Ok(()),
+            Err(failed) => Err(self.not_done(&mut guest, task.deadline, &failed, problem::force)),
+        }
+    }
+
+    fn passing(&self, update: u64) -> Option<Passing> {
+        let Found { kernel, arena } = self.found.as_ref()?;
+        let mut passing = arena.holds.passing.iter();
+        let passing = passing.find(|passing| passing.update == update)?;
+        let name = |frame: &Frame| match arena.holds.name(frame.ip) {
+            Some(ours) => ours,
+            None => frame.describe(kernel),
+        };
+        let straggler = |inside: &Inside| Straggler {
+            who: inside.who.to_string(),
+            frames: inside.frames.iter().map(name).collect(),
+            unreliable: inside.unreliable.as_ref().map(ToString::to_string),
+        };
+        Some(Passing {
+            tasks: passing.inside.iter().map(straggler).collect(),
+        })
+    }
+
+    fn calls(&mut self) -> Result<Vec<Calls>, Problem> {
+        let guest = self.guest()?;
+        let Some(Found { kernel, arena }) = &self.found else {
+            return Ok(Vec::new());
+        };
+        let calls = apply::calls(&guest, kernel, &arena.holds);
+        calls.map_err(|error| problem::unreadable(&error))
     }
 
     fn editions(&self, update: u64) -> Vec<Edition> {
@@ -257,7 +339,7 @@ impl Patcher for KernelPatcher {
 
     fn is_settling(&self) -> bool {
         let found = self.found.as_ref();
-        found.is_some_and(|found| !found.arena.holds.drains.is_empty())
+        found.is_some_and(|found| found.arena.holds.is_settling())
     }
 
     fn settle(&mut self, deadline: Instant) -> Result<(), Problem> {
@@ -276,14 +358,8 @@ impl Patcher for KernelPatcher {
             written: &|| {},
         };
         match apply::settle(&mut guest, kernel, arena, &options) {
-            Ok(_) => Ok(()),
-            Err(failed) => {
-                self.is_gone(&mut guest, deadline);
-                Err(problem::commit(
-                    "the guest's threads could not be looked at",
-                    &failed,
-                ))
-            }
+            Ok(()) => Ok(()),
+            Err(failed) => Err(self.not_done(&mut guest, deadline, &failed, problem::settle)),
         }
     }
 
@@ -362,7 +438,8 @@ impl Patcher for KernelPatcher {
         }
         let mut guest = self.guest()?;
         let found = self.found.as_ref();
-        let updated = found.map(|Found { kernel, arena }| (kernel, look::updates(&arena.holds)));
+        let updated =
+            found.map(|Found { kernel, arena }| (kernel, look::updates(kernel, &arena.holds)));
         let mut known = look::Known {
             image: &image,
             updated,

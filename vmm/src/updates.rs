@@ -14,11 +14,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 pub use self::patcher::{KernelInfo, Patcher, Running, Task, Undo, Verified};
-pub use self::record::{BROKEN, Cost, Failing, Problem, State, Update};
+pub use self::record::{BROKEN, Cost, Failing, Passing, Problem, State, Straggler, Update};
 use self::worker::Worker;
 use crate::events::{EventKind, Events};
 use crate::views::{Asked, Seen, View};
-pub use ::patcher::apply::{Edition, Life};
+pub use ::patcher::apply::{Calls, Edition, Life, Model};
+pub use ::patcher::edition::list::Use;
 
 /// Operations that may wait behind the one under way.
 const QUEUE: usize = 16;
@@ -41,6 +42,10 @@ pub struct Order {
     pub check: bool,
     /// Whose place it takes.
     pub instead_of: InsteadOf,
+    /// Who may be where at the switch; told by the package if this says nothing.
+    pub model: Option<Model>,
+    /// How its editions are used.
+    pub how: Use,
     /// When to give up.
     pub deadline: Instant,
 }
@@ -57,6 +62,9 @@ pub enum InsteadOf {
 enum Job {
     Apply(u64, Order, Done<Update>),
     Revert(u64, Instant, Done<Update>),
+    Reuse(u64, Use, Instant, Done<Update>),
+    Force(u64, Instant, Done<Update>),
+    Calls(Done<Vec<Calls>>),
     Verify(u64, Instant, Done<Verified>),
     Kernel(Instant, Done<KernelInfo>),
     View(Asked, Instant, Done<Seen<View>>),
@@ -74,6 +82,9 @@ impl std::fmt::Debug for Job {
         f.write_str(match self {
             Self::Apply(..) => "Apply",
             Self::Revert(..) => "Revert",
+            Self::Reuse(..) => "Reuse",
+            Self::Force(..) => "Force",
+            Self::Calls(..) => "Calls",
             Self::Verify(..) => "Verify",
             Self::Kernel(..) => "Kernel",
             Self::View(..) => "View",
@@ -135,6 +146,40 @@ impl Session {
         let update = self.book.applied(id)?;
         self.hand_in(Job::Revert(id, deadline, done))?;
         Ok(update)
+    }
+
+    /// Asks for an update's editions to be used in another way; the update as it is. `done` gets the end.
+    ///
+    /// # Errors
+    /// When it is not applied, or too many operations wait.
+    pub fn reuse(
+        &self,
+        id: u64,
+        how: Use,
+        deadline: Instant,
+        done: Done<Update>,
+    ) -> Result<Update, Problem> {
+        let update = self.book.applied(id)?;
+        self.hand_in(Job::Reuse(id, how, deadline, done))?;
+        Ok(update)
+    }
+
+    /// Asks for an update's switch to be ended for all; the update as it is. `done` gets the end.
+    ///
+    /// # Errors
+    /// When there is no such update, or too many operations wait.
+    pub fn force(&self, id: u64, deadline: Instant, done: Done<Update>) -> Result<Update, Problem> {
+        let update = self.book.find(id)?;
+        self.hand_in(Job::Force(id, deadline, done))?;
+        Ok(update)
+    }
+
+    /// Asks how often editions were called.
+    ///
+    /// # Errors
+    /// When too many operations wait.
+    pub fn calls(&self, done: Done<Vec<Calls>>) -> Result<(), Problem> {
+        self.hand_in(Job::Calls(done))
     }
 
     /// Asks whether the guest still holds what an update wrote.
@@ -230,6 +275,9 @@ impl Book {
             package_bytes: order.package.len(),
             functions: Vec::new(),
             instead_of: Vec::new(),
+            model: order.model,
+            how: order.how.clone(),
+            passing: None,
             editions: Vec::new(),
             submitted: self.events.elapsed(),
             changed: self.events.elapsed(),
@@ -251,20 +299,28 @@ impl Book {
         });
     }
 
-    /// The update, if it can be reverted.
-    fn applied(&self, id: u64) -> Result<Update, Problem> {
+    fn find(&self, id: u64) -> Result<Update, Problem> {
         let updates = self.lock();
-        let Some(update) = updates.iter().find(|update| update.id == id) else {
-            return Err(Problem::new(
+        let found = updates.iter().find(|update| update.id == id);
+        found.cloned().ok_or_else(|| {
+            Problem::new(
                 Failing::Unknown,
                 "no_such_update",
                 format!("there is no update {id}"),
                 "no update with this number was handed to this VM",
                 "exopatch update list shows all updates",
-            ));
-        };
-        if matches!(update.state, State::Applied | State::Reverting) {
-            return Ok(update.clone());
+            )
+        })
+    }
+
+    /// The update, if it can be reverted.
+    fn applied(&self, id: u64) -> Result<Update, Problem> {
+        let update = self.find(id)?;
+        if matches!(
+            update.state,
+            State::Applied | State::Switching | State::Reverting
+        ) {
+            return Ok(update);
         }
         let (code, cause) = match update.state {
             State::Lost => (

@@ -4,18 +4,21 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::handlers::{self, Counters, Made, Workshop};
 use super::live::Inhabited;
+use super::passing::Passing;
 use crate::addr::Gva;
 use crate::edition::link::Linked;
-use crate::edition::list::{Functions, UpdateId};
+use crate::edition::list::{Functions, UpdateId, Use};
 use crate::edition::resident::Resident;
 use crate::edition::space::ArenaSpace;
 use crate::guest::Guest;
 use crate::kernel::arena::{ArenaError, ArenaLayout, ArenaPart, SLOT_SIZE};
 use crate::kernel::locate::Kernel;
+use crate::kernel::orc::OrcError;
 use crate::kernel::stack::Watched;
 use crate::kernel::unwind::OtherCode;
-use crate::plan::{ArenaMap, Entry, Lead, Plan, Write};
+use crate::plan::{ArenaMap, Entry, Plan, Write};
 
 /// What an update has brought, and where it is.
 #[derive(Clone, Debug)]
@@ -71,6 +74,26 @@ pub struct Holdings {
     pub placed: BTreeMap<UpdateId, Arc<Placed>>,
     /// Who was in the code of an update that is no longer in effect, when that was looked at last.
     pub drains: BTreeMap<UpdateId, Option<String>>,
+    /// How the editions of updates in effect are used.
+    pub uses: BTreeMap<UpdateId, Use>,
+    /// What handlers are made with, once one was needed.
+    pub workshop: Option<Arc<Workshop>>,
+    /// The handlers that functions lead to.
+    pub made: Vec<Arc<Made>>,
+    /// Handlers that nothing leads to any more, though a thread may be in them.
+    pub(super) worn: Vec<Worn>,
+    /// Where calls are counted.
+    pub counters: Counters,
+    /// Switches that some tasks have yet to make.
+    pub passing: Vec<Passing>,
+}
+
+/// Handlers that go together, and the memory that they look into.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Worn {
+    pub(super) made: Vec<Arc<Made>>,
+    /// The first byte of each piece of memory, and its length.
+    pub(super) data: Vec<(Gva, u64)>,
 }
 
 /// Our part of a guest's memory. Another kernel needs another one.
@@ -95,16 +118,26 @@ impl Arena {
             functions: Functions::default(),
             placed: BTreeMap::new(),
             drains: BTreeMap::new(),
+            uses: BTreeMap::new(),
+            workshop: None,
+            made: Vec::new(),
+            worn: Vec::new(),
+            counters: Counters::new(),
+            passing: Vec::new(),
         };
         Ok(Self { layout, holds })
     }
 
     /// The kernel with what is in the arena.
-    pub(super) fn inhabited<'k>(&self, kernel: &'k Kernel) -> Inhabited<'k> {
+    ///
+    /// # Errors
+    /// When the kernel's unwind table has no words for handlers.
+    pub(super) fn inhabited<'k>(&self, kernel: &'k Kernel) -> Result<Inhabited<'k>, OrcError> {
         let placed = self.holds.placed.values();
         let known = placed.map(|placed| placed.resident.code.clone());
-        let others = known.chain([OtherCode::arena()]).collect();
-        Inhabited { kernel, others }
+        let handlers = self.holds.handlers(kernel)?;
+        let others = known.chain(handlers).chain([OtherCode::arena()]).collect();
+        Ok(Inhabited { kernel, others })
     }
 
     /// The arena in both address spaces, with the page-table entries that are still to be written.
@@ -149,15 +182,62 @@ impl Holdings {
         edition.collect()
     }
 
+    /// The handlers' part of the arena as code that threads may be in, if there are handlers.
+    ///
+    /// # Errors
+    /// When the kernel's unwind table has no words for it.
+    pub fn handlers(&self, kernel: &Kernel) -> Result<Option<OtherCode>, OrcError> {
+        let code = |workshop: &Arc<Workshop>| {
+            let range = self.space.handlers.range();
+            handlers::code(kernel, workshop, self.all_made(), range)
+        };
+        self.workshop.as_ref().map(code).transpose()
+    }
+
+    /// What is at `at`, if it is code of ours.
+    #[must_use]
+    pub fn name(&self, at: Gva) -> Option<String> {
+        let placed = self.placed.values();
+        let pieces = placed.flat_map(|placed| &placed.resident.pieces);
+        let mut ours = pieces.filter(|(range, _)| range.contains(&at));
+        let found = ours.next().map(|(range, name)| (range.start, name.clone()));
+        let handler = || {
+            let made = self.all_made().find(|made| made.code.contains(&at))?;
+            let function = self.functions.get(made.function)?;
+            Some((
+                made.code.start,
+                format!("handler of {}", function.target.name),
+            ))
+        };
+        let (start, name) = found.or_else(handler)?;
+        Some(format!(
+            "{name}+{:#x} [exopatch]",
+            at.0.wrapping_sub(start.0)
+        ))
+    }
+
+    /// All handlers that a thread may be in.
+    pub fn all_made(&self) -> impl Iterator<Item = &Made> {
+        let worn = self.worn.iter().flat_map(|worn| &worn.made);
+        self.made.iter().chain(worn).map(|made| &**made)
+    }
+
+    /// Takes the handler that `function` leads to away from it; a thread may be in it.
+    pub(super) fn wear_out(&mut self, function: Gva, into: &mut Worn) {
+        let all = std::mem::take(&mut self.made).into_iter();
+        let (worn, made): (Vec<_>, Vec<_>) = all.partition(|made| made.function == function);
+        self.made = made;
+        into.data.extend(worn.iter().map(|made| made.cells));
+        into.made.extend(worn);
+    }
+
     fn life(&self, update: UpdateId, placed: &Placed, function: Gva, edition: Gva) -> Life {
         let listed = self.functions.get(function);
         if let Some(function) = listed
             && function.editions.iter().any(|it| it.update == update)
         {
-            return match function.lead {
-                Lead::Edition(at) if at == edition => Life::Active,
-                _ => Life::Placed,
-            };
+            let active = function.way.iter().any(|step| step.to == edition);
+            return if active { Life::Active } else { Life::Placed };
         }
         match &placed.escape {
             Some(escape) => Life::Kept {
@@ -172,6 +252,7 @@ impl Holdings {
     /// Notes that the code of `updates` is no longer led to.
     pub(super) fn drain(&mut self, updates: &BTreeSet<UpdateId>) {
         for update in updates {
+            self.uses.remove(update);
             let placed = self.placed.get(update);
             if placed.is_some_and(|placed| placed.escape.is_none()) {
                 self.drains.insert(*update, None);
@@ -181,30 +262,42 @@ impl Holdings {
 
     /// Has `plan` tell who is in the code that is no longer led to, of which there is some.
     pub(super) fn watch(&self, plan: &mut Plan) {
-        let placed = self
-            .drains
-            .keys()
-            .filter_map(|update| self.placed.get(update));
-        plan.watched = placed
-            .map(|placed| placed.resident.code.range.clone())
-            .collect();
+        let drains = self.drains.keys();
+        let updates = drains.filter_map(|update| self.placed.get(update));
+        let updates = updates.map(|placed| placed.resident.code.range.clone());
+        let worn = self.worn.iter().flat_map(|worn| &worn.made);
+        let worn = worn.map(|made| made.code.clone());
+        plan.watched = updates.chain(worn).collect();
+    }
+
+    /// Whether there is code that nothing leads to any more and that may become free, or a switch that has yet to end.
+    #[must_use]
+    pub fn is_settling(&self) -> bool {
+        !self.drains.is_empty() || !self.worn.is_empty() || !self.passing.is_empty()
     }
 
     /// Gives the room back of code that nobody was found in, `watched` as it was planned; returns whose it was.
     pub(super) fn settle(&mut self, watched: &[Watched]) -> Vec<UpdateId> {
+        let who = |code: &Range<Gva>| watched.iter().find(|watched| watched.code == *code);
+        self.clear_worn(|code| who(code).is_some_and(|found| found.by.is_none()));
         let mut gone = Vec::new();
         for (update, drain) in &mut self.drains {
             let Some(placed) = self.placed.get(update) else {
                 continue;
             };
             let code = &placed.resident.code.range;
-            let Some(watched) = watched.iter().find(|watched| watched.code == *code) else {
-                continue;
-            };
-            match &watched.by {
-                Some(who) => *drain = Some(who.to_string()),
-                None => gone.push(*update),
+            match who(code).map(|found| &found.by) {
+                None => {}
+                Some(Some(who)) => *drain = Some(who.to_string()),
+                Some(None) => {
+                    *drain = None;
+                    gone.push(*update);
+                }
             }
+        }
+        // Whoever is still in a handler may go on to where it led.
+        if !self.worn.is_empty() || !self.passing.is_empty() {
+            return Vec::new();
         }
         for update in &gone {
             self.drains.remove(update);
@@ -213,8 +306,44 @@ impl Holdings {
                 self.space.code.give(Gva(code.at), code.bytes.len() as u64);
                 self.space.data.give(Gva(data.at), data.bytes.len() as u64);
             }
+            self.forget_counters(*update);
         }
         gone
+    }
+
+    /// Gives the room back of worn handlers that are all free, and of what they looked into.
+    fn clear_worn(&mut self, is_free: impl Fn(&Range<Gva>) -> bool) {
+        let all_free = |worn: &Worn| worn.made.iter().all(|made| is_free(&made.code));
+        let (free, worn): (Vec<_>, Vec<_>) = std::mem::take(&mut self.worn)
+            .into_iter()
+            .partition(all_free);
+        self.worn = worn;
+        for worn in free {
+            for (at, len) in worn.data {
+                self.space.data.give(at, len);
+            }
+            for made in worn.made {
+                let len = made.code.end.0 - made.code.start.0;
+                self.space.handlers.give(made.code.start, len);
+            }
+        }
+    }
+
+    /// Gives back where the calls of an update's editions were counted, and of originals that nobody counts any more.
+    fn forget_counters(&mut self, update: UpdateId) {
+        let workshop = self.workshop.as_ref();
+        let len = workshop.map_or(0, |workshop| workshop.counter_len());
+        let (functions, space) = (&self.functions, &mut self.space.data);
+        self.counters.retain(|(function, of), at| {
+            let stays = match of {
+                Some(of) => *of != update,
+                None => functions.get(*function).is_some(),
+            };
+            if !stays {
+                space.give(*at, len);
+            }
+            stays
+        });
     }
 }
 

@@ -90,13 +90,14 @@ impl Running for Inhabited<'_> {
         let question = Question {
             forbidden: &plan.forbidden,
             watched: &plan.watched,
-            ..Question::default()
+            group: &plan.group,
         };
         match quiescent(self.kernel, guest, guest.vcpus(), &question, &self.others) {
             Ok(answer) => Ok(Scanned {
                 tasks: answer.scan.tasks as u64,
                 words: answer.scan.words,
                 watched: answer.watched,
+                inside: answer.inside,
             }),
             Err(error @ (ScanError::Hit(_) | ScanError::Disagree { .. })) => Err(Blocked::Busy {
                 cause: error.to_string(),

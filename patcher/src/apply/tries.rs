@@ -110,6 +110,17 @@ pub fn commit<G: Guest, K: Running>(
     plan: &Plan,
     options: &ApplyOptions<'_>,
 ) -> Result<(Report, Scanned), CommitFailed> {
+    commit_within(guest, kernel, plan, u64::MAX, options)
+}
+
+/// The same, with so many tries at most.
+pub(super) fn commit_within<G: Guest, K: Running>(
+    guest: &mut G,
+    kernel: &K,
+    plan: &Plan,
+    tries: u64,
+    options: &ApplyOptions<'_>,
+) -> Result<(Report, Scanned), CommitFailed> {
     let mut wait = FIRST_WAIT;
     let mut pauses = 0;
     loop {
@@ -124,7 +135,7 @@ pub fn commit<G: Guest, K: Running>(
             return Err(CommitFailed::Refused(blocked));
         }
         let left = options.deadline.saturating_duration_since(Instant::now());
-        if left <= wait {
+        if left <= wait || pauses >= tries {
             return Err(CommitFailed::Deadline {
                 last: blocked,
                 pauses,

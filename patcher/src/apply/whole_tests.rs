@@ -4,10 +4,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{
-    ApplyError, ApplyOptions, Arena, CommitFailed, Life, Report, Request, apply, revert, settle,
+    ApplyError, ApplyOptions, Arena, CommitFailed, Life, Model, Report, Request, apply, reuse,
+    revert, settle,
 };
 use crate::addr::{Gpa, Gva};
 use crate::commit::CommitError;
+use crate::edition::list::Use;
 use crate::edition::object::Package;
 use crate::edition::object::tests::Maker;
 use crate::guest::fake::{FakeGuest, Fault, Region as Memory};
@@ -18,6 +20,8 @@ use crate::kernel::testing::orc::{AFTER_CALL, FUNCTION, FUNCTIONS, Rule, entry, 
 use crate::kernel::testing::{BUILD_ID, FORMS, Form, TEXT, task};
 use crate::kernel::unwind::{End, OtherCode, Reason, Stack, stacks};
 use crate::observe::verify;
+use crate::plan::Lead;
+use crate::rule;
 use crate::x86::insn::{NOP5, whole_instructions};
 
 const ARENA: Gpa = Gpa(0x1_0000_0000);
@@ -67,11 +71,7 @@ fn apply_it(
     package: &Package,
     check_only: bool,
 ) -> Result<Report, ApplyError> {
-    let request = Request {
-        id: 1,
-        package,
-        instead_of: &[],
-    };
+    let request = Request::new(1, package);
     apply(guest, kernel, arena, &request, &options(check_only))
 }
 
@@ -128,14 +128,31 @@ fn a_package_reaches_the_guest_and_leaves_it() {
         let edition = whole_instructions(&edition, redirection.edition, 10).unwrap();
         assert_eq!(edition[1].near_branch_target(), redirection.head.at.0);
 
-        revert(&mut guest, &kernel, &mut arena, &[1], &options(false)).unwrap();
+        revert(
+            &mut guest,
+            &kernel,
+            &mut arena,
+            &[1],
+            Model::Immediate,
+            &options(false),
+        )
+        .unwrap();
         assert_eq!(live(&guest, &kernel), before);
         let observed = verify(&guest, &kernel, &arena.holds, 1);
         assert!(observed.differences.is_empty(), "its code is still there");
-        let again = revert(&mut guest, &kernel, &mut arena, &[1], &options(false)).unwrap_err();
+        let again = revert(
+            &mut guest,
+            &kernel,
+            &mut arena,
+            &[1],
+            Model::Immediate,
+            &options(false),
+        )
+        .unwrap_err();
         assert!(again.to_string().contains("not in effect"), "{again}");
-        let gone = settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
-        assert_eq!((gone, arena.holds.space.used()), (vec![1], 64));
+        settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
+        assert_eq!(arena.holds.space.used(), 64);
+        assert!(arena.holds.editions(1).is_empty());
     }
 }
 
@@ -147,9 +164,8 @@ fn updates_lie_on_each_other() {
     let package = package("patient", 0, &BUILD_ID);
     let come = |arena: &mut Arena, guest: &mut FakeGuest, id: u64, instead_of: &[u64]| {
         let request = Request {
-            id,
-            package: &package,
             instead_of,
+            ..Request::new(id, &package)
         };
         apply(guest, &kernel, arena, &request, &options(false)).unwrap();
         let lead = arena.holds.placed[&id].linked.redirections[0].edition;
@@ -169,13 +185,29 @@ fn updates_lie_on_each_other() {
     assert_eq!(life(&arena, 3), [Life::Active]);
     // From the middle: nothing changes for callers.
     let jump = live(&guest, &kernel);
-    revert(&mut guest, &kernel, &mut arena, &[2], &options(false)).unwrap();
+    revert(
+        &mut guest,
+        &kernel,
+        &mut arena,
+        &[2],
+        Model::Immediate,
+        &options(false),
+    )
+    .unwrap();
     assert_eq!(live(&guest, &kernel), jump);
     assert_eq!(life(&arena, 2), [Life::Draining { by: None }]);
     come(&mut arena, &mut guest, 4, &[1, 3]);
     assert_eq!(life(&arena, 4), [Life::Active]);
     assert!(life(&arena, 2).is_empty(), "the pause found nobody in it");
-    revert(&mut guest, &kernel, &mut arena, &[4], &options(false)).unwrap();
+    revert(
+        &mut guest,
+        &kernel,
+        &mut arena,
+        &[4],
+        Model::Immediate,
+        &options(false),
+    )
+    .unwrap();
     assert_eq!(live(&guest, &kernel), before);
     // The next one settles what is left of the others.
     settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
@@ -195,13 +227,19 @@ fn a_jump_that_is_not_as_it_was_left_is_refused() {
         let said = error.to_string();
         assert!(said.contains("was changed in the running kernel"), "{said}");
     };
-    let request = Request {
-        id: 2,
-        package: &package,
-        instead_of: &[],
-    };
+    let request = Request::new(2, &package);
     refused(apply(&mut guest, &kernel, &mut arena, &request, &options(false)).unwrap_err());
-    refused(revert(&mut guest, &kernel, &mut arena, &[1], &options(false)).unwrap_err());
+    refused(
+        revert(
+            &mut guest,
+            &kernel,
+            &mut arena,
+            &[1],
+            Model::Immediate,
+            &options(false),
+        )
+        .unwrap_err(),
+    );
     assert_eq!(arena.holds.editions(1)[0].life, Life::Active);
 }
 
@@ -315,7 +353,15 @@ fn another_kernel_is_refused() {
         .vcpus_mut()
         .iter_mut()
         .for_each(|vcpu| vcpu.idt_base += 0x1000);
-    let error = revert(&mut guest, &kernel, &mut arena, &[1], &options(false)).unwrap_err();
+    let error = revert(
+        &mut guest,
+        &kernel,
+        &mut arena,
+        &[1],
+        Model::Immediate,
+        &options(false),
+    )
+    .unwrap_err();
     assert!(
         error.to_string().contains("no longer runs the kernel"),
         "{error}"
@@ -384,23 +430,205 @@ fn stacks_lead_through_editions_that_stay() {
             frames.is_empty() && matches!(end, Err(Reason::NoTable { .. })),
             "{end:?}"
         );
-        let refused = revert(&mut guest, &kernel, &mut other, &[1], &options(false));
+        let refused = revert(
+            &mut guest,
+            &kernel,
+            &mut other,
+            &[1],
+            Model::Immediate,
+            &options(false),
+        );
         let refused = refused.unwrap_err().to_string();
         assert!(
             refused.contains("task 7 (sleeper) cannot be followed"),
             "{refused}"
         );
-        revert(&mut guest, &kernel, &mut arena, &[1], &options(false)).unwrap();
+        revert(
+            &mut guest,
+            &kernel,
+            &mut arena,
+            &[1],
+            Model::Immediate,
+            &options(false),
+        )
+        .unwrap();
         assert_eq!(follow(&guest, &arena), whole, "{form:?}, reverted");
         // As long as it sleeps there the room is not used again.
-        let gone = settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
+        settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
         let by = Some("task 7 (sleeper)".to_owned());
-        assert!(gone.is_empty());
         assert_eq!(arena.holds.editions(1)[0].life, Life::Draining { by });
         guest
             .poke(at, &after(function::OTHERS).to_le_bytes())
             .unwrap();
-        let gone = settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
-        assert_eq!((gone, arena.holds.space.used()), (vec![1], 64));
+        settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
+        assert_eq!(arena.holds.space.used(), 64);
+        assert!(arena.holds.editions(1).is_empty());
     }
+}
+
+/// A sleeper in the function itself goes on by it, everybody else by the edition, until it was seen outside; and back.
+#[test]
+fn a_task_in_the_old_side_is_bound_to_it_until_it_has_left() {
+    for form in FORMS {
+        let after = |number| TEXT + SLIDE + FUNCTIONS + number * FUNCTION + AFTER_CALL;
+        let in_it = TEXT + SLIDE + 0x440 + 0x10;
+        let first = after(function::FIRST);
+        let mut tiny = TinyGuest::new(form, 4);
+        let sleeper = tiny.task(7, "sleeper", &[0, 0, 0, 0, 0, 0, in_it, first]);
+        let task = tiny.tasks[sleeper];
+        let slot = tiny.get(task + task::SP) + 8 * 6;
+        let (mut guest, kernel, mut arena) = started(tiny);
+        let before = live(&guest, &kernel);
+        let package = package("patient", 0, &BUILD_ID);
+        let request = Request {
+            model: Model::Quiescent,
+            ..Request::new(1, &package)
+        };
+        let busy = apply(&mut guest, &kernel, &mut arena, &request, &options(false)).unwrap_err();
+        assert!(busy.to_string().contains("task 7 (sleeper)"), "{busy}");
+        assert_eq!(live(&guest, &kernel), before);
+        let request = Request {
+            model: Model::PerTask,
+            ..request
+        };
+        apply(&mut guest, &kernel, &mut arena, &request, &options(false)).unwrap();
+        let bound = |arena: &Arena| -> Vec<Vec<u64>> {
+            let passing = arena.holds.passing.iter();
+            passing
+                .map(|passing| passing.set.keys().collect())
+                .collect()
+        };
+        assert_eq!(bound(&arena), [[task]], "{form:?}");
+        assert_eq!(
+            arena.holds.passing[0].inside[0].who.to_string(),
+            "task 7 (sleeper)"
+        );
+        let mut memory = vec![0; arena.holds.passing[0].set.bytes().len()];
+        let place = arena.holds.passing[0].set.place().at;
+        kernel.read(&guest, place, &mut memory).unwrap();
+        assert_eq!(
+            memory,
+            arena.holds.passing[0].set.bytes(),
+            "as handlers see it"
+        );
+        let lead = arena.holds.functions.iter().next().unwrap().lead;
+        assert!(matches!(lead, Lead::Handler(_)), "{lead:?}");
+        let observed = verify(&guest, &kernel, &arena.holds, 1);
+        assert!(observed.differences.is_empty(), "{observed:?}");
+        // Others have to wait, or this one be taken back.
+        let second = apply(
+            &mut guest,
+            &kernel,
+            &mut arena,
+            &Request::new(2, &package),
+            &options(false),
+        );
+        let second = second.unwrap_err().to_string();
+        assert!(
+            second.contains("is still being switched by update 1"),
+            "{second}"
+        );
+        settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
+        assert_eq!(bound(&arena), [[task]]);
+        // It wakes, and is seen elsewhere.
+        let at = kernel.translate(&guest, Gva(slot)).unwrap();
+        let move_to = |guest: &mut FakeGuest, to: u64| guest.poke(at, &to.to_le_bytes()).unwrap();
+        move_to(&mut guest, after(function::OTHERS));
+        settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
+        assert!(bound(&arena).is_empty());
+        let edition = arena.holds.placed[&1].linked.redirections[0].edition;
+        let lead = arena.holds.functions.iter().next().unwrap().lead;
+        assert_eq!(lead, Lead::Edition(edition), "a jump and nothing else");
+        assert!(
+            verify(&guest, &kernel, &arena.holds, 1)
+                .differences
+                .is_empty()
+        );
+
+        move_to(&mut guest, edition.0 + 5);
+        revert(
+            &mut guest,
+            &kernel,
+            &mut arena,
+            &[1],
+            Model::PerTask,
+            &options(false),
+        )
+        .unwrap();
+        assert_eq!(bound(&arena), [[task]], "it is in the edition");
+        let forced = crate::apply::force(&mut guest, &kernel, &mut arena, 1, &options(false));
+        forced.unwrap();
+        assert_eq!(live(&guest, &kernel), before);
+        settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
+        let by = Some("task 7 (sleeper)".to_owned());
+        assert_eq!(arena.holds.editions(1)[0].life, Life::Draining { by });
+        move_to(&mut guest, after(function::OTHERS));
+        settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
+        assert!(arena.holds.placed.is_empty() && !arena.holds.is_settling());
+        // What all handlers call stays.
+        assert!(
+            arena.holds.space.used() < 512,
+            "{}",
+            arena.holds.space.used()
+        );
+    }
+}
+
+/// A rule or a count makes a handler of the jump; without them it is a jump again.
+#[test]
+fn editions_are_used_by_rules_and_counted() {
+    let (mut guest, kernel, mut arena) = booted(Form::New);
+    let package = package("patient", 0, &BUILD_ID);
+    let rule = |text: &str| Some(Arc::new(rule::Rule::parse(text).unwrap()));
+    let request = Request {
+        how: Use {
+            rule: rule("pid = 7"),
+            counted: false,
+        },
+        ..Request::new(1, &package)
+    };
+    apply(&mut guest, &kernel, &mut arena, &request, &options(false)).unwrap();
+    let lead = |arena: &Arena| arena.holds.functions.iter().next().unwrap().lead;
+    let first = lead(&arena);
+    assert!(matches!(first, Lead::Handler(_)), "{first:?}");
+    let way = |arena: &Arena| arena.holds.functions.iter().next().unwrap().way.clone();
+    assert_eq!(
+        way(&arena).len(),
+        2,
+        "the edition, and the original behind it"
+    );
+    let mut again = |how: Use| {
+        reuse(&mut guest, &kernel, &mut arena, 1, how, &options(false)).unwrap();
+        assert!(
+            verify(&guest, &kernel, &arena.holds, 1)
+                .differences
+                .is_empty()
+        );
+        (lead(&arena), way(&arena))
+    };
+    let (second, _) = again(Use {
+        rule: rule("pid = 8"),
+        counted: true,
+    });
+    assert!(matches!(second, Lead::Handler(at) if Some(at) != first.address()));
+    let (counted, way) = again(Use {
+        rule: None,
+        counted: true,
+    });
+    assert!(matches!(counted, Lead::Handler(_)) && way.len() == 1 && way[0].counter.is_some());
+    let (plain, _) = again(Use::default());
+    assert!(matches!(plain, Lead::Edition(_)), "{plain:?}");
+    let none = reuse(
+        &mut guest,
+        &kernel,
+        &mut arena,
+        9,
+        Use::default(),
+        &options(false),
+    );
+    assert!(
+        none.unwrap_err()
+            .to_string()
+            .contains("update 9 is not in effect")
+    );
 }

@@ -1,13 +1,16 @@
 //! The functions that have editions, each with its list, and which of them decides when an update comes or goes.
 //!
-//! An edition that comes later lies on top of those before it. An update goes as a whole, and what it leaves behind must be something that
+//! An edition that comes later lies on top of those before it, and is asked first: if it has a rule, calls that the rule is not for get to
+//! those beneath it, down to the original. An update goes as a whole, and what it leaves behind must be something that
 //! was meant to be: either all of its functions go back to what is beneath, or none of its editions was in effect any more.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use crate::addr::Gva;
 use crate::plan::Lead;
 use crate::plan::target::Target;
+use crate::rule::Rule;
 
 /// Number of an update, given by whoever applies it.
 pub type UpdateId = u64;
@@ -23,6 +26,28 @@ pub struct Listed {
     pub head: Gva,
 }
 
+/// One of the editions that a call may get to, in the order in which they are asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// The update that brought it; `None` for the original.
+    pub update: Option<UpdateId>,
+    /// Where it begins; the original's head.
+    pub to: Gva,
+    /// The calls that it is for; all that come to it if there is none.
+    pub rule: Option<Arc<Rule>>,
+    /// Where its calls are counted.
+    pub counter: Option<Gva>,
+}
+
+/// How an update's editions are used.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Use {
+    /// The calls that they are for; all if there is none.
+    pub rule: Option<Arc<Rule>>,
+    /// Calls are counted, those that go to the original too.
+    pub counted: bool,
+}
+
 /// A function with its editions.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Function {
@@ -32,6 +57,10 @@ pub struct Function {
     pub editions: Vec<Listed>,
     /// Where it leads now.
     pub lead: Lead,
+    /// The editions that calls may get to by that; none while it leads to the original.
+    pub way: Vec<Step>,
+    /// What it leads to is not what the way alone asks for.
+    unsettled: bool,
 }
 
 /// Why an update cannot come or go. Nothing was changed.
@@ -42,6 +71,22 @@ pub enum ListError {
     NotInEffect {
         /// The update.
         update: UpdateId,
+    },
+    /// It is not being switched.
+    #[error("no task is bound to the old side of update {update}, so there is nothing to force")]
+    NotPassing {
+        /// The update.
+        update: UpdateId,
+    },
+    /// Another one is still switching a function that this one is about.
+    #[error(
+        "{function} is still being switched by update {by}: some tasks have yet to leave its old side; wait for that, or force or revert it"
+    )]
+    Passing {
+        /// The function.
+        function: String,
+        /// The other update.
+        by: UpdateId,
     },
     /// Another one was made to run on top of it.
     #[error(
@@ -92,6 +137,8 @@ impl Functions {
             target: target.clone(),
             editions: Vec::new(),
             lead: Lead::Original,
+            way: Vec::new(),
+            unsettled: false,
         });
         if function.lead == Lead::Original {
             function.target = target.clone();
@@ -160,23 +207,32 @@ impl Functions {
         named.map(|function| function.target.name.clone()).collect()
     }
 
-    /// The functions that have to be led elsewhere for their lists to be in effect: where each leads, and where to.
-    #[must_use]
-    pub fn turns(&self) -> Vec<(Target, Lead, Lead)> {
-        let turn = |function: &Function| {
-            let top = function.editions.last();
-            let to = top.map_or(Lead::Original, |edition| Lead::Edition(edition.at));
-            (function.lead != to).then(|| (function.target.clone(), function.lead, to))
+    /// The functions whose lists ask for another way than the one that is in effect, with that.
+    ///
+    /// `uses` tells how each update's editions are used, `counter` where calls of a function that go to an update's edition are counted.
+    pub fn changes(
+        &self,
+        uses: impl Fn(UpdateId) -> Use,
+        counter: impl Fn(Gva, Option<UpdateId>) -> Option<Gva>,
+    ) -> Vec<(Target, Vec<Step>)> {
+        let changed = |function: &Function| {
+            let way = function.wanted(&uses, &counter);
+            (function.unsettled || way != function.way).then(|| (function.target.clone(), way))
         };
-        self.by_address.values().filter_map(turn).collect()
+        self.by_address.values().filter_map(changed).collect()
     }
 
-    /// Notes where functions lead from now on.
-    pub fn led(&mut self, turns: &[(Target, Lead, Lead)]) {
-        for (target, _, to) in turns {
-            if let Some(function) = self.by_address.get_mut(&target.function) {
-                function.lead = *to;
-            }
+    /// Has what the function at `at` leads to be told anew, whatever way it is.
+    pub fn unsettle(&mut self, at: Gva) {
+        if let Some(function) = self.by_address.get_mut(&at) {
+            function.unsettled = true;
+        }
+    }
+
+    /// Notes where the function at `at` leads from now on, and by which way.
+    pub fn led(&mut self, at: Gva, lead: Lead, way: Vec<Step>) {
+        if let Some(function) = self.by_address.get_mut(&at) {
+            (function.lead, function.way, function.unsettled) = (lead, way, false);
         }
         let stays =
             |function: &Function| !function.editions.is_empty() || function.lead != Lead::Original;
@@ -184,14 +240,54 @@ impl Functions {
     }
 }
 
+impl Function {
+    /// The way that the list asks for.
+    fn wanted(
+        &self,
+        uses: impl Fn(UpdateId) -> Use,
+        counter: impl Fn(Gva, Option<UpdateId>) -> Option<Gva>,
+    ) -> Vec<Step> {
+        let (mut way, mut counted) = (Vec::new(), false);
+        let at = self.target.function;
+        for edition in self.editions.iter().rev() {
+            let how = uses(edition.update);
+            counted |= how.counted;
+            let last = how.rule.is_none();
+            way.push(Step {
+                update: Some(edition.update),
+                to: edition.at,
+                rule: how.rule,
+                counter: how
+                    .counted
+                    .then(|| counter(at, Some(edition.update)))
+                    .flatten(),
+            });
+            if last {
+                return way;
+            }
+        }
+        let oldest = self.editions.first();
+        way.extend(oldest.map(|oldest| Step {
+            update: None,
+            to: oldest.head,
+            rule: None,
+            counter: counted.then(|| counter(at, None)).flatten(),
+        }));
+        way
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
 
-    use super::{Functions, ListError, Listed, UpdateId};
+    use std::sync::Arc;
+
+    use super::{Functions, ListError, Listed, Step, UpdateId, Use};
     use crate::addr::Gva;
     use crate::plan::Lead;
     use crate::plan::target::Target;
+    use crate::rule::Rule;
 
     fn target(function: u64) -> Target {
         Target {
@@ -212,17 +308,35 @@ mod tests {
                 let (update, head) = (*update, Gva(at.0 + 0x800));
                 functions.add(&target(*function), Listed { update, at, head });
             }
-            functions.led(&functions.turns());
+            settle(&mut functions);
         }
         functions
     }
 
+    fn plain(_: UpdateId) -> Use {
+        Use::default()
+    }
+
+    fn uncounted(_: Gva, _: Option<UpdateId>) -> Option<Gva> {
+        None
+    }
+
+    /// Has all lists be in effect.
+    fn settle(functions: &mut Functions) {
+        for (target, way) in functions.changes(plain, uncounted) {
+            let lead = way
+                .first()
+                .map_or(Lead::Original, |step| Lead::Edition(step.to));
+            functions.led(target.function, lead, way);
+        }
+    }
+
     /// Where each function is to lead, as the update whose edition that is.
     fn turns(functions: &Functions) -> Vec<(u64, UpdateId)> {
-        let turns = functions.turns().into_iter();
-        let update = |to: Lead| to.address().map_or(0, |at| at.0 / 0x1000);
-        turns
-            .map(|(target, _, to)| (target.function.0, update(to)))
+        let changes = functions.changes(plain, uncounted).into_iter();
+        let first = |way: &[Step]| way.first().and_then(|step| step.update).unwrap_or(0);
+        changes
+            .map(|(target, way)| (target.function.0, first(&way)))
             .collect()
     }
 
@@ -274,12 +388,53 @@ mod tests {
         let mut functions = listed(&[(1, &[1])]);
         assert!(functions.redirected(Gva(1)).is_some());
         functions.remove(&BTreeSet::from([1])).unwrap();
-        let turns = functions.turns();
         assert!(
             functions.redirected(Gva(1)).is_some(),
             "until it is written"
         );
-        functions.led(&turns);
+        settle(&mut functions);
         assert_eq!(functions, Functions::default());
+    }
+
+    #[test]
+    fn calls_go_down_the_list_until_an_edition_is_for_all() {
+        let functions = listed(&[(1, &[1]), (2, &[1]), (3, &[1])]);
+        let rule = Arc::new(Rule::parse("pid = 1").unwrap());
+        // Of each update whether it has a rule and whether it is counted; and the updates on the way with where they are counted.
+        let check = |uses: [(bool, bool); 3], want: &[(UpdateId, Option<u64>)]| {
+            let uses = |update: UpdateId| {
+                let (ruled, counted) = uses[usize::try_from(update - 1).unwrap()];
+                let rule = ruled.then(|| Arc::clone(&rule));
+                Use { rule, counted }
+            };
+            let counter = |function: Gva, update: Option<UpdateId>| {
+                Some(Gva(100 * function.0 + update.unwrap_or(0)))
+            };
+            let changes = functions.changes(uses, counter);
+            let way = changes.first().map_or(&[][..], |(_, way)| way);
+            let of = |step: &Step| (step.update.unwrap_or(0), step.counter.map(|at| at.0));
+            assert_eq!(way.iter().map(of).collect::<Vec<_>>(), want);
+            let last = way.len().saturating_sub(1);
+            assert!(
+                way.iter()
+                    .enumerate()
+                    .all(|(nth, step)| step.rule.is_none() == (nth == last))
+            );
+        };
+        check([(false, false), (false, false), (false, false)], &[]);
+        check(
+            [(false, false), (true, false), (true, false)],
+            &[(3, None), (2, None), (1, None)],
+        );
+        check(
+            [(true, false), (false, true), (true, false)],
+            &[(3, None), (2, Some(102))],
+        );
+        let original = [(3, Some(103)), (2, None), (1, None), (0, Some(100))];
+        check([(true, false), (true, false), (true, true)], &original);
+        check(
+            [(false, false), (false, false), (false, true)],
+            &[(3, Some(103))],
+        );
     }
 }

@@ -80,7 +80,7 @@ pub struct Store {
 }
 
 /// A set, as the host knows it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Set {
     place: SetPlace,
     slots: Vec<u64>,
@@ -154,6 +154,13 @@ impl Set {
     #[must_use]
     pub fn contains(&self, key: u64) -> bool {
         self.slot_of(key).is_some()
+    }
+
+    /// The keys in it, in no order that means anything.
+    pub fn keys(&self) -> impl Iterator<Item = u64> {
+        let slots = self.slots.iter().enumerate();
+        let used = slots.filter(|(slot, key)| **key != self.empty(*slot));
+        used.map(|(_, key)| *key)
     }
 
     /// Puts `key` in: the stores to make, in order; none if it is in already.
@@ -318,8 +325,9 @@ mod tests {
     #[test]
     fn a_set_half_full_of_tasks_has_room() {
         // As a slab has them, in memory of 64 GiB.
-        let task =
-            |index: u64| 0xffff_8880_0000_0000 + (index % 16 << 32) + (index / 16) * 9280 / 64 * 64;
+        let task = |index: u64| {
+            0xffff_8880_0000_0000 + ((index % 16) << 32) + (index / 16) * 9280 / 64 * 64
+        };
         let mut set = Set::new(AT, 12, Keys::Wide).unwrap();
         for index in 0..1300 {
             set.insert(task(index)).unwrap();

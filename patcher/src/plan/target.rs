@@ -155,6 +155,16 @@ impl Target {
         Ok(bytes)
     }
 
+    /// All code of the function as the kernel has it: its own, and what the compiler split off. Several functions of one name have as many cold
+    /// parts, and nothing says which is whose: all of them are given.
+    #[must_use]
+    pub fn code(&self, kernel: &Kernel) -> Vec<Range<Gva>> {
+        let own = self.function.range(self.size);
+        let cold = cold_parts(kernel, &self.name).into_iter();
+        let cold = cold.filter_map(|part| kernel.runtime(part.address).range(part.size));
+        own.into_iter().chain(cold).collect()
+    }
+
     /// Where no thread may be or return to while the jump is written: the displaced bytes but the first.
     #[must_use]
     pub fn forbidden(&self) -> Range<Gva> {
@@ -329,7 +339,7 @@ impl<'a> Code<'a> {
             &runtime,
         )?;
         self.no_live_branch_into(guest, self.symbol, &runtime)?;
-        for cold in self.cold_parts() {
+        for cold in cold_parts(kernel, &self.symbol.name) {
             let range = cold.address.range(cold.size.min(MAX_FUNCTION));
             let code = range
                 .and_then(|range| self.shipped.text(range))
@@ -361,17 +371,16 @@ impl<'a> Code<'a> {
             other => Ok(other?),
         }
     }
+}
 
-    /// What the compiler split off the function. Several functions of one name have as many cold parts, and nothing says
-    /// which is whose: all of them are returned.
-    fn cold_parts(&self) -> Vec<Symbol> {
-        let symbols = self.kernel.image().symbols();
-        let name = format!("{}.cold", self.symbol.name);
-        if !symbols.has(&name) {
-            return Vec::new();
-        }
-        (1..)
-            .map_while(|nth| symbols.lookup_nth(&name, nth).ok())
-            .collect()
+/// What the compiler split off the functions called `name`.
+fn cold_parts(kernel: &Kernel, name: &str) -> Vec<Symbol> {
+    let symbols = kernel.image().symbols();
+    let name = format!("{name}.cold");
+    if !symbols.has(&name) {
+        return Vec::new();
     }
+    (1..)
+        .map_while(|nth| symbols.lookup_nth(&name, nth).ok())
+        .collect()
 }

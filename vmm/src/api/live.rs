@@ -16,7 +16,7 @@ use super::wire;
 use crate::events::Events;
 use crate::guest::KvmGuest;
 use crate::sparse::SparseFile;
-use crate::updates::{self, Order, Session};
+use crate::updates::{self, Order, Session, Use};
 use crate::views::{Asked, Seen, View};
 use crate::vm::{PauseError, ResumeError, State, Vm};
 
@@ -157,6 +157,37 @@ impl Machine for Live {
             .revert(id, deadline, translated(done, convert::update))
             .map(convert::update)
             .map_err(convert::error)
+    }
+
+    fn reuse(
+        &self,
+        id: u64,
+        how: Use,
+        deadline: Instant,
+        done: Done<wire::Update>,
+    ) -> Result<wire::Update, ApiError> {
+        self.session
+            .reuse(id, how, deadline, translated(done, convert::update))
+            .map(convert::update)
+            .map_err(convert::error)
+    }
+
+    fn force(
+        &self,
+        id: u64,
+        deadline: Instant,
+        done: Done<wire::Update>,
+    ) -> Result<wire::Update, ApiError> {
+        self.session
+            .force(id, deadline, translated(done, convert::update))
+            .map(convert::update)
+            .map_err(convert::error)
+    }
+
+    fn calls(&self, done: Done<wire::CallList>) -> Result<(), ApiError> {
+        let at = self.events().elapsed();
+        let done = translated(done, move |calls| convert::calls(calls, at));
+        self.session.calls(done).map_err(convert::error)
     }
 
     fn verify(

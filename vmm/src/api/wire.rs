@@ -128,6 +128,56 @@ pub struct ApplyQuery {
     pub deadline_ms: Option<u64>,
     /// The updates whose place it takes, by number with commas between them, or `all` that are in effect: they go in the same moment.
     pub instead_of: Option<String>,
+    /// Who may be where at the switch. Left out: `immediate` for an update of one function, `per-task` for one of several, which belong together.
+    pub model: Option<Model>,
+    /// The calls that its editions are for, as a rule; all when left out.
+    #[param(max_length = 4096)]
+    pub rule: Option<String>,
+    /// Count the calls that get to its editions, and those that get to the originals.
+    #[serde(default)]
+    pub count: bool,
+    /// `false`: answer 202 at once, the operation goes on; follow it at its `Location` or in the events.
+    pub wait: Option<bool>,
+}
+
+/// Who may be where when a group of functions is switched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Model {
+    /// Anywhere but in the few bytes that change: what runs goes on as it began, and the next call gets to the new side.
+    Immediate,
+    /// Nobody in the old side: it is tried until that is so, or the deadline.
+    Quiescent,
+    /// Whoever is in the old side goes on by it until he was seen outside.
+    PerTask,
+}
+
+impl Model {
+    /// Its name, as in the JSON.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Immediate => "immediate",
+            Self::Quiescent => "quiescent",
+            Self::PerTask => "per-task",
+        }
+    }
+}
+
+/// How the editions of an update are to be used.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+pub struct UseQuery {
+    /// The calls that they are for, as a rule; all when left out.
+    #[param(max_length = 4096)]
+    pub rule: Option<String>,
+    /// Count the calls that get to them, and those that get to the originals.
+    #[serde(default)]
+    pub count: bool,
+    /// Give up after this many milliseconds (1 to 600000); they are then used as before. 5000 when left out.
+    #[param(minimum = 1, maximum = 600_000)]
+    pub deadline_ms: Option<u64>,
     /// `false`: answer 202 at once, the operation goes on; follow it at its `Location` or in the events.
     pub wait: Option<bool>,
 }
@@ -186,6 +236,8 @@ pub enum UpdateState {
     Checking,
     /// All checks passed; nothing was written, as was asked.
     Checked,
+    /// Its editions are in effect for all but some tasks, which have yet to leave what they replace.
+    Switching,
     /// Its editions are in effect.
     Applied,
     /// Is being undone.
@@ -206,7 +258,10 @@ impl UpdateState {
     /// Whether nothing more happens to the update by itself.
     #[must_use]
     pub fn is_settled(self) -> bool {
-        !matches!(self, Self::Queued | Self::Checking | Self::Reverting)
+        !matches!(
+            self,
+            Self::Queued | Self::Checking | Self::Switching | Self::Reverting
+        )
     }
 }
 
@@ -231,9 +286,21 @@ pub struct Update {
     /// The updates whose place it takes.
     #[serde(default)]
     pub instead_of: Vec<u64>,
+    /// Who may be where when it is switched, if that was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<Model>,
+    /// The calls that its editions are for; all if there is no rule.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rule: Option<String>,
+    /// Calls are counted.
+    #[serde(default)]
+    pub counted: bool,
     /// Its editions, while they are in the guest.
     #[serde(default)]
     pub editions: Vec<Edition>,
+    /// The tasks that have yet to leave the old side of its switch, while that is under way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bound: Option<Vec<BoundTask>>,
     /// When it was handed in.
     pub submitted_at_ms: u64,
     /// When `state` last changed.
@@ -275,6 +342,39 @@ pub struct Edition {
     /// Why it is still there, if nothing leads to it: who was in it when that was looked at last, or what may know its address.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub why: Option<String>,
+}
+
+/// A task that has yet to leave the old side of a switch.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct BoundTask {
+    /// Which task.
+    pub who: String,
+    /// Its stack when it was last looked at, from the innermost frame out.
+    pub frames: Vec<String>,
+    /// Why the stack cannot be followed further, if it cannot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unreliable: Option<String>,
+}
+
+/// The calls of a function that got to one of its editions.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Calls {
+    /// The function.
+    pub function: String,
+    /// The update whose edition it is; left out for the original.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub update: Option<u64>,
+    /// How many since they are counted.
+    pub calls: u64,
+}
+
+/// All calls that are counted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct CallList {
+    /// When they were read: milliseconds since the start of the VM.
+    pub at_ms: u64,
+    /// The calls, by function.
+    pub calls: Vec<Calls>,
 }
 
 /// What one operation cost the guest.

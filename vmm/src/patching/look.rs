@@ -4,12 +4,16 @@
 //! that nothing explains.
 //! What the guest was just changing makes no sense for a moment; it is then let go, and looked at again a little later, until the deadline.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use patcher::addr::Gva;
 use patcher::apply::Holdings;
 use patcher::apply::arena::Placed;
+use patcher::apply::handlers::Made;
 use patcher::edition::list::Function;
+use patcher::edition::resident::Resident;
 use patcher::guest::{Guest, PausedGuest, Registers};
 use patcher::kernel::image::Image;
 use patcher::kernel::locate::Kernel;
@@ -154,25 +158,40 @@ fn paused_us(guest: &KvmGuest, began: Instant) -> Option<u64> {
     Some(if stopped { took } else { 0 })
 }
 
-/// What updates have put into the guest: those in effect, and those that threads have yet to leave.
-pub(super) fn updates(holds: &Holdings) -> Vec<Update> {
-    let of = |(id, placed): (&u64, &Arc<Placed>)| {
-        let redirections = placed.linked.redirections.iter();
-        let functions = redirections.map(|redirection| redirection.target.function);
-        let functions = functions.filter_map(|at| holds.functions.redirected(at));
-        let leads_here = |function: &&Function| {
-            let to = function.lead.address();
-            to.is_some_and(|to| placed.resident.code.range.contains(&to))
-        };
-        let jumps = functions.filter(leads_here).filter_map(|function| {
-            let target = &function.target;
-            target.jump.range(target.displaced.len() as u64)
-        });
-        Update {
-            id: holds.functions.of(*id).next().map(|_| *id),
-            jumps: jumps.collect(),
-            code: placed.resident.clone(),
-        }
+/// What updates have put into the guest: those in effect, those that threads have yet to leave, and the handlers that choose between them.
+pub(super) fn updates(kernel: &Kernel, holds: &Holdings) -> Vec<Update> {
+    let of = |(id, placed): (&u64, &Arc<Placed>)| Update {
+        id: holds.functions.of(*id).next().map(|_| *id),
+        jumps: jumps_into(holds, &placed.resident.code.range),
+        code: placed.resident.clone(),
     };
-    holds.placed.iter().map(of).collect()
+    let handlers = holds.handlers(kernel).ok().flatten().map(|code| {
+        let name = |made: &Made| {
+            let function = holds.functions.get(made.function);
+            let name = function.map_or("a function", |function| &function.target.name);
+            (made.code.clone(), format!("handler of {name}"))
+        };
+        let mut pieces: Vec<_> = holds.all_made().map(name).collect();
+        pieces.sort_by_key(|(range, _)| range.start);
+        Update {
+            id: None,
+            jumps: jumps_into(holds, &code.range),
+            code: Resident { pieces, code },
+        }
+    });
+    holds.placed.iter().map(of).chain(handlers).collect()
+}
+
+/// The jumps in the kernel's text that lead into `code`.
+fn jumps_into(holds: &Holdings, code: &Range<Gva>) -> Vec<Range<Gva>> {
+    let leads = |function: &&Function| {
+        let to = function.lead.address();
+        to.is_some_and(|to| code.contains(&to))
+    };
+    let functions = holds.functions.iter().filter(leads);
+    let jump = |function: &Function| {
+        let target = &function.target;
+        target.jump.range(target.displaced.len() as u64)
+    };
+    functions.filter_map(jump).collect()
 }

@@ -2,9 +2,10 @@
 
 use std::time::Instant;
 
-use ::patcher::apply::{Edition, Report};
+use ::patcher::apply::{Calls, Edition, Model, Report};
+use ::patcher::edition::list::Use;
 
-use super::record::Problem;
+use super::record::{Passing, Problem};
 use crate::views::{Asked, Seen, View};
 
 /// What a kernel patcher does for the session. It runs on the session's thread only.
@@ -19,6 +20,23 @@ pub trait Patcher: 'static {
     /// # Errors
     /// The guest is then as it was, and the updates applied, but for [`Failing::Broken`](super::Failing::Broken).
     fn revert(&mut self, updates: &[u64], task: &Undo<'_>) -> Result<Report, Problem>;
+    /// Uses the editions of an update in effect in another way.
+    ///
+    /// # Errors
+    /// They are then used as before, but for [`Failing::Broken`](super::Failing::Broken).
+    fn reuse(&mut self, update: u64, how: &Use, task: &Undo<'_>) -> Result<Report, Problem>;
+    /// Ends an update's switch for those too who have yet to leave its old side.
+    ///
+    /// # Errors
+    /// It is then under way as before, but for [`Failing::Broken`](super::Failing::Broken).
+    fn force(&mut self, update: u64, task: &Undo<'_>) -> Result<(), Problem>;
+    /// The switch of an update that is under way.
+    fn passing(&self, update: u64) -> Option<Passing>;
+    /// How often the editions whose calls are counted were called. The guest runs on.
+    ///
+    /// # Errors
+    /// When the guest cannot be read.
+    fn calls(&mut self) -> Result<Vec<Calls>, Problem>;
     /// Whether the guest's memory is known to be sound. If not, the guest stays paused.
     fn is_sound(&self) -> bool;
     /// The editions of an update, and where each stands; none once they are gone.
@@ -56,6 +74,10 @@ pub struct Task<'a> {
     pub update: u64,
     /// The updates whose place it takes.
     pub instead_of: &'a [u64],
+    /// Who may be where at the switch, if that was asked for.
+    pub model: Option<Model>,
+    /// How its editions are used.
+    pub how: &'a Use,
     /// The package's bytes.
     pub package: &'a [u8],
     /// Write nothing.

@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 
 use ::patcher::addr::Gva;
 use ::patcher::apply::Report;
+use ::patcher::rule::Rule;
 
 use super::{
-    BROKEN, Done, Edition, Failing, InsteadOf, KernelInfo, Life, Order, Patcher, Problem, QUEUE,
-    Session, State, Task, Undo, Update, Verified,
+    BROKEN, Calls, Done, Edition, Failing, InsteadOf, KernelInfo, Life, Order, Passing, Patcher,
+    Problem, QUEUE, Session, State, Straggler, Task, Undo, Update, Use, Verified,
 };
 use crate::events::{EventKind, Events};
 use crate::views::{Asked, Seen, View};
@@ -24,6 +25,8 @@ struct Scripted {
     sound: bool,
     /// The updates that are in the guest: whether they stay for a while when they are undone, and how often that was looked at since.
     present: BTreeMap<u64, (bool, usize)>,
+    /// How many tasks have yet to make the switch of an update: one less with each look.
+    passes: BTreeMap<u64, u8>,
 }
 
 fn problem(failing: Failing, code: &str) -> Problem {
@@ -60,6 +63,9 @@ impl Patcher for Scripted {
                 if !task.check {
                     (task.written)();
                     let drains = package == b"drains";
+                    if package == b"passes" {
+                        self.passes.insert(task.update, 2);
+                    }
                     self.present.insert(task.update, (drains, 0));
                     for gone in task.instead_of {
                         self.leave(*gone);
@@ -89,6 +95,39 @@ impl Patcher for Scripted {
         }
     }
 
+    fn reuse(&mut self, update: u64, how: &Use, task: &Undo<'_>) -> Result<Report, Problem> {
+        if how.counted {
+            return Err(problem(Failing::Refused, "no_counters"));
+        }
+        (task.written)();
+        assert!(self.present.contains_key(&update));
+        Ok(Report::default())
+    }
+
+    fn force(&mut self, update: u64, task: &Undo<'_>) -> Result<(), Problem> {
+        (task.written)();
+        let passes = self.passes.remove(&update);
+        passes
+            .map(drop)
+            .ok_or_else(|| problem(Failing::Conflict, "nothing_to_force"))
+    }
+
+    fn passing(&self, update: u64) -> Option<Passing> {
+        let looks = self.passes.get(&update)?;
+        let task = |nth: &u8| Straggler {
+            who: nth.to_string(),
+            frames: Vec::new(),
+            unreliable: None,
+        };
+        Some(Passing {
+            tasks: (0..*looks).map(|nth| task(&nth)).collect(),
+        })
+    }
+
+    fn calls(&mut self) -> Result<Vec<Calls>, Problem> {
+        Ok(Vec::new())
+    }
+
     fn is_sound(&self) -> bool {
         self.sound
     }
@@ -111,7 +150,7 @@ impl Patcher for Scripted {
     }
 
     fn is_settling(&self) -> bool {
-        self.present.values().any(|(_, looks)| *looks > 0)
+        !self.passes.is_empty() || self.present.values().any(|(_, looks)| *looks > 0)
     }
 
     fn settle(&mut self, deadline: Instant) -> Result<(), Problem> {
@@ -119,6 +158,10 @@ impl Patcher for Scripted {
         self.present.retain(|_, (_, looks)| {
             *looks += usize::from(*looks > 0);
             *looks < 4
+        });
+        self.passes.retain(|_, left| {
+            *left -= 1;
+            *left > 0
         });
         Ok(())
     }
@@ -168,6 +211,8 @@ fn order(package: &[u8], check: bool, deadline: Instant) -> Order {
         package: package.to_vec(),
         check,
         instead_of: InsteadOf::These(Vec::new()),
+        model: None,
+        how: Use::default(),
         deadline,
     }
 }
@@ -194,6 +239,7 @@ impl Fixture {
             generation: 0,
             sound: true,
             present: BTreeMap::new(),
+            passes: BTreeMap::new(),
         });
         Self {
             session: session.unwrap(),
@@ -471,4 +517,55 @@ fn what_drains_is_looked_at_until_it_is_gone() {
         None,
     ];
     assert_eq!(seen, want);
+}
+
+#[test]
+fn an_update_is_switching_until_all_tasks_have_made_its_switch() {
+    let f = Fixture::new();
+    let (_, mut live) = f.events.subscribe(0);
+    let update = f.apply(b"passes").unwrap();
+    assert_eq!(update.state, State::Switching);
+    assert_eq!(update.passing.map(|passing| passing.tasks.len()), Some(2));
+    let mut seen = Vec::new();
+    while seen.last() != Some(&(State::Applied, None)) {
+        let event = live.blocking_recv().unwrap();
+        if let EventKind::Update(update) = event.kind
+            && update.applied.is_some()
+        {
+            let left = update.passing.map(|passing| passing.tasks.len());
+            seen.push((update.state, left));
+        }
+    }
+    let switching = |left| (State::Switching, left);
+    assert_eq!(
+        seen[1..],
+        [
+            switching(Some(2)),
+            switching(Some(1)),
+            (State::Applied, None)
+        ]
+    );
+
+    // It can be forced, and taken back, while it is under way; and used otherwise.
+    f.apply(b"passes").unwrap();
+    let ask = |ask: &dyn Fn(Done<Update>) -> Result<Update, Problem>| {
+        let (done, end) = reply();
+        ask(done)?;
+        end.recv().unwrap()
+    };
+    let forced = ask(&|done| f.session.force(2, soon(), done)).unwrap();
+    assert_eq!((forced.state, forced.passing), (State::Applied, None));
+    let again = ask(&|done| f.session.force(2, soon(), done)).unwrap_err();
+    assert_eq!(again.code, "nothing_to_force");
+    let how = |counted| Use {
+        rule: Some(Arc::new(Rule::parse("pid = 1").unwrap())),
+        counted,
+    };
+    let used = ask(&|done| f.session.reuse(2, how(false), soon(), done)).unwrap();
+    assert_eq!((used.how, used.state), (how(false), State::Applied));
+    let refused = ask(&|done| f.session.reuse(2, how(true), soon(), done)).unwrap_err();
+    assert_eq!(refused.code, "no_counters");
+    assert_eq!(f.session.updates()[1].how, how(false));
+    let none = ask(&|done| f.session.reuse(9, how(false), soon(), done)).unwrap_err();
+    assert_eq!(none.code, "no_such_update");
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::patcher::{Patcher, Task, Undo, Verified};
 use super::record::{BROKEN, Cost, Failing, Problem, State, Update};
-use super::{Book, InsteadOf, Job, Order};
+use super::{Book, InsteadOf, Job, Order, Use};
 use crate::views::{Asked, Seen, View};
 
 /// The session's thread.
@@ -64,6 +64,9 @@ impl<P: Patcher> Worker<P> {
             match job {
                 Job::Apply(id, order, done) => done(self.apply(id, &order)),
                 Job::Revert(id, deadline, done) => done(self.revert(id, deadline)),
+                Job::Reuse(id, how, deadline, done) => done(self.reuse(id, &how, deadline)),
+                Job::Force(id, deadline, done) => done(self.force(id, deadline)),
+                Job::Calls(done) => done(self.work(P::calls)),
                 Job::Verify(id, deadline, done) => done(self.verify(id, deadline)),
                 Job::Kernel(deadline, done) => {
                     let known = self.work(|patcher| patcher.kernel(deadline));
@@ -90,9 +93,20 @@ impl<P: Patcher> Worker<P> {
     fn refresh(&mut self) {
         let (book, patcher, applied) = (&self.book, &self.patcher, &self.applied);
         self.present.retain(|id| {
-            let editions = patcher.editions(*id);
-            let stays = !editions.is_empty() || applied.contains_key(id);
-            book.change(*id, |update| update.editions = editions);
+            let (editions, passing) = (patcher.editions(*id), patcher.passing(*id));
+            let in_effect = applied.contains_key(id);
+            let stays = !editions.is_empty() || in_effect;
+            book.change(*id, |update| {
+                update.state = match update.state {
+                    State::Switching if passing.is_none() && in_effect => State::Applied,
+                    State::Reverting if passing.is_none() && !in_effect => State::Reverted,
+                    State::Applied if passing.is_some() => State::Switching,
+                    State::Reverted if passing.is_some() => State::Reverting,
+                    other => other,
+                };
+                update.editions = editions;
+                update.passing = passing;
+            });
             stays
         });
     }
@@ -112,6 +126,8 @@ impl<P: Patcher> Worker<P> {
         let task = Task {
             update: id,
             instead_of: &instead_of,
+            model: order.model,
+            how: &order.how,
             package: &order.package,
             check: order.check,
             deadline: order.deadline,
@@ -152,8 +168,77 @@ impl<P: Patcher> Worker<P> {
                 Err(self.fail(id, state, problem))
             }
         };
+        self.refreshed(id, ended)
+    }
+
+    /// The end of an operation on an update, as that is once it is told where its editions stand.
+    fn refreshed(&mut self, id: u64, ended: Result<Update, Problem>) -> Result<Update, Problem> {
         self.refresh();
-        ended
+        ended.and_then(|_| self.book.find(id))
+    }
+
+    /// Uses the editions of an update in another way.
+    fn reuse(&mut self, id: u64, how: &Use, deadline: Instant) -> Result<Update, Problem> {
+        if !self.applied.contains_key(&id) {
+            return Err(self.book.applied(id).err().unwrap_or_else(too_late));
+        }
+        let written = Cell::new(false);
+        let result = self.undertake(id, deadline, &written, |patcher, task| {
+            patcher.reuse(id, how, task).map(drop)
+        });
+        if written.get() {
+            self.book.change(id, |update| update.how = how.clone());
+        }
+        self.ended(id, result)
+    }
+
+    /// Ends the switch of an update for all.
+    fn force(&mut self, id: u64, deadline: Instant) -> Result<Update, Problem> {
+        let written = Cell::new(false);
+        let result = self.undertake(id, deadline, &written, |patcher, task| {
+            patcher.force(id, task)
+        });
+        self.ended(id, result)
+    }
+
+    /// Lets the patcher do something to an update, and notes whether that was written.
+    fn undertake<T>(
+        &mut self,
+        id: u64,
+        deadline: Instant,
+        written: &Cell<bool>,
+        work: impl FnOnce(&mut P, &Undo<'_>) -> Result<T, Problem>,
+    ) -> Result<T, Problem> {
+        if Instant::now() >= deadline {
+            return Err(too_late());
+        }
+        let book = Arc::clone(&self.book);
+        let task = Undo {
+            deadline,
+            doing: &|doing| drop(book.change(id, |update| update.doing = Some(doing))),
+            written: &|| written.set(true),
+        };
+        self.wait = FIRST_WAIT;
+        self.work(|patcher| work(patcher, &task))
+    }
+
+    /// Records how something ended that leaves the state of its update as it is, unless the guest is not sound any more.
+    fn ended(&mut self, id: u64, result: Result<(), Problem>) -> Result<Update, Problem> {
+        let ended = match result {
+            Ok(()) => self.end(id, |_| {}),
+            Err(problem) if problem.failing == Failing::Broken => {
+                Err(self.fail(id, State::Broken, problem))
+            }
+            Err(problem) => {
+                self.book.change(id, |update| {
+                    update.doing = None;
+                    update.problem = Some(problem.clone());
+                });
+                self.forget();
+                Err(problem)
+            }
+        };
+        self.refreshed(id, ended)
     }
 
     /// Notes that an update is in effect, and those whose place it took are not.
@@ -177,20 +262,12 @@ impl<P: Patcher> Worker<P> {
         book.change(id, |update| update.state = State::Reverting);
         let began = Instant::now();
         let written = Cell::new(false);
-        let task = Undo {
-            deadline,
-            doing: &|doing| drop(book.change(id, |update| update.doing = Some(doing))),
-            written: &|| written.set(true),
-        };
-        let result = if began >= deadline {
-            Err(too_late())
-        } else {
-            self.work(|patcher| patcher.revert(&[id], &task))
-        };
+        let result = self.undertake(id, deadline, &written, |patcher, task| {
+            patcher.revert(&[id], task)
+        });
         if written.get() {
             self.applied.remove(&id);
         }
-        self.wait = FIRST_WAIT;
         let ended = match result {
             Ok(report) => self.end(id, |update| {
                 update.state = State::Reverted;
@@ -208,8 +285,7 @@ impl<P: Patcher> Worker<P> {
                 Err(self.fail(id, state, problem))
             }
         };
-        self.refresh();
-        ended
+        self.refreshed(id, ended)
     }
 
     fn verify(&mut self, id: u64, deadline: Instant) -> Result<Verified, Problem> {

@@ -58,7 +58,7 @@ impl Running for Fake {
             Ok(Scanned {
                 tasks: 3,
                 words: 99,
-                watched: Vec::new(),
+                ..Scanned::default()
             })
         }
     }
@@ -118,7 +118,7 @@ fn plan() -> Plan {
             ),
         ],
         forbidden: vec![Gva(TEXT.0 + 6)..Gva(TEXT.0 + 10)],
-        watched: Vec::new(),
+        ..Plan::default()
     }
 }
 
@@ -134,7 +134,7 @@ fn back(plan: &Plan) -> Plan {
     Plan {
         writes: writes.collect(),
         forbidden: plan.forbidden.clone(),
-        watched: Vec::new(),
+        ..Plan::default()
     }
 }
 

@@ -378,7 +378,7 @@ impl World {
         };
         if let Some((last, before)) = of.loads.split_last() {
             let read = |at: u64, size: u8| {
-                let kernel = at >= 0xff00_0000_0000_0000 && at <= VSYSCALL - 8;
+                let kernel = (0xff00_0000_0000_0000..=VSYSCALL - 8).contains(&at);
                 self.run.load(at, size.into()).filter(|_| kernel)
             };
             for offset in before {
@@ -412,11 +412,7 @@ fn interrupted(run: &mut Run, rules: &[(Gva, Frame)], own: &[std::ops::Range<u64
     }
     let (mut ip, mut sp) = (run.rip, sp);
     for _ in 0..3 {
-        let rule = rules
-            .iter()
-            .filter(|(at, _)| at.0 <= ip)
-            .next_back()
-            .unwrap();
+        let rule = rules.iter().rfind(|(at, _)| at.0 <= ip).unwrap();
         sp += u64::from(rule.1.sp_offset);
         ip = run.load(sp - 8, 8).unwrap();
         if ip == CALLER {

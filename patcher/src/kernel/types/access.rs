@@ -440,3 +440,255 @@ fn list(all: &[(String, u32)]) -> String {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::{Access, Hop, Which};
+    use crate::kernel::testing::Btf;
+    use crate::kernel::types::Types;
+    use crate::kernel::types::tests::types;
+
+    /// Functions that take a pointer to a structure with everything in it, structures themselves, and too much.
+    fn sample() -> Btf {
+        let mut btf = Btf::default();
+        let (byte, int, long) = (btf.int(1), btf.int(4), btf.int(8));
+        let signed = btf.add("int", 1, 0, 4, &[1 << 24 | 32]);
+        let own = signed + 3;
+        let pointer = btf.add("", 2, 0, own, &[]);
+        let array = btf.array(int, 3);
+        let names =
+            ["next", "numbers", "low", "split", "state", "cross"].map(|name| btf.string(name));
+        let state = own + 1;
+        let members = [
+            [names[0], pointer, 0],
+            [names[1], array, 64],
+            [names[2], int, 3 << 24 | 165],
+            [names[3], signed, 12 << 24 | 178],
+            [names[4], state, 224],
+            [names[5], int, 12 << 24 | 186],
+        ];
+        assert_eq!(btf.add("node", 4 | 0x80, 6, 32, &members.concat()), own);
+        assert_eq!(btf.enumeration("state", &[("ON", 1), ("OFF", 2)]), state);
+        btf.enumeration("other", &[("ON", 1), ("OFF", 3), ("ALONE", 9)]);
+        let small = btf.structure("small", 8, &[("x", long, 0)]);
+        let void = btf.add("", 2, 0, 0, &[]);
+        let mut function = |name: &str, returns: u32, parameters: &[(&str, u32)]| {
+            let mut extra = Vec::new();
+            for (name, kind) in parameters {
+                extra.extend([btf.string(name), *kind]);
+            }
+            let prototype = btf.add("", 13, parameters.len(), returns, &extra);
+            btf.add(name, 12, 1, prototype, &[]);
+        };
+        function(
+            "walk",
+            int,
+            &[("node", pointer), ("how", byte), ("to", void)],
+        );
+        let seven = ["a", "b", "c", "d", "e", "f", "g"].map(|name| (name, signed));
+        function("seven", 0, &seven);
+        function(
+            "by_value",
+            0,
+            &[("first", int), ("small", small), ("last", int)],
+        );
+        function("gives_small", small, &[("first", int)]);
+        function("twin", 0, &[("a", int)]);
+        function("twin", 0, &[("b", int), ("a", int)]);
+        btf
+    }
+
+    fn check(function: &str, which: Which<'_>, hops: &[Hop<'_>], want: Result<Access, &str>) {
+        let types = types(sample().finish()).unwrap();
+        match (types.access(function, which, hops), want) {
+            (Ok(got), Ok(want)) => assert_eq!(got, want),
+            (Err(got), Err(want)) => assert!(got.to_string().contains(want), "{got}"),
+            (got, want) => panic!("{function}, {which:?}, {hops:?}: {got:?} instead of {want:?}"),
+        }
+    }
+
+    fn access(argument: usize, loads: &[u32], size: u8, signed: bool) -> Access {
+        Access {
+            argument,
+            loads: loads.to_vec(),
+            size,
+            signed,
+            bits: None,
+            enumeration: None,
+        }
+    }
+
+    #[test]
+    fn arguments_and_what_they_lead_to_are_found() {
+        let (node, next) = (Which::Name("node"), Hop::Member("next"));
+        let number = |index| [next, Hop::Member("numbers"), Hop::Index(index)];
+        check("walk", Which::Number(2), &[], Ok(access(1, &[], 1, false)));
+        check("walk", node, &[], Ok(access(0, &[], 8, false)));
+        check(
+            "walk",
+            node,
+            &[next, next],
+            Ok(access(0, &[0, 0], 8, false)),
+        );
+        check("walk", node, &number(2), Ok(access(0, &[0, 16], 4, false)));
+        let second = [Hop::Index(2), Hop::Member("numbers"), Hop::Index(0)];
+        check("walk", node, &second, Ok(access(0, &[72], 4, false)));
+        check("seven", Which::Name("f"), &[], Ok(access(5, &[], 4, true)));
+        check(
+            "by_value",
+            Which::Number(1),
+            &[],
+            Ok(access(0, &[], 4, false)),
+        );
+        let bits = |size, loads: &[u32], signed, bits| {
+            let bits = Some(bits);
+            Ok(Access {
+                bits,
+                ..access(0, loads, size, signed)
+            })
+        };
+        check(
+            "walk",
+            node,
+            &[Hop::Member("low")],
+            bits(1, &[20], false, (5, 3)),
+        );
+        check(
+            "walk",
+            node,
+            &[Hop::Member("split")],
+            bits(2, &[22], true, (2, 12)),
+        );
+    }
+
+    #[test]
+    fn an_enumeration_is_told_by_its_name() {
+        let want = Access {
+            enumeration: Some("state".to_owned()),
+            ..access(0, &[28], 4, false)
+        };
+        check("walk", Which::Number(1), &[Hop::Member("state")], Ok(want));
+    }
+
+    #[test]
+    fn what_no_register_or_type_tells_is_an_error() {
+        let (node, next) = (Which::Name("node"), Hop::Member("next"));
+        check("nothing", node, &[], Err("no function nothing"));
+        check("walk", Which::Name("x"), &[], Err("it has node, how, to"));
+        check("walk", Which::Number(0), &[], Err("no argument arg0"));
+        check("walk", Which::Number(4), &[], Err("no argument arg4"));
+        check(
+            "walk",
+            node,
+            &[Hop::Member("x")],
+            Err("node, a node has no member x"),
+        );
+        check(
+            "walk",
+            node,
+            &[next, Hop::Member("numbers")],
+            Err("compares with no number"),
+        );
+        check(
+            "walk",
+            node,
+            &[Hop::Member("numbers"), Hop::Index(3)],
+            Err("ends before it"),
+        );
+        check(
+            "walk",
+            node,
+            &[Hop::Member("cross")],
+            Err("no aligned word"),
+        );
+        check("walk", Which::Name("how"), &[next], Err("no pointer"));
+        check(
+            "walk",
+            Which::Name("to"),
+            &[next],
+            Err("do not describe as a structure"),
+        );
+        check(
+            "walk",
+            Which::Name("to"),
+            &[Hop::Index(1)],
+            Err("size is not known"),
+        );
+        check("seven", Which::Name("g"), &[], Err("only the first six"));
+        check(
+            "by_value",
+            Which::Name("small"),
+            &[],
+            Err("no integer or pointer"),
+        );
+        check(
+            "by_value",
+            Which::Name("last"),
+            &[],
+            Err("no integer or pointer"),
+        );
+        check(
+            "gives_small",
+            Which::Number(1),
+            &[],
+            Err("returns a structure"),
+        );
+        check(
+            "twin",
+            Which::Name("a"),
+            &[],
+            Err("2 different types called twin"),
+        );
+    }
+
+    #[test]
+    fn enumerators_are_found_where_all_that_have_them_agree() {
+        let types = types(sample().finish()).unwrap();
+        assert_eq!(types.any_enumerator("ON"), Ok(1));
+        assert_eq!(types.any_enumerator("ALONE"), Ok(9));
+        assert!(
+            types
+                .any_enumerator("OFF")
+                .unwrap_err()
+                .to_string()
+                .contains("2 different")
+        );
+        assert!(types.any_enumerator("NONE").is_err());
+        assert_eq!(types.returned("walk"), Ok(Some(4)));
+        assert_eq!(types.returned("seven"), Ok(None));
+    }
+
+    fn ask(types: &Types) {
+        for function in ["walk", "seven", "by_value", "twin"] {
+            for number in 0..9 {
+                let hops = [
+                    Hop::Member("next"),
+                    Hop::Index(1),
+                    Hop::Member("numbers"),
+                    Hop::Index(2),
+                ];
+                for count in 0..=hops.len() {
+                    let _ = types.access(function, Which::Number(number), &hops[..count]);
+                }
+            }
+            let _ = types.returned(function);
+        }
+        let _ = types.any_enumerator("ON");
+    }
+
+    proptest! {
+        #[test]
+        fn damage_never_panics(changes in prop::collection::vec((any::<usize>(), any::<u8>()), 1..12)) {
+            let mut bytes = sample().finish();
+            let len = bytes.len();
+            for (at, value) in changes {
+                bytes[at % len] = value;
+            }
+            if let Ok(types) = types(bytes) {
+                ask(&types);
+            }
+        }
+    }
+}

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use patcher::addr::Gpa;
-use patcher::apply::{ApplyOptions, Arena, Report, Request, apply, revert};
+use patcher::apply::{ApplyOptions, Arena, Model, Report, Request, apply, revert};
 use patcher::edition::object::Package;
 use patcher::guest::Registers as _;
 use patcher::guest::dump::Dump;
@@ -211,15 +211,19 @@ fn recorded(figures: &mut Figures, stock: Stock, dump: &Path) -> Result<(), Stri
             doing: &|_| (),
             written: &|| (),
         };
-        let request = Request {
-            id: 1,
-            package: &package,
-            instead_of: &[],
-        };
+        let request = Request::new(1, &package);
         let report = apply(&mut guest, &kernel, &mut arena, &request, &options)
             .map_err(|error| failed(&error))?;
         reports.push(report);
-        revert(&mut guest, &kernel, &mut arena, &[1], &options).map_err(|error| failed(&error))?;
+        revert(
+            &mut guest,
+            &kernel,
+            &mut arena,
+            &[1],
+            Model::Immediate,
+            &options,
+        )
+        .map_err(|error| failed(&error))?;
     }
     let middle = |of: &dyn Fn(&Report) -> u64| {
         median(reports.iter().map(|report| of(report) as f64).collect())
