@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use patcher::addr::Gpa;
-use patcher::apply::{ApplyOptions, Arena, Report, apply, revert};
+use patcher::apply::{ApplyOptions, Arena, Model, Report, Request, apply, revert};
 use patcher::edition::object::Package;
 use patcher::guest::Registers as _;
 use patcher::guest::dump::Dump;
@@ -46,29 +46,35 @@ fn main() -> Result<(), Box<dyn Error>> {
             doing: &|what| println!("{what}"),
             written: &|| (),
         };
-        let mut draft = arena.clone();
-        let (applied, report) = apply(&mut guest, &kernel, &mut draft, &package, &options)?;
-        let applied = applied.ok_or("nothing was applied")?;
-        let observed = verify(&guest, &kernel, &applied);
+        let request = Request::new(1, &package);
+        let report = apply(&mut guest, &kernel, &mut arena, &request, &options)?;
+        let placed = arena.holds.placed.get(&1).ok_or("nothing was applied")?;
+        let linked = placed.linked.clone();
+        let observed = verify(&guest, &kernel, &arena.holds, 1);
         if !observed.differences.is_empty() {
             return Err(format!("{:x?}", observed.differences).into());
         }
         if reports.is_empty() {
-            for redirection in &applied.linked.redirections {
+            for redirection in &linked.redirections {
                 println!("{redirection:#x?}");
             }
             println!(
                 "code at {:#x}, {} bytes; data at {:#x}, {} bytes",
-                applied.linked.code.at,
-                applied.linked.code.bytes.len(),
-                applied.linked.data.at,
-                applied.linked.data.bytes.len()
+                linked.code.at,
+                linked.code.bytes.len(),
+                linked.data.at,
+                linked.data.bytes.len()
             );
         }
         reports.push(report);
-        reports.push(revert(&mut guest, &kernel, &draft, &applied, &options)?);
-        // The room may be used again here: no thread of a recorded guest is in the edition.
-        arena.layout = draft.layout;
+        reports.push(revert(
+            &mut guest,
+            &kernel,
+            &mut arena,
+            &[1],
+            Model::Immediate,
+            &options,
+        )?);
     }
     print_report(&reports);
     let changed: Vec<String> = before

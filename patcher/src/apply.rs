@@ -1,123 +1,48 @@
-//! Applies and reverts updates: one pause for each try, tries until a deadline, a report of what the pause cost.
+//! Applies and reverts updates: what changes is worked out while the guest runs, and done under one pause.
 //!
 //! Everything that can be is done before the pause: finding the functions, linking, planning. What may have changed since is
 //! looked at again under it.
 
+pub mod arena;
+mod calls;
+pub mod handlers;
 mod live;
+pub mod passing;
+mod settle;
+mod switch;
+pub mod tries;
 
-use std::ops::Range;
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Instant;
 
-use crate::addr::Gva;
-
-use self::live::{Inhabited, Live};
-use crate::commit::{Blocked, CommitError, Quiescent, Running, Times};
-use crate::edition::link::{self, LinkError, Linked, Returns};
+pub use self::arena::{Arena, Edition, Holdings, Life};
+use self::arena::{Placed, range};
+pub use self::calls::{Calls, calls};
+use self::live::Live;
+pub use self::passing::{Model, Passing};
+pub use self::settle::{force, settle};
+use self::switch::Turn;
+use self::tries::LONGEST_WAIT;
+pub use self::tries::{ApplyOptions, CommitFailed, Phases, Report};
+use crate::edition::escape::escape;
+use crate::edition::handler::HandlerError;
+use crate::edition::link::{self, LinkError, Returns};
+use crate::edition::list::{ListError, Listed, UpdateId, Use};
 use crate::edition::object::Package;
 use crate::edition::resident::Resident;
-use crate::edition::space::ArenaSpace;
-use crate::guest::counted::Counted;
-use crate::guest::{Guest, GuestError, PausedGuest};
-use crate::kernel::arena::{ArenaError, ArenaLayout, ArenaPart, SLOT_SIZE};
+use crate::edition::set::SetError;
+use crate::edition::space::Full;
+use crate::guest::Guest;
+use crate::kernel::alternatives::Alternatives;
+use crate::kernel::arena::ArenaError;
 use crate::kernel::boot::BootState;
 use crate::kernel::locate::{Kernel, KernelError};
 use crate::kernel::orc::OrcError;
 use crate::kernel::text::{ReturnError, ReturnForm};
-use crate::kernel::unwind::OtherCode;
 use crate::plan::target::{Target, TargetError};
-use crate::plan::{ArenaMap, Entry, Plan, PlanError};
-use crate::publish::{self, Publication, PublishError, Unit};
-
-/// Pauses in which the kernel must have been found to be another before that is believed.
-const LOOKS: u64 = 3;
-/// First wait between two tries; it doubles with each.
-const FIRST_WAIT: Duration = Duration::from_micros(500);
-/// Longest wait between two tries.
-const LONGEST_WAIT: Duration = Duration::from_millis(50);
-
-/// Where the time of one pause went, in microseconds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Phases {
-    /// Stopping all vCPUs and devices.
-    pub stop: u64,
-    /// Proving that it is the same kernel, not changing its own code.
-    pub prove: u64,
-    /// Looking through registers and stacks.
-    pub scan: u64,
-    /// Comparing the bytes that are written.
-    pub verify: u64,
-    /// Writing.
-    pub write: u64,
-    /// Letting everything go again.
-    pub resume: u64,
-}
-
-/// What an operation cost the guest.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Report {
-    /// How often the guest was paused.
-    pub pauses: u64,
-    /// Length of the last pause, the one that committed, in microseconds: from the first vCPU's stop to the last one's start.
-    pub pause_us: u64,
-    /// Its parts.
-    pub phases: Phases,
-    /// Bytes of guest memory read under it.
-    pub bytes_read: u64,
-    /// Bytes written.
-    pub bytes_written: u64,
-    /// Words of stacks looked at.
-    pub stack_words: u64,
-    /// Tasks whose stacks were looked through.
-    pub tasks: u64,
-}
-
-/// How to go about it.
-#[expect(missing_debug_implementations, reason = "holds a closure")]
-#[derive(Clone, Copy)]
-pub struct ApplyOptions<'a> {
-    /// When to give up.
-    pub deadline: Instant,
-    /// Do everything but the commit.
-    pub check_only: bool,
-    /// Told what is being waited for.
-    pub doing: &'a dyn Fn(String),
-    /// Told that everything has been written, before the guest runs again: from then on nothing is undone.
-    pub written: &'a dyn Fn(),
-}
-
-/// An update that is in the guest.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Applied {
-    /// What was placed and redirected.
-    pub linked: Linked,
-    /// What was written.
-    pub plan: Plan,
-}
-
-/// An operation that could not be done.
-#[derive(Debug, thiserror::Error)]
-pub enum CommitFailed {
-    /// Something was in the way at every try before the deadline. Nothing was changed.
-    #[error("not possible before the deadline, in {pauses} tries: {last}")]
-    Deadline {
-        /// What was in the way at the last try.
-        last: Blocked,
-        /// How often it was tried.
-        pauses: u64,
-    },
-    /// It cannot be done. Nothing was changed.
-    #[error(transparent)]
-    Refused(Blocked),
-    /// The guest could not be stopped. Nothing was changed.
-    #[error("the guest could not be paused: {0}")]
-    Pause(GuestError),
-    /// A write failed.
-    #[error(transparent)]
-    Commit(CommitError),
-    /// Everything was written, but the guest could not be let go.
-    #[error("everything was written, but the guest could not be resumed: {0}")]
-    Resume(GuestError),
-}
+use crate::plan::{PlanError, Purpose};
+use crate::publish::{self, PublishError, Unit};
+use crate::rule::resolve::ResolveError;
 
 /// Why an update was not applied.
 #[derive(Debug, thiserror::Error)]
@@ -160,142 +85,142 @@ pub enum ApplyError {
     /// No plan can be made.
     #[error(transparent)]
     Plan(#[from] PlanError),
+    /// A rule cannot be asked of a function.
+    #[error(transparent)]
+    Rule(#[from] ResolveError),
+    /// No handler can be made.
+    #[error(transparent)]
+    Handler(#[from] HandlerError),
+    /// There is no room for handlers, or what they look into.
+    #[error(transparent)]
+    Full(#[from] Full),
+    /// No set of bound tasks can be made.
+    #[error(transparent)]
+    Set(#[from] SetError),
+    /// The lists of editions do not allow it.
+    #[error(transparent)]
+    List(#[from] ListError),
     /// The plan was not done.
     #[error(transparent)]
     Commit(#[from] CommitFailed),
 }
 
-impl CommitFailed {
+impl ApplyError {
     /// Whether the guest is not as it was before: it stays paused, and must be ended.
     #[must_use]
     pub fn is_broken(&self) -> bool {
-        matches!(
-            self,
-            Self::Commit(CommitError::Torn { .. }) | Self::Resume(_)
-        )
+        matches!(self, Self::Commit(failed) if failed.is_broken())
     }
 }
 
-/// Our part of a guest's memory, as one running kernel sees it. Another kernel needs another one.
+/// An update that is to be applied.
 #[derive(Clone, Debug)]
-pub struct Arena {
-    /// Where it is mapped.
-    pub layout: ArenaLayout,
-    /// What of it is handed out.
-    pub space: ArenaSpace,
-    /// The code that is in it, of reverted updates too: threads may still be there.
-    pub residents: Vec<Resident>,
+pub struct Request<'a> {
+    /// Its number: a higher one than that of any before.
+    pub id: UpdateId,
+    /// What it brings.
+    pub package: &'a Package,
+    /// The updates whose place it takes: they go in the same moment.
+    pub instead_of: &'a [UpdateId],
+    /// Who may be where at the switch.
+    pub model: Model,
+    /// How its editions are used.
+    pub how: Use,
 }
 
-impl Arena {
-    /// An empty arena for a kernel that was just located.
-    ///
-    /// # Errors
-    /// When the kernel's address space has no place for it.
-    pub fn new<G: Guest>(guest: &G, kernel: &Kernel) -> Result<Self, ArenaError> {
-        let layout = ArenaLayout::plan(kernel, guest, &guest.arena())?;
-        let space = ArenaSpace::new(range(&layout.code), range(&layout.data));
-        Ok(Self {
-            layout,
-            space,
-            residents: Vec::new(),
-        })
-    }
-
-    /// The kernel with what is in the arena.
-    fn inhabited<'k>(&self, kernel: &'k Kernel) -> Inhabited<'k> {
-        let known = self.residents.iter().map(|resident| resident.code.clone());
-        let others = known.chain([OtherCode::arena()]).collect();
-        Inhabited { kernel, others }
-    }
-
-    /// The arena in both address spaces, with the page-table entries that are still to be written.
-    fn map<G: Guest>(&self, guest: &G, kernel: &Kernel) -> Result<ArenaMap, ArenaError> {
-        let mut map = ArenaMap {
-            parts: Vec::new(),
-            entries: Vec::new(),
-        };
-        for part in self.layout.parts() {
-            map.parts.push((range(part), part.memory.start));
-            if !part.mapped(kernel, guest)? {
-                map.entries.push(Entry {
-                    at: part.entry_at,
-                    expect: 0,
-                    value: part.entry,
-                    maps: part.at,
-                });
-            }
+impl<'a> Request<'a> {
+    /// Update `id`, whose editions are for all calls from the next on.
+    #[must_use]
+    pub fn new(id: UpdateId, package: &'a Package) -> Self {
+        Self {
+            id,
+            package,
+            instead_of: &[],
+            model: Model::default(),
+            how: Use::default(),
         }
-        Ok(map)
     }
 }
 
-/// Where the kernel sees a part of the arena. It is one of the top entries of the page tables, below the last page.
-fn range(part: &ArenaPart) -> Range<Gva> {
-    part.at..Gva(part.at.0.saturating_add(SLOT_SIZE))
-}
-
-/// Applies `package` to the kernel that `guest` runs, or with [`ApplyOptions::check_only`] does everything but the commit.
+/// Applies an update to the kernel that `guest` runs, or with [`ApplyOptions::check_only`] does everything but the commit.
 ///
-/// Returns the update (none if it was only checked) and what it cost. Room in `arena` is taken only by an update that is applied, or that may be:
-/// a panic leaves it taken.
+/// Returns what it cost. `arena` changes only with an update that is applied, or that may be.
 ///
 /// # Errors
-/// [`ApplyError`]; the guest is as it was, unless [`CommitFailed::is_broken`].
+/// [`ApplyError`]; the guest is as it was, unless [`ApplyError::is_broken`].
 pub fn apply<G: Guest>(
     guest: &mut G,
     kernel: &Kernel,
     arena: &mut Arena,
-    package: &Package,
+    request: &Request<'_>,
     options: &ApplyOptions<'_>,
-) -> Result<(Option<Applied>, Report), ApplyError> {
+) -> Result<Report, ApplyError> {
     booted(guest, kernel, options)?;
-    let mut draft = arena.space.clone();
-    let (applied, resident) = prepare(guest, kernel, arena, &mut draft, package)?;
-    let inhabited = arena.inhabited(kernel);
-    let before = std::mem::replace(&mut arena.space, draft);
-    arena.residents.push(resident);
-    let committed = commit(guest, &inhabited, &applied.plan, options);
-    let stays = match &committed {
-        Ok(_) => !options.check_only,
-        Err(failed) => failed.is_broken(),
-    };
-    if !stays {
-        arena.space = before;
-        arena.residents.pop();
+    let mut turn = Turn::new(arena, request.id, true);
+    let going = request.instead_of.iter().copied().collect();
+    turn.leave(&going)?;
+    turn.map(guest, kernel, arena)?;
+    let placed = place(guest, kernel, arena, &mut turn.draft, request.package)?;
+    turn.plan.place_all(&placed.linked, &turn.map)?;
+    if let Some((tables, publication)) = &placed.known {
+        turn.plan.place(Purpose::Publication, tables, &turn.map)?;
+        turn.plan.publish.push(publication.clone());
     }
-    Ok(((!options.check_only).then_some(applied), committed?))
+    let placed = Placed {
+        writes: turn.plan.writes.clone(),
+        ..placed
+    };
+    for redirection in &placed.linked.redirections {
+        let edition = Listed {
+            update: request.id,
+            at: redirection.edition,
+            head: redirection.head.at,
+        };
+        turn.draft.functions.add(&redirection.target, edition);
+    }
+    turn.draft.placed.insert(request.id, Arc::new(placed));
+    turn.draft.uses.insert(request.id, request.how.clone());
+    turn.switch(guest, kernel, arena, request.model, options)
 }
 
-/// Takes the jumps of an update back. Its code stays where it is in `arena`: a thread may still be in it.
+/// Takes updates back, all in the same moment. Their code stays where it is until it is known that no thread is in it, nor will return to it.
 ///
 /// # Errors
-/// [`CommitFailed`]; it is still applied unless that [is broken](CommitFailed::is_broken).
+/// [`ApplyError`]; all of them are still applied unless that [is broken](ApplyError::is_broken).
 pub fn revert<G: Guest>(
     guest: &mut G,
     kernel: &Kernel,
-    arena: &Arena,
-    applied: &Applied,
+    arena: &mut Arena,
+    updates: &[UpdateId],
+    model: Model,
     options: &ApplyOptions<'_>,
-) -> Result<Report, CommitFailed> {
-    let plan = applied.plan.revert();
-    commit(guest, &arena.inhabited(kernel), &plan, options)
+) -> Result<Report, ApplyError> {
+    let update = updates.first().copied().unwrap_or_default();
+    let mut turn = Turn::new(arena, update, false);
+    turn.map(guest, kernel, arena)?;
+    turn.leave(&updates.iter().copied().collect())?;
+    turn.switch(guest, kernel, arena, model, options)
 }
 
-/// Has the kernel forget the code of `publications`, in which no thread may be. Their memory may be used for something else after
-/// a [`publish::Grace`].
+/// Uses the editions of an update in effect in another way: for other calls, or counted.
 ///
 /// # Errors
-/// [`CommitFailed`]; it is still known unless that [is broken](CommitFailed::is_broken).
-pub fn withdraw<G: Guest>(
+/// [`ApplyError`]; they are used as before then, unless that [is broken](ApplyError::is_broken).
+pub fn reuse<G: Guest>(
     guest: &mut G,
     kernel: &Kernel,
-    arena: &Arena,
-    publications: Vec<Publication>,
+    arena: &mut Arena,
+    update: UpdateId,
+    how: Use,
     options: &ApplyOptions<'_>,
-) -> Result<Report, CommitFailed> {
-    let plan = Plan::withdraw(publications);
-    commit(guest, &arena.inhabited(kernel), &plan, options)
+) -> Result<Report, ApplyError> {
+    let mut turn = Turn::new(arena, update, true);
+    turn.map(guest, kernel, arena)?;
+    match turn.draft.uses.get_mut(&update) {
+        Some(used) => *used = how,
+        None => return Err(ListError::NotInEffect { update }.into()),
+    }
+    turn.switch(guest, kernel, arena, Model::Immediate, options)
 }
 
 /// Waits until the guest has finished booting.
@@ -320,136 +245,49 @@ fn booted<G: Guest>(
     }
 }
 
-/// Finds the functions, links and plans, while the guest runs.
-fn prepare<G: Guest>(
+/// How the kernel's functions return.
+fn returns<G: Guest>(guest: &G, kernel: &Kernel) -> Result<Returns, ApplyError> {
+    Ok(match kernel.return_form(guest)? {
+        ReturnForm::Ret => Returns::Plain,
+        ReturnForm::Jump(thunk) => Returns::Thunk(thunk),
+    })
+}
+
+/// Finds the functions and links, while the guest runs. Room is taken from `draft`.
+fn place<G: Guest>(
     guest: &G,
     kernel: &Kernel,
     arena: &Arena,
-    space: &mut ArenaSpace,
+    draft: &mut Holdings,
     package: &Package,
-) -> Result<(Applied, Resident), ApplyError> {
-    let returns = match kernel.return_form(guest)? {
-        ReturnForm::Ret => Returns::Plain,
-        ReturnForm::Jump(thunk) => Returns::Thunk(thunk),
+) -> Result<Placed, ApplyError> {
+    let returns = returns(guest, kernel)?;
+    let live = Live {
+        kernel,
+        returns,
+        alternatives: Alternatives::read(kernel, guest)?,
     };
-    let live = Live { kernel, returns };
     link::same_kernel(package, &live)?;
     let ours = range(&arena.layout.code);
-    let targets = package
-        .editions()
-        .iter()
-        .map(|edition| Target::find(kernel, guest, edition, &ours, returns));
-    let targets = targets.collect::<Result<Vec<_>, _>>()?;
-    let linked = link::link(package, &live, targets, space)?;
+    let redirected = |at| arena.holds.functions.redirected(at);
+    let editions = package.editions().iter();
+    let targets = editions
+        .map(|edition| Target::find(kernel, guest, edition, &ours, returns, redirected))
+        .collect::<Result<Vec<_>, _>>()?;
+    let linked = link::link(package, &live, targets, &mut draft.space)?;
     let resident = Resident::of(&linked, kernel)?;
     let unit = Unit::of(&linked, kernel, resident.code.table.clone())?;
-    let units = publish::place(&unit, kernel, space)?;
-    let map = arena.map(guest, kernel)?;
-    let plan = Plan::apply(&linked, units.into_iter().collect(), &map, |at| {
-        kernel
-            .translate(guest, at)
-            .map_err(|error| error.to_string())
-    })?;
-    Ok((Applied { linked, plan }, resident))
-}
-
-/// Does `plan` under one pause, as soon as nothing is in the way.
-///
-/// # Errors
-/// [`CommitFailed`].
-pub fn commit<G: Guest, K: Running>(
-    guest: &mut G,
-    kernel: &K,
-    plan: &Plan,
-    options: &ApplyOptions<'_>,
-) -> Result<Report, CommitFailed> {
-    let mut wait = FIRST_WAIT;
-    let mut pauses = 0;
-    loop {
-        pauses += 1;
-        let blocked = match one_try(guest, kernel, plan, options)? {
-            Tried::Done(report) => return Ok(Report { pauses, ..report }),
-            Tried::Blocked(blocked) => blocked,
-        };
-        // One look can mislead, for instance at a vCPU that is between two states; several do not.
-        let looked_once = matches!(blocked, Blocked::OtherKernel { .. }) && pauses < LOOKS;
-        if !blocked.passes() && !looked_once {
-            return Err(CommitFailed::Refused(blocked));
-        }
-        let left = options.deadline.saturating_duration_since(Instant::now());
-        if left <= wait {
-            return Err(CommitFailed::Deadline {
-                last: blocked,
-                pauses,
-            });
-        }
-        (options.doing)(format!("waiting: {blocked}"));
-        // The guest runs meanwhile; what is in the way has to move on by itself.
-        std::thread::sleep(wait);
-        wait = (wait * 2).min(LONGEST_WAIT);
-    }
-}
-
-enum Tried {
-    Done(Report),
-    Blocked(Blocked),
-}
-
-fn one_try<G: Guest, K: Running>(
-    guest: &mut G,
-    kernel: &K,
-    plan: &Plan,
-    options: &ApplyOptions<'_>,
-) -> Result<Tried, CommitFailed> {
-    let start = Instant::now();
-    let paused = Counted::new(guest.pause(options.deadline).map_err(CommitFailed::Pause)?);
-    let stopped = start.elapsed();
-    let counts = paused.counts();
-    let quiescent = match Quiescent::check(paused, kernel, plan, options.deadline) {
-        Ok(quiescent) => quiescent,
-        Err(blocked) => return Ok(Tried::Blocked(blocked)),
-    };
-    let scanned = quiescent.scanned;
-    let (paused, times) = if options.check_only {
-        let times = quiescent.times;
-        (quiescent.abandon(), times)
-    } else {
-        let committed = quiescent.commit().map_err(CommitFailed::Commit)?;
-        (options.written)();
-        committed
-    };
-    let resuming = Instant::now();
-    paused.resume().map_err(CommitFailed::Resume)?;
-    let phases = phases(stopped, times, resuming.elapsed());
-    Ok(Tried::Done(Report {
-        pauses: 1,
-        pause_us: micros(start.elapsed()),
-        phases,
-        bytes_read: counts.read(),
-        bytes_written: counts.written(),
-        stack_words: scanned.words,
-        tasks: scanned.tasks,
-    }))
-}
-
-fn phases(stop: Duration, times: Times, resume: Duration) -> Phases {
-    Phases {
-        stop: micros(stop),
-        prove: micros(times.prove),
-        scan: micros(times.scan),
-        verify: micros(times.verify),
-        write: micros(times.write),
-        resume: micros(resume),
-    }
-}
-
-fn micros(time: Duration) -> u64 {
-    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+    let known = publish::place(&unit, kernel, &mut draft.space)?;
+    Ok(Placed {
+        linked,
+        known,
+        writes: Vec::new(),
+        resident,
+        escape: escape(package),
+    })
 }
 
 #[cfg(test)]
 mod published_tests;
-#[cfg(test)]
-mod tests;
 #[cfg(test)]
 mod whole_tests;

@@ -3,23 +3,33 @@
 //! A check never writes; a commit never decides. The guest is resumed in every case but one: when a write failed and
 //! undoing the earlier ones failed too, its memory is no longer known to be sound and it stays paused. A panic is such a failure.
 
-use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::{Duration, Instant};
 
 use crate::addr::{Gpa, Gva};
 use crate::guest::{GuestError, PausedGuest, ReadPhys, Registers};
 use crate::journal::{Journal, UndoError};
+use crate::kernel::quiescence::Inside;
+use crate::kernel::stack::Watched;
 use crate::plan::refusal::Refusal;
 use crate::plan::{Plan, Purpose, Write, checks};
+use crate::publish::Grace;
 
-/// What was looked through to find that nothing is in the way.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// What was looked through to find that nothing is in the way, and what was asked and seen on the way.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Scanned {
     /// Tasks whose stacks were looked through.
     pub tasks: u64,
     /// Words of stacks that were looked at.
     pub words: u64,
+    /// How many vCPUs there are.
+    pub vcpus: usize,
+    /// Who is in the code that the plan watches.
+    pub watched: Vec<Watched>,
+    /// Who is in the code of the plan's group.
+    pub inside: Vec<Inside>,
+    /// What is left of the plan's periods of grace.
+    pub graces: Vec<Grace>,
 }
 
 /// Why a plan cannot be done under this pause. The guest is as it was.
@@ -82,15 +92,11 @@ pub trait Running {
     /// # Errors
     /// [`Blocked::InFlux`], [`Blocked::Unreadable`].
     fn settled<G: ReadPhys>(&self, guest: &G) -> Result<(), Blocked>;
-    /// No thread is in, or returns into, one of `forbidden`.
+    /// No thread is in, or returns into, what the plan forbids.
     ///
     /// # Errors
     /// [`Blocked::Busy`], [`Blocked::Unreadable`].
-    fn scan<G: ReadPhys + Registers>(
-        &self,
-        guest: &G,
-        forbidden: &[Range<Gva>],
-    ) -> Result<Scanned, Blocked>;
+    fn scan<G: ReadPhys + Registers>(&self, guest: &G, plan: &Plan) -> Result<Scanned, Blocked>;
     /// The writes that make the code of `plan` known to it, and have it forget what the plan says.
     ///
     /// # Errors
@@ -121,8 +127,8 @@ pub struct Times {
 pub struct Quiescent<'p, P> {
     paused: P,
     plan: &'p Plan,
-    /// Writes that only the paused guest could say, to be done before the jumps.
-    published: Vec<Write>,
+    /// Writes that only the guest that stands still could tell, to be done before the jumps.
+    found: Vec<Write>,
     /// What each of the writes will overwrite, in their order.
     old: Vec<Vec<u8>>,
     /// What was looked through.
@@ -179,10 +185,14 @@ impl<'p, P: PausedGuest> Quiescent<'p, P> {
         kernel.prove_same(&paused)?;
         kernel.settled(&paused)?;
         times.prove = lap(&mut clock);
-        let scanned = kernel.scan(&paused, &plan.forbidden)?;
+        let scanned = kernel.scan(&paused, plan)?;
         times.scan = lap(&mut clock);
-        let published = kernel.publishing(&paused, plan)?;
-        let old = ordered(plan, &published)
+        let mut found = match &plan.binding {
+            Some(binding) => binding.with(&scanned.inside)?.1,
+            None => Vec::new(),
+        };
+        found.extend(kernel.publishing(&paused, plan)?);
+        let old = ordered(plan, &found)
             .map(|write| verify(&paused, kernel, write))
             .collect::<Result<_, _>>()?;
         times.verify = lap(&mut clock);
@@ -192,7 +202,7 @@ impl<'p, P: PausedGuest> Quiescent<'p, P> {
         Ok(Self {
             paused,
             plan,
-            published,
+            found,
             old,
             scanned,
             times,
@@ -209,7 +219,7 @@ impl<'p, P: PausedGuest> Quiescent<'p, P> {
     pub fn commit(mut self) -> Result<(P, Times), CommitError> {
         let mut clock = Instant::now();
         let mut journal = Journal::default();
-        let writes = ordered(self.plan, &self.published).zip(self.old);
+        let writes = ordered(self.plan, &self.found).zip(self.old);
         // Neither the journal nor the guest is used for anything but the undo if this panics.
         let written = catch_unwind(AssertUnwindSafe(|| {
             for (write, old) in writes {
@@ -249,9 +259,9 @@ impl<'p, P: PausedGuest> Quiescent<'p, P> {
 }
 
 /// All writes in the order in which they are done.
-fn ordered<'a>(plan: &'a Plan, published: &'a [Write]) -> impl Iterator<Item = &'a Write> {
+fn ordered<'a>(plan: &'a Plan, found: &'a [Write]) -> impl Iterator<Item = &'a Write> {
     let (placed, jumps) = plan.writes.split_at(plan.unreachable());
-    placed.iter().chain(published).chain(jumps)
+    placed.iter().chain(found).chain(jumps)
 }
 
 fn lap(clock: &mut Instant) -> Duration {

@@ -4,6 +4,7 @@
 //! Nothing is chosen by the kernel's version: presence of a symbol, a type or a member decides.
 
 pub mod agree;
+pub mod alternatives;
 pub mod arena;
 pub mod boot;
 pub mod bpf;

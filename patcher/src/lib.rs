@@ -15,4 +15,5 @@ pub mod kernel;
 pub mod observe;
 pub mod plan;
 pub mod publish;
+pub mod rule;
 pub mod x86;

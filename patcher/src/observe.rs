@@ -1,10 +1,14 @@
 //! Is an update still in the guest, byte for byte? Reads only; the guest may run.
 
+use std::sync::Arc;
+
 use crate::addr::Gva;
-use crate::apply::Applied;
+use crate::apply::Holdings;
+use crate::apply::handlers::Made;
+use crate::edition::list::UpdateId;
 use crate::guest::ReadPhys;
 use crate::kernel::locate::Kernel;
-use crate::plan::{Purpose, Write};
+use crate::plan::Purpose;
 
 /// What was found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -15,39 +19,64 @@ pub struct Observed {
     pub differences: Vec<(Gva, String)>,
 }
 
-/// Compares the jumps and the code of `applied` with what the kernel sees at their places. Its variables, and the tables that the kernel knows it by, may have
-/// changed, so only their mapping is looked at.
+/// Compares the code of an update with what the kernel sees at its place, and the jumps of the functions that it replaces with where they
+/// should lead. Its variables, and the tables that the kernel knows it by, may have changed, so only their mapping is looked at. Nothing is compared of an update that is not there.
 #[must_use]
-pub fn verify<R: ReadPhys>(guest: &R, kernel: &Kernel, applied: &Applied) -> Observed {
+pub fn verify<R: ReadPhys>(
+    guest: &R,
+    kernel: &Kernel,
+    holds: &Holdings,
+    update: UpdateId,
+) -> Observed {
     let mut observed = Observed::default();
-    for write in &applied.plan.writes {
-        let differs = match write.purpose {
-            Purpose::Mapping => continue,
-            // The kernel has links of its own in the tables.
-            Purpose::Publication => mapped(guest, kernel, write),
-            Purpose::Arena if write.gva.0 == applied.linked.data.at => mapped(guest, kernel, write),
-            Purpose::Arena | Purpose::Trampoline => {
-                observed.bytes += write.bytes.len() as u64;
-                let mut live = vec![0; write.bytes.len()];
-                match kernel.read(guest, write.gva, &mut live) {
-                    Ok(()) => difference(write.gva, &write.bytes, &live),
-                    Err(error) => Some(error.to_string()),
-                }
-            }
+    let Some(placed) = holds.placed.get(&update) else {
+        return observed;
+    };
+    for write in &placed.writes {
+        if write.purpose == Purpose::Mapping {
+            continue;
+        }
+        // The kernel has links of its own in the tables.
+        if write.purpose == Purpose::Arena && write.gva.0 != placed.linked.data.at {
+            observed.compare(guest, kernel, write.gva, &write.bytes);
+            continue;
+        }
+        let differs = match kernel.translate(guest, write.gva) {
+            Ok(gpa) if gpa == write.gpa => None,
+            Ok(gpa) => Some(format!("the kernel sees {gpa} here, not {}", write.gpa)),
+            Err(error) => Some(error.to_string()),
         };
-        observed
-            .differences
-            .extend(differs.map(|text| (write.gva, text)));
+        let differs = differs.map(|text| (write.gva, text));
+        observed.differences.extend(differs);
+    }
+    for function in holds.functions.of(update) {
+        let Some(function) = holds.functions.get(function) else {
+            continue;
+        };
+        let jump = function.target.jump;
+        match function.target.bytes(function.lead) {
+            Ok(bytes) => observed.compare(guest, kernel, jump, &bytes),
+            Err(error) => observed.differences.push((jump, error.to_string())),
+        }
+        let of_it = |made: &&Arc<Made>| made.function == function.target.function;
+        for made in holds.made.iter().filter(of_it) {
+            let assembled = &made.assembled;
+            observed.compare(guest, kernel, assembled.at, &assembled.bytes);
+        }
     }
     observed
 }
 
-/// Why the kernel does not see `write` where it was made.
-fn mapped<R: ReadPhys>(guest: &R, kernel: &Kernel, write: &Write) -> Option<String> {
-    match kernel.translate(guest, write.gva) {
-        Ok(gpa) if gpa == write.gpa => None,
-        Ok(gpa) => Some(format!("the kernel sees {gpa} here, not {}", write.gpa)),
-        Err(error) => Some(error.to_string()),
+impl Observed {
+    /// Compares what the kernel sees at `at` with what should be there.
+    fn compare<R: ReadPhys>(&mut self, guest: &R, kernel: &Kernel, at: Gva, should: &[u8]) {
+        self.bytes += should.len() as u64;
+        let mut live = vec![0; should.len()];
+        let differs = match kernel.read(guest, at, &mut live) {
+            Ok(()) => difference(at, should, &live),
+            Err(error) => Some(error.to_string()),
+        };
+        self.differences.extend(differs.map(|text| (at, text)));
     }
 }
 

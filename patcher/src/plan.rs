@@ -2,6 +2,7 @@
 //!
 //! New code becomes reachable last: the arena's mapping first, then its code and data, then the jumps. A plan writes nothing.
 
+pub mod binding;
 pub mod checks;
 pub mod refusal;
 pub mod target;
@@ -9,10 +10,12 @@ pub mod target;
 use std::fmt;
 use std::ops::Range;
 
+use self::binding::Binding;
+use self::target::Target;
 use crate::addr::{Gpa, Gva};
 use crate::edition::link::{Linked, Placed};
-use crate::publish::Publication;
-use crate::x86::insn::{self, InsnError, JUMP_LEN};
+use crate::publish::{Grace, Publication};
+use crate::x86::insn::InsnError;
 
 /// Bytes of a page: no write crosses the end of one.
 const PAGE: u64 = 4096;
@@ -59,7 +62,7 @@ pub struct Write {
 }
 
 /// The arena, in both address spaces, and the entries that map it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ArenaMap {
     /// Parts of it: where the kernel sees each, and where it is.
     pub parts: Vec<(Range<Gva>, Gpa)>,
@@ -116,35 +119,54 @@ pub enum PlanError {
     },
 }
 
-/// The writes of one update, in order, and where no thread may be while they are done.
+/// Where a function leads its callers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lead {
+    /// Nowhere else: it is as the kernel has it.
+    Original,
+    /// To an edition, by a jump.
+    Edition(Gva),
+    /// To a redirection handler, by a jump.
+    Handler(Gva),
+}
+
+impl Lead {
+    /// Where the jump leads, if there is one.
+    #[must_use]
+    pub fn address(self) -> Option<Gva> {
+        match self {
+            Self::Original => None,
+            Self::Edition(at) | Self::Handler(at) => Some(at),
+        }
+    }
+}
+
+/// The writes of one operation, in order, and what is asked of the threads before they are done.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
     /// In the order in which they are done.
     pub writes: Vec<Write>,
     /// No instruction pointer and no saved one may be in these.
     pub forbidden: Vec<Range<Gva>>,
+    /// Of these it is told whether any is in them.
+    pub watched: Vec<Range<Gva>>,
+    /// Code of a group of functions: it is told which tasks are in it.
+    pub group: Vec<Range<Gva>>,
+    /// What follows for the set of tasks that are bound to it.
+    pub binding: Option<Binding>,
     /// Code that becomes known to the kernel before the jumps: which words that changes is found out under the pause.
     pub publish: Vec<Publication>,
     /// Code that the kernel forgets, likewise.
     pub unpublish: Vec<Publication>,
+    /// Periods of grace, of which it is told what is left.
+    pub graces: Vec<Grace>,
 }
 
 impl Plan {
-    /// The plan that applies `linked`, whose code the kernel is told of by `units`.
-    ///
-    /// `translate` finds the bytes of the kernel's own text.
-    ///
-    /// # Errors
-    /// [`PlanError`].
-    pub fn apply(
-        linked: &Linked,
-        units: Vec<(Placed, Publication)>,
-        arena: &ArenaMap,
-        translate: impl Fn(Gva) -> Result<Gpa, String>,
-    ) -> Result<Self, PlanError> {
-        let mut plan = Self::default();
+    /// Plans the entries of the page tables that map the arena.
+    pub fn map(&mut self, arena: &ArenaMap) {
         for entry in &arena.entries {
-            plan.writes.push(Write {
+            self.writes.push(Write {
                 purpose: Purpose::Mapping,
                 subject: "the kernel's page table".into(),
                 gva: entry.maps,
@@ -153,90 +175,71 @@ impl Plan {
                 bytes: entry.value.to_le_bytes().to_vec(),
             });
         }
-        plan.place(Purpose::Arena, &linked.code, arena)?;
-        plan.place(Purpose::Arena, &linked.data, arena)?;
-        for (tables, publication) in units {
-            plan.place(Purpose::Publication, &tables, arena)?;
-            plan.publish.push(publication);
+    }
+
+    /// Plans the code and data of `linked`.
+    ///
+    /// # Errors
+    /// [`PlanError::NotInArena`].
+    pub fn place_all(&mut self, linked: &Linked, arena: &ArenaMap) -> Result<(), PlanError> {
+        self.place(Purpose::Arena, &linked.code, arena)?;
+        self.place(Purpose::Arena, &linked.data, arena)
+    }
+
+    /// Plans that `target`, which leads to `from`, leads to `to`. Jumps are planned behind all that they lead to.
+    ///
+    /// `translate` finds the bytes of the kernel's own text.
+    ///
+    /// # Errors
+    /// [`PlanError`].
+    pub fn redirect(
+        &mut self,
+        target: &Target,
+        from: Lead,
+        to: Lead,
+        translate: impl Fn(Gva) -> Result<Gpa, String>,
+    ) -> Result<(), PlanError> {
+        let (old, new) = (target.bytes(from)?, target.bytes(to)?);
+        if old == new {
+            return Ok(());
         }
-        for redirection in &linked.redirections {
-            let target = &redirection.target;
-            let mut bytes = insn::jump(target.jump, redirection.edition)?.to_vec();
-            bytes.extend(insn::nops(target.displaced.len().saturating_sub(JUMP_LEN)));
-            let mut from = 0;
-            while let (Some(new), Some(old)) = (bytes.get(from..), target.displaced.get(from..)) {
-                if new.is_empty() || new.len() != old.len() {
-                    break;
-                }
-                let gva = Gva(target.jump.0.wrapping_add(from as u64));
-                let len = new
-                    .len()
-                    .min(usize::try_from(PAGE - gva.0 % PAGE).unwrap_or(usize::MAX));
-                let gpa = translate(gva).map_err(|cause| PlanError::Unmapped {
-                    function: target.name.clone(),
-                    at: gva,
-                    cause,
-                })?;
-                let cut = |bytes: &[u8]| bytes.iter().take(len).copied().collect::<Vec<u8>>();
-                plan.writes.push(Write {
-                    purpose: Purpose::Trampoline,
-                    subject: target.name.clone(),
-                    gva,
-                    gpa,
-                    expect: Some(cut(old)),
-                    bytes: cut(new),
-                });
-                from += len;
+        let mut start = 0;
+        while let (Some(old), Some(new)) = (old.get(start..), new.get(start..)) {
+            let gva = Gva(target.jump.0.wrapping_add(start as u64));
+            let room = usize::try_from(PAGE - gva.0 % PAGE).unwrap_or(usize::MAX);
+            let len = new.len().min(room);
+            if len == 0 {
+                break;
             }
-            plan.forbidden.push(target.forbidden());
+            let gpa = translate(gva).map_err(|cause| PlanError::Unmapped {
+                function: target.name.clone(),
+                at: gva,
+                cause,
+            })?;
+            let cut = |bytes: &[u8]| bytes.iter().take(len).copied().collect::<Vec<u8>>();
+            self.writes.push(Write {
+                purpose: Purpose::Trampoline,
+                subject: target.name.clone(),
+                gva,
+                gpa,
+                expect: Some(cut(old)),
+                bytes: cut(new),
+            });
+            start += len;
         }
-        Ok(plan)
+        self.forbidden.push(target.forbidden());
+        Ok(())
     }
 
-    /// The plan that takes back the jumps of `self`. Its mapping and arena stay: a thread may still be in an edition.
-    #[must_use]
-    pub fn revert(&self) -> Self {
-        let jumps = self
-            .writes
-            .iter()
-            .rev()
-            .filter(|write| write.purpose == Purpose::Trampoline);
-        let writes = jumps.map(|write| Write {
-            purpose: Purpose::Trampoline,
-            subject: write.subject.clone(),
-            gva: write.gva,
-            gpa: write.gpa,
-            expect: Some(write.bytes.clone()),
-            bytes: write.expect.clone().unwrap_or_default(),
-        });
-        Self {
-            writes: writes.collect(),
-            forbidden: self.forbidden.clone(),
-            ..Self::default()
-        }
-    }
-
-    /// The plan by which the kernel forgets the code of `publications`, in which no thread may be.
-    #[must_use]
-    pub fn withdraw(publications: Vec<Publication>) -> Self {
-        Self {
-            forbidden: publications.iter().map(|unit| unit.code.clone()).collect(),
-            unpublish: publications,
-            ..Self::default()
-        }
-    }
-
-    /// How many of the writes are done before any code of ours can be reached.
+    /// How many of the writes are done before any code of ours can be reached by them.
     #[must_use]
     pub fn unreachable(&self) -> usize {
         let jump = |write: &Write| write.purpose == Purpose::Trampoline;
-        self.writes
-            .iter()
-            .position(jump)
-            .unwrap_or(self.writes.len())
+        let first = self.writes.iter().position(jump);
+        first.unwrap_or(self.writes.len())
     }
 
-    /// Bytes that are written.
+    /// Bytes that are written, as far as that is known before the pause.
     #[must_use]
     pub fn len(&self) -> u64 {
         self.writes
@@ -251,7 +254,11 @@ impl Plan {
         self.writes.is_empty()
     }
 
-    fn place(
+    /// Plans bytes of the arena.
+    ///
+    /// # Errors
+    /// [`PlanError::NotInArena`].
+    pub fn place(
         &mut self,
         purpose: Purpose,
         placed: &Placed,
@@ -282,7 +289,7 @@ impl Plan {
 
 #[cfg(test)]
 mod tests {
-    use super::{ArenaMap, Entry, Plan, PlanError, Purpose};
+    use super::{ArenaMap, Entry, Lead, Plan, PlanError, Purpose};
     use crate::addr::{Gpa, Gva};
     use crate::edition::link::{Linked, Placed, Redirection};
     use crate::plan::target::Target;
@@ -339,16 +346,28 @@ mod tests {
         }
     }
 
+    fn of(linked: &Linked, turns: &[(Lead, Lead)]) -> Result<Plan, PlanError> {
+        let mut plan = Plan::default();
+        plan.map(&arena());
+        plan.place_all(linked, &arena())?;
+        for (from, to) in turns {
+            // The page behind the first one of the function is elsewhere in memory.
+            let target = &linked.redirections[0].target;
+            plan.redirect(target, *from, *to, |at| {
+                Ok(if at.0 < 0xffff_ffff_8100_1000 {
+                    Gpa(0x1ffd)
+                } else {
+                    Gpa(0x9000)
+                })
+            })?;
+        }
+        Ok(plan)
+    }
+
+    const EDITION: Lead = Lead::Edition(Gva(ARENA.0 + 64));
+
     fn plan() -> Plan {
-        // The page behind the first one of the function is elsewhere in memory.
-        Plan::apply(&linked(), Vec::new(), &arena(), |at| {
-            Ok(if at.0 < 0xffff_ffff_8100_1000 {
-                Gpa(0x1ffd)
-            } else {
-                Gpa(0x9000)
-            })
-        })
-        .unwrap()
+        of(&linked(), &[(Lead::Original, EDITION)]).unwrap()
     }
 
     #[test]
@@ -383,38 +402,49 @@ mod tests {
     }
 
     #[test]
-    fn reverting_restores_only_the_jumps() {
-        let (plan, revert) = (plan(), plan().revert());
-        assert_eq!(revert.writes.len(), 2);
-        assert_eq!(
-            Some(&revert.writes[0].bytes),
-            plan.writes[4].expect.as_ref()
-        );
-        assert_eq!(
-            revert.writes[1].expect.as_ref(),
-            Some(&plan.writes[3].bytes)
-        );
-        assert_eq!(revert.forbidden, plan.forbidden);
+    fn each_turn_expects_what_the_one_before_has_left() {
+        let other = Lead::Handler(Gva(ARENA.0 + 0x80));
+        let turns = [
+            (Lead::Original, EDITION),
+            (EDITION, other),
+            (other, Lead::Original),
+        ];
+        let plan = of(&linked(), &turns).unwrap();
+        let jumps: Vec<_> = plan.writes.iter().skip(3).collect();
+        assert_eq!(jumps.len(), 6, "two pieces each");
+        for (before, after) in jumps.iter().zip(jumps.iter().skip(2)) {
+            assert_eq!(after.expect.as_ref(), Some(&before.bytes));
+        }
+        assert_eq!(jumps[0].expect.as_ref(), Some(&jumps[4].bytes));
+        let none = of(&linked(), &[(EDITION, EDITION)]).unwrap();
+        assert!(none.writes.len() == 3 && none.forbidden.is_empty());
     }
 
     #[test]
     fn what_does_not_fit_the_arena_is_refused() {
         let mut outside = linked();
         outside.code.at = ARENA.0 + 0x1f_fff0;
-        let error = Plan::apply(&outside, Vec::new(), &arena(), |_| Ok(Gpa(0)));
-        assert!(error.is_ok(), "both halves happen to be contiguous");
+        assert!(
+            of(&outside, &[]).is_ok(),
+            "both halves happen to be contiguous"
+        );
         outside.data.at = ARENA.0 + 0x3f_ffff;
-        let error = Plan::apply(&outside, Vec::new(), &arena(), |_| Ok(Gpa(0)));
         assert_eq!(
-            error,
+            of(&outside, &[]),
             Err(PlanError::NotInArena {
                 at: Gva(ARENA.0 + 0x3f_ffff),
                 len: 3
             })
         );
-        let error = Plan::apply(&linked(), Vec::new(), &arena(), |_| {
+        let mut plan = Plan::default();
+        let target = &linked().redirections[0].target;
+        let error = plan.redirect(target, Lead::Original, EDITION, |_| {
             Err("not present".into())
         });
         assert!(matches!(error, Err(PlanError::Unmapped { at: JUMP, .. })));
+        let far = Lead::Edition(Gva(0x7fff_0000_0000));
+        let error = plan.redirect(target, Lead::Original, far, |_| Ok(Gpa(0)));
+        assert!(matches!(error, Err(PlanError::Jump(_))));
+        assert!(plan.is_empty());
     }
 }

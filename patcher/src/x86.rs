@@ -4,3 +4,5 @@ pub mod depth;
 pub mod frames;
 pub mod insn;
 pub mod paging;
+#[cfg(test)]
+pub(crate) mod run;

@@ -4,13 +4,12 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::time::{Duration, Instant};
 
-use patcher::apply::{self, ApplyOptions, Arena};
+use patcher::apply::{self, ApplyOptions, Arena, Model, Request};
 use patcher::edition::object::Package;
-use patcher::guest::{Guest as _, PausedGuest as _, Registers as _};
+use patcher::guest::{Guest as _, PausedGuest as _};
 use patcher::kernel::arena::CODE;
 use patcher::kernel::locate::Kernel;
-use patcher::kernel::tasks::Tasks;
-use patcher::publish::{Grace, Published, published};
+use patcher::publish::{Published, published};
 use tests::guest::{Guest, Options};
 use tests::inside::Inside;
 use tests::stock::{LTS_6_1, NEWEST_6_12, Stock};
@@ -24,6 +23,8 @@ const LIMIT: Duration = Duration::from_secs(20);
 const ROUNDS: usize = 200;
 /// Rounds after which the guest unloads a module and loads it again.
 const RELOAD: usize = 20;
+/// Updates that are in effect at the same time.
+const MANY: usize = 20;
 /// The guest unloads one of its modules, which a program of its own uses, and loads it again.
 const UNLOAD: &str =
     "kill $(pidof probe) 2>/dev/null; usleep 100000; rmmod evdev && ! grep -q ^evdev /proc/modules";
@@ -169,18 +170,14 @@ fn a_6_12_names_the_edition_that_falls() {
     falls(NEWEST_6_12);
 }
 
-/// What the guest's kernel finds code by; `grace` is shown the guest too.
-fn known(guest: &Inside, kernel: &Kernel, grace: Option<&mut Grace>) -> Published {
+/// What the guest's kernel finds code by.
+fn known(guest: &Inside, kernel: &Kernel) -> Published {
     let mut machine = guest.vm.guest().expect("a guest that nobody else has");
     let end = Instant::now() + LIMIT;
     loop {
         let paused = machine.pause(end).expect("a pause");
         let moving = kernel.text_in_flux(&paused).expect("its locks");
         if moving.is_none() {
-            if let Some(grace) = grace {
-                let tasks = Tasks::read(kernel, &paused).expect("its tasks");
-                grace.look(paused.vcpus(), &tasks);
-            }
             let found = published(kernel, &paused).expect("sound trees");
             paused.resume().expect("a guest that goes on");
             return found.expect("a kernel with modules");
@@ -195,9 +192,9 @@ fn many(stock: Stock, rounds: usize) {
     let guest = Inside::boot(stock, 2);
     let kernel = guest.kernel(stock);
     let modules = guest.file("/proc/modules");
-    let package = fs::read(stock.edition("version_proc_show_warns")).expect("a package");
+    let package = fs::read(stock.edition("unix_ioctl_notty")).expect("a package");
     let package = Package::parse(&package).expect("a sound package");
-    let before = known(&guest, &kernel, None);
+    let before = known(&guest, &kernel);
     assert!(before.code.len() >= 2, "modules: {before:?}");
     let mut arena = {
         let machine = guest.vm.guest().expect("a guest that nobody else has");
@@ -209,53 +206,61 @@ fn many(stock: Stock, rounds: usize) {
         doing: &|_| {},
         written: &|| {},
     };
-    let mut units = Vec::new();
     let ours = |known: Published| -> BTreeSet<_> {
         let code = known.code.into_iter().map(|(range, _)| range.start);
         code.filter(|at| CODE.contains(at)).collect()
     };
-    let mut grace = Grace::begin(2);
-    for round in 0..rounds {
-        let mut machine = guest.vm.guest().expect("a guest that nobody else has");
-        let done = apply::apply(&mut machine, &kernel, &mut arena, &package, &options());
-        let (update, _) = done.unwrap_or_else(|why| panic!("{round}: {why}"));
-        let update = update.expect("an update");
-        drop(machine);
+    let machine = || guest.vm.guest().expect("a guest that nobody else has");
+    let revert = |arena: &mut Arena, id: u64| {
+        let model = Model::Immediate;
+        let done = apply::revert(&mut machine(), &kernel, arena, &[id], model, &options());
+        let _ = done.unwrap_or_else(|why| panic!("{id}: {why}"));
+    };
+    // Until nobody can still be in it, or reading what the kernel knew of it.
+    let settle = |arena: &mut Arena| {
+        let end = Instant::now() + LIMIT;
+        while arena.holds.is_settling() {
+            assert!(Instant::now() < end, "{:?}", arena.holds.drains);
+            let done = apply::settle(&mut machine(), &kernel, arena, &options());
+            done.unwrap_or_else(|why| panic!("{why}"));
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    let mut there: Vec<u64> = Vec::new();
+    for round in 1..=rounds {
+        let id = u64::try_from(round).expect("few rounds");
+        let request = Request::new(id, &package);
+        let done = apply::apply(&mut machine(), &kernel, &mut arena, &request, &options());
+        let _ = done.unwrap_or_else(|why| panic!("{round}: {why}"));
+        there.push(id);
         if round % RELOAD == 0 {
             let _ = guest.must(UNLOAD);
         }
-        let mut machine = guest.vm.guest().expect("a guest that nobody else has");
-        apply::revert(&mut machine, &kernel, &arena, &update, &options()).expect("a revert");
-        units.extend(update.plan.publish);
         if round % 3 != 0 {
-            let gone = units.remove(round * 7 % units.len());
-            let done = apply::withdraw(&mut machine, &kernel, &arena, vec![gone], &options());
-            let _ = done.unwrap_or_else(|why| panic!("{round}: {why}"));
-            grace = Grace::begin(2);
+            let gone = there.remove(round * 7 % there.len());
+            revert(&mut arena, gone);
+            settle(&mut arena);
         }
-        drop(machine);
+        if there.len() > MANY {
+            let gone = there.remove(0);
+            revert(&mut arena, gone);
+        }
         if round % RELOAD == 0 {
             let _ = guest.must(LOAD);
         }
-        let want: BTreeSet<_> = units.iter().map(|unit| unit.code.start).collect();
-        assert_eq!(
-            ours(known(&guest, &kernel, Some(&mut grace))),
-            want,
-            "{round}"
-        );
+        settle(&mut arena);
+        let starts = arena.holds.placed.values();
+        let want: BTreeSet<_> = starts
+            .map(|placed| placed.resident.code.range.start)
+            .collect();
+        assert_eq!(ours(known(&guest, &kernel)), want, "{round}");
     }
-    let end = Instant::now() + LIMIT;
-    while !grace.is_over() {
-        assert!(Instant::now() < end, "{grace:?}");
-        std::thread::sleep(Duration::from_millis(5));
-        let _ = known(&guest, &kernel, Some(&mut grace));
+    for id in there {
+        revert(&mut arena, id);
     }
-    {
-        let mut machine = guest.vm.guest().expect("a guest that nobody else has");
-        let all = apply::withdraw(&mut machine, &kernel, &arena, units, &options());
-        let _ = all.expect("all of it");
-    }
-    let mut after = known(&guest, &kernel, None);
+    settle(&mut arena);
+    assert!(arena.holds.placed.is_empty(), "{:?}", arena.holds.drains);
+    let mut after = known(&guest, &kernel);
     after.code.sort_by_key(|(range, _)| range.start);
     assert_eq!(after.code.len(), before.code.len(), "{after:?}");
     assert!(

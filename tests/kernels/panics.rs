@@ -10,7 +10,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use patcher::addr::Gpa;
-use patcher::apply::{Applied, ApplyOptions, Arena, apply, revert};
+use patcher::apply::{ApplyOptions, Arena, Model, Request, apply, revert};
 use patcher::edition::object::Package;
 use patcher::guest::{Guest, GuestError, PausedGuest, ReadPhys, Registers, Vcpu};
 use patcher::kernel::locate::Kernel;
@@ -137,6 +137,8 @@ struct Scene {
     kernel: Kernel,
     package: Package,
     arena: Arena,
+    /// How many updates there were.
+    updates: u64,
 }
 
 /// How an operation ended: what it gave (nothing if it panicked), and whether everything had been written.
@@ -161,6 +163,7 @@ impl Scene {
             kernel,
             package,
             arena,
+            updates: 0,
         }
     }
 
@@ -194,22 +197,26 @@ impl Scene {
         }
     }
 
-    fn apply(&mut self, at: Option<Call>) -> End<Applied> {
+    fn apply(&mut self, at: Option<Call>) -> End<u64> {
+        self.updates += 1;
         self.run(at, |scene, guest, options| {
-            let applied = apply(
-                guest,
-                &scene.kernel,
-                &mut scene.arena,
-                &scene.package,
-                options,
-            );
-            applied.expect("an apply").0.expect("an update")
+            let request = Request::new(scene.updates, &scene.package);
+            let report = apply(guest, &scene.kernel, &mut scene.arena, &request, options);
+            let _ = report.expect("an apply");
+            scene.updates
         })
     }
 
-    fn revert(&mut self, applied: &Applied, at: Option<Call>) -> End<()> {
+    fn revert(&mut self, update: u64, at: Option<Call>) -> End<()> {
         self.run(at, |scene, guest, options| {
-            let report = revert(guest, &scene.kernel, &scene.arena, applied, options);
+            let report = revert(
+                guest,
+                &scene.kernel,
+                &mut scene.arena,
+                &[update],
+                Model::Immediate,
+                options,
+            );
             let _ = report.expect("a revert");
         })
     }
@@ -232,7 +239,7 @@ fn applies(stock: Stock) {
         let whole = scene.apply(None);
         let applied = whole.gave.expect("an update");
         assert!(scene.is_new());
-        let _ = scene.revert(&applied, None);
+        let _ = scene.revert(applied, None);
         whole.calls
     };
     let _ = count();
@@ -243,12 +250,13 @@ fn applies(stock: Stock) {
         assert_eq!(scene.is_new(), end.written, "apply, {call:?}");
         match end.gave {
             // It took fewer calls this time: nothing was in the way.
-            Some(applied) => drop(scene.revert(&applied, None)),
+            Some(applied) => drop(scene.revert(applied, None)),
             None if !end.written => panics += 1,
-            // What would undo it went with the panic.
+            // It is in effect, and known to be.
             None => {
                 behind += 1;
-                break;
+                let _ = scene.revert(scene.updates, None);
+                assert!(!scene.is_new(), "the update behind {call:?} is undone");
             }
         }
     }
@@ -259,11 +267,11 @@ fn applies(stock: Stock) {
 fn reverts(stock: Stock) {
     let mut scene = Scene::new(stock);
     let first = scene.apply(None).gave.expect("an update");
-    let whole = scene.revert(&first, None);
+    let whole = scene.revert(first, None);
     let mut applied = scene.apply(None).gave.expect("an update");
     let (mut panics, mut behind) = (0, 0);
     for call in whole.calls.chosen() {
-        let end = scene.revert(&applied, Some(call));
+        let end = scene.revert(applied, Some(call));
         assert_eq!(scene.is_new(), !end.written, "revert, {call:?}");
         match end.gave {
             None if !end.written => panics += 1,

@@ -7,6 +7,7 @@ use tests::guest::{Guest, Options};
 use tests::stock::{LTS_6_1, NEWEST_6_12, Stock};
 
 use crate::patch::{apply, revert};
+use crate::stacking::wait_gone;
 use crate::witness::{assert_clean, one_line};
 
 /// The longest that a thread takes to fall asleep.
@@ -78,7 +79,10 @@ fn sleeps(stock: Stock) {
     let reverted = "hrtimer_nanosleep [a reverted update]";
     let frames = places(&guest, &old, reverted).expect("it still sleeps there");
     assert_beneath(&frames, "a reverted update");
+    // Its room stays its own as long as that takes.
+    assert_drains(&guest, first, &old);
     let second = apply(&guest, &package);
+    assert_ne!(place_of(&guest, second), place_of(&guest, first));
     let (new, frames) = sleeper(&mut guest, &format!("hrtimer_nanosleep [update {second}]"));
     assert_beneath(&frames, &format!("update {second}"));
     let frames = places(&guest, &old, reverted).expect("it still sleeps there");
@@ -91,7 +95,35 @@ fn sleeps(stock: Stock) {
     );
     one_line(&mut guest, &gone);
     revert(&guest, second);
+    wait_gone(&guest, first);
+    wait_gone(&guest, second);
     assert_clean(&mut guest);
+}
+
+/// The only edition of an update.
+fn edition(guest: &Guest, id: u64) -> Value {
+    let shown = guest.client.call(&["update", "show", &id.to_string()]);
+    shown.expect("the update")["editions"][0].clone()
+}
+
+fn place_of(guest: &Guest, id: u64) -> String {
+    let edition = edition(guest, id);
+    edition["at"].as_str().expect("a place").to_owned()
+}
+
+/// The update has yet to be left by the thread `pid`, and says so.
+fn assert_drains(guest: &Guest, id: u64, pid: &str) {
+    let end = Instant::now() + LIMIT;
+    loop {
+        let edition = edition(guest, id);
+        assert_eq!(edition["state"], "draining", "{edition:#}");
+        let why = edition["why"].as_str().unwrap_or_default();
+        if why.contains(&format!("task {pid} ")) {
+            return;
+        }
+        assert!(Instant::now() < end, "{edition:#}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 #[test]

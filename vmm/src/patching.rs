@@ -10,17 +10,24 @@ mod problem;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use patcher::apply::{self, Applied, ApplyError, ApplyOptions, Arena, Report};
+use patcher::apply::{
+    self, ApplyError, ApplyOptions, Arena, Calls, Edition, Model, Report, Request,
+};
+use patcher::edition::list::Use;
 use patcher::edition::object::Package;
 use patcher::guest::{Guest, GuestError, PausedGuest, Registers};
 use patcher::kernel::boot::BootState;
 use patcher::kernel::image::Image;
 use patcher::kernel::locate::{Kernel, LocateError};
+use patcher::kernel::quiescence::Inside;
+use patcher::kernel::unwind::Frame;
 use patcher::observe;
 
 use crate::guest::KvmGuest;
 use crate::kernel_index;
-use crate::updates::{KernelInfo, Patcher, Problem, Running, Task, Undo, Verified};
+use crate::updates::{
+    KernelInfo, Passing, Patcher, Problem, Running, Straggler, Task, Undo, Verified,
+};
 use crate::views::{self, Asked, Seen, View};
 use crate::vm::{State, Vm};
 
@@ -156,12 +163,35 @@ impl KernelPatcher {
         true
     }
 
+    /// What it means that something was not done to the kernel that was found, now that it can be known whether that is gone.
+    fn not_done(
+        &mut self,
+        guest: &mut KvmGuest,
+        deadline: Instant,
+        failed: &ApplyError,
+        problem: impl FnOnce(&ApplyError) -> Problem,
+    ) -> Problem {
+        if !failed.is_broken() && self.is_gone(guest, deadline) {
+            return problem::gone();
+        }
+        self.explain(problem(failed))
+    }
+
     /// What a failure means, now that it can be known whether the guest has ended.
     fn explain(&self, problem: Problem) -> Problem {
         match self.vm.status().state {
             State::Ended(_) => problem::guest(&GuestError::Ended),
             _ => problem,
         }
+    }
+}
+
+fn options<'a>(task: &Undo<'a>) -> ApplyOptions<'a> {
+    ApplyOptions {
+        deadline: task.deadline,
+        check_only: false,
+        doing: task.doing,
+        written: task.written,
     }
 }
 
@@ -189,9 +219,7 @@ fn look(guest: &mut KvmGuest, image: &Arc<Image>, deadline: Instant) -> Result<L
 }
 
 impl Patcher for KernelPatcher {
-    type Applied = Box<Applied>;
-
-    fn apply(&mut self, task: &Task<'_>) -> Result<(Option<Box<Applied>>, Report), Problem> {
+    fn apply(&mut self, task: &Task<'_>) -> Result<Report, Problem> {
         let package = Package::parse(task.package).map_err(|error| problem::package(&error))?;
         let editions = package.editions().iter();
         (task.functions)(editions.map(|edition| edition.function.clone()).collect());
@@ -203,6 +231,11 @@ impl Patcher for KernelPatcher {
         if package.build_id() != image.build_id() {
             return Err(problem::other_build(package.build_id(), image.build_id()));
         }
+        // Functions that come together belong together, unless somebody says that they do not.
+        let usual = match package.editions() {
+            [_] => Model::Immediate,
+            _ => Model::PerTask,
+        };
         let mut guest = self.guest()?;
         let options = ApplyOptions {
             deadline,
@@ -216,51 +249,133 @@ impl Patcher for KernelPatcher {
                 continue;
             };
             (task.doing)("linking and planning".to_owned());
-            let error = match apply::apply(&mut guest, kernel, arena, &package, &options) {
-                Ok((applied, report)) => return Ok((applied.map(Box::new), report)),
+            let request = Request {
+                id: task.update,
+                package: &package,
+                instead_of: task.instead_of,
+                model: task.model.unwrap_or(usual),
+                how: task.how.clone(),
+            };
+            let error = match apply::apply(&mut guest, kernel, arena, &request, &options) {
+                Ok(report) => return Ok(report),
                 Err(error) => error,
             };
-            let broken = matches!(&error, ApplyError::Commit(failed) if failed.is_broken());
-            if broken || !self.is_gone(&mut guest, deadline) {
+            if error.is_broken() || !self.is_gone(&mut guest, deadline) {
                 return Err(self.explain(problem::apply(&error)));
             }
         }
     }
 
-    fn revert(&mut self, applied: &Box<Applied>, task: &Undo<'_>) -> Result<Report, Problem> {
+    fn revert(&mut self, updates: &[u64], task: &Undo<'_>) -> Result<Report, Problem> {
         let mut guest = self.guest()?;
-        let Some(Found { kernel, arena }) = &self.found else {
+        let Some(Found { kernel, arena }) = &mut self.found else {
             return Err(problem::gone());
+        };
+        let options = options(task);
+        let model = match arena.holds.placed.get(updates.first().unwrap_or(&0)) {
+            Some(placed) if placed.linked.redirections.len() == 1 => Model::Immediate,
+            _ => Model::PerTask,
+        };
+        match apply::revert(&mut guest, kernel, arena, updates, model, &options) {
+            Ok(report) => Ok(report),
+            Err(failed) => Err(self.not_done(&mut guest, task.deadline, &failed, problem::revert)),
+        }
+    }
+
+    fn reuse(&mut self, update: u64, how: &Use, task: &Undo<'_>) -> Result<Report, Problem> {
+        let mut guest = self.guest()?;
+        let Some(Found { kernel, arena }) = &mut self.found else {
+            return Err(problem::gone());
+        };
+        let options = options(task);
+        match apply::reuse(&mut guest, kernel, arena, update, how.clone(), &options) {
+            Ok(report) => Ok(report),
+            Err(failed) => Err(self.not_done(&mut guest, task.deadline, &failed, problem::reuse)),
+        }
+    }
+
+    fn force(&mut self, update: u64, task: &Undo<'_>) -> Result<(), Problem> {
+        let mut guest = self.guest()?;
+        let Some(Found { kernel, arena }) = &mut self.found else {
+            return Err(problem::gone());
+        };
+        match apply::force(&mut guest, kernel, arena, update, &options(task)) {
+            Ok(()) => Ok(()),
+            Err(failed) => Err(self.not_done(&mut guest, task.deadline, &failed, problem::force)),
+        }
+    }
+
+    fn passing(&self, update: u64) -> Option<Passing> {
+        let Found { kernel, arena } = self.found.as_ref()?;
+        let mut passing = arena.holds.passing.iter();
+        let passing = passing.find(|passing| passing.update == update)?;
+        let name = |frame: &Frame| match arena.holds.name(frame.ip) {
+            Some(ours) => ours,
+            None => frame.describe(kernel),
+        };
+        let straggler = |inside: &Inside| Straggler {
+            who: inside.who.to_string(),
+            frames: inside.frames.iter().map(name).collect(),
+            unreliable: inside.unreliable.as_ref().map(ToString::to_string),
+        };
+        Some(Passing {
+            tasks: passing.inside.iter().map(straggler).collect(),
+        })
+    }
+
+    fn calls(&mut self) -> Result<Vec<Calls>, Problem> {
+        let guest = self.guest()?;
+        let Some(Found { kernel, arena }) = &self.found else {
+            return Ok(Vec::new());
+        };
+        let calls = apply::calls(&guest, kernel, &arena.holds);
+        calls.map_err(|error| problem::unreadable(&error))
+    }
+
+    fn editions(&self, update: u64) -> Vec<Edition> {
+        let found = self.found.as_ref();
+        found.map_or_else(Vec::new, |found| found.arena.holds.editions(update))
+    }
+
+    fn is_settling(&self) -> bool {
+        let found = self.found.as_ref();
+        found.is_some_and(|found| found.arena.holds.is_settling())
+    }
+
+    fn settle(&mut self, deadline: Instant) -> Result<(), Problem> {
+        // A guest that its user has paused does not go on.
+        if !matches!(self.vm.status().state, State::Running) {
+            return Ok(());
+        }
+        let mut guest = self.guest()?;
+        let Some(Found { kernel, arena }) = &mut self.found else {
+            return Ok(());
         };
         let options = ApplyOptions {
-            deadline: task.deadline,
+            deadline,
             check_only: false,
-            doing: task.doing,
-            written: task.written,
+            doing: &|_| {},
+            written: &|| {},
         };
-        let failed = match apply::revert(&mut guest, kernel, arena, applied, &options) {
-            Ok(report) => return Ok(report),
-            Err(failed) => failed,
-        };
-        if !failed.is_broken() && self.is_gone(&mut guest, task.deadline) {
-            return Err(problem::gone());
+        match apply::settle(&mut guest, kernel, arena, &options) {
+            Ok(()) => Ok(()),
+            Err(failed) => Err(self.not_done(&mut guest, deadline, &failed, problem::settle)),
         }
-        Err(self.explain(problem::commit("the update was not reverted", &failed)))
     }
 
     fn is_sound(&self) -> bool {
         !matches!(self.vm.status().state, State::Paused { unsound: true, .. })
     }
 
-    fn verify(&mut self, applied: &Box<Applied>, deadline: Instant) -> Result<Verified, Problem> {
+    fn verify(&mut self, update: u64, deadline: Instant) -> Result<Verified, Problem> {
         let mut guest = self.guest()?;
         if self.is_gone(&mut guest, deadline) {
             return Err(problem::gone());
         }
-        let Some(Found { kernel, .. }) = &self.found else {
+        let Some(Found { kernel, arena }) = &self.found else {
             return Err(problem::gone());
         };
-        let observed = observe::verify(&guest, kernel, applied);
+        let observed = observe::verify(&guest, kernel, &arena.holds, update);
         let differences = observed.differences.into_iter();
         Ok(Verified {
             bytes: observed.bytes,
@@ -306,16 +421,11 @@ impl Patcher for KernelPatcher {
             arena_used: self
                 .found
                 .as_ref()
-                .map_or(0, |found| found.arena.space.used()),
+                .map_or(0, |found| found.arena.holds.space.used()),
         })
     }
 
-    fn view(
-        &mut self,
-        asked: &Asked,
-        applied: &[(u64, &Box<Applied>)],
-        deadline: Instant,
-    ) -> Result<Seen<View>, Problem> {
+    fn view(&mut self, asked: &Asked, deadline: Instant) -> Result<Seen<View>, Problem> {
         let reading = Instant::now();
         let image = self.image(&|_| {})?;
         let deadline = deadline + reading.elapsed();
@@ -327,12 +437,9 @@ impl Patcher for KernelPatcher {
             return view.map(seen).map_err(|error| problem::view(&error));
         }
         let mut guest = self.guest()?;
-        let applied = applied.iter().map(|(id, applied)| (*id, &***applied));
-        let applied: Vec<(u64, &Applied)> = applied.collect();
-        let updated = self.found.as_ref().map(|Found { kernel, arena }| {
-            let updates = look::updates(&applied, &arena.residents);
-            (kernel, updates)
-        });
+        let found = self.found.as_ref();
+        let updated =
+            found.map(|Found { kernel, arena }| (kernel, look::updates(kernel, &arena.holds)));
         let mut known = look::Known {
             image: &image,
             updated,

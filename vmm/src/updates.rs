@@ -14,10 +14,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 pub use self::patcher::{KernelInfo, Patcher, Running, Task, Undo, Verified};
-pub use self::record::{BROKEN, Cost, Failing, Problem, State, Update};
+pub use self::record::{BROKEN, Cost, Failing, Passing, Problem, State, Straggler, Update};
 use self::worker::Worker;
 use crate::events::{EventKind, Events};
 use crate::views::{Asked, Seen, View};
+pub use ::patcher::apply::{Calls, Edition, Life, Model};
+pub use ::patcher::edition::list::Use;
 
 /// Operations that may wait behind the one under way.
 const QUEUE: usize = 16;
@@ -29,9 +31,40 @@ const STACK: usize = 1 << 20;
 /// Called once, on the session's thread, with an operation's end.
 pub type Done<T> = Box<dyn FnOnce(Result<T, Problem>) + Send>;
 
+/// An update that is handed in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Order {
+    /// A name for people.
+    pub name: String,
+    /// The package's bytes.
+    pub package: Vec<u8>,
+    /// Do everything but write.
+    pub check: bool,
+    /// Whose place it takes.
+    pub instead_of: InsteadOf,
+    /// Who may be where at the switch; told by the package if this says nothing.
+    pub model: Option<Model>,
+    /// How its editions are used.
+    pub how: Use,
+    /// When to give up.
+    pub deadline: Instant,
+}
+
+/// The updates that go when another one comes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum InsteadOf {
+    /// These.
+    These(Vec<u64>),
+    /// All that are in effect.
+    All,
+}
+
 enum Job {
-    Apply(u64, Vec<u8>, Instant, Done<Update>),
+    Apply(u64, Order, Done<Update>),
     Revert(u64, Instant, Done<Update>),
+    Reuse(u64, Use, Instant, Done<Update>),
+    Force(u64, Instant, Done<Update>),
+    Calls(Done<Vec<Calls>>),
     Verify(u64, Instant, Done<Verified>),
     Kernel(Instant, Done<KernelInfo>),
     View(Asked, Instant, Done<Seen<View>>),
@@ -49,6 +82,9 @@ impl std::fmt::Debug for Job {
         f.write_str(match self {
             Self::Apply(..) => "Apply",
             Self::Revert(..) => "Revert",
+            Self::Reuse(..) => "Reuse",
+            Self::Force(..) => "Force",
+            Self::Calls(..) => "Calls",
             Self::Verify(..) => "Verify",
             Self::Kernel(..) => "Kernel",
             Self::View(..) => "View",
@@ -90,16 +126,9 @@ impl Session {
     ///
     /// # Errors
     /// [`Failing::Busy`] when too many operations wait.
-    pub fn apply(
-        &self,
-        name: String,
-        package: Vec<u8>,
-        check: bool,
-        deadline: Instant,
-        done: Done<Update>,
-    ) -> Result<Update, Problem> {
-        let update = self.book.open(name, package.len(), check);
-        self.hand_in(Job::Apply(update.id, package, deadline, done))
+    pub fn apply(&self, order: Order, done: Done<Update>) -> Result<Update, Problem> {
+        let update = self.book.open(&order);
+        self.hand_in(Job::Apply(update.id, order, done))
             .inspect_err(|problem| self.book.refuse(update.id, problem))?;
         Ok(update)
     }
@@ -117,6 +146,40 @@ impl Session {
         let update = self.book.applied(id)?;
         self.hand_in(Job::Revert(id, deadline, done))?;
         Ok(update)
+    }
+
+    /// Asks for an update's editions to be used in another way; the update as it is. `done` gets the end.
+    ///
+    /// # Errors
+    /// When it is not applied, or too many operations wait.
+    pub fn reuse(
+        &self,
+        id: u64,
+        how: Use,
+        deadline: Instant,
+        done: Done<Update>,
+    ) -> Result<Update, Problem> {
+        let update = self.book.applied(id)?;
+        self.hand_in(Job::Reuse(id, how, deadline, done))?;
+        Ok(update)
+    }
+
+    /// Asks for an update's switch to be ended for all; the update as it is. `done` gets the end.
+    ///
+    /// # Errors
+    /// When there is no such update, or too many operations wait.
+    pub fn force(&self, id: u64, deadline: Instant, done: Done<Update>) -> Result<Update, Problem> {
+        let update = self.book.find(id)?;
+        self.hand_in(Job::Force(id, deadline, done))?;
+        Ok(update)
+    }
+
+    /// Asks how often editions were called.
+    ///
+    /// # Errors
+    /// When too many operations wait.
+    pub fn calls(&self, done: Done<Vec<Calls>>) -> Result<(), Problem> {
+        self.hand_in(Job::Calls(done))
     }
 
     /// Asks whether the guest still holds what an update wrote.
@@ -186,14 +249,18 @@ impl Book {
     }
 
     /// Enters a new update.
-    fn open(&self, name: String, package_bytes: usize, check: bool) -> Update {
+    fn open(&self, order: &Order) -> Update {
         let mut updates = self.lock();
         if updates.len() >= KEPT {
             let over = updates.iter().position(|update| {
                 matches!(
                     update.state,
-                    State::Checked | State::Reverted | State::Refused | State::Lost
-                )
+                    State::Checked
+                        | State::Reverted
+                        | State::Replaced
+                        | State::Refused
+                        | State::Lost
+                ) && update.editions.is_empty()
             });
             if let Some(oldest) = over {
                 updates.remove(oldest);
@@ -201,12 +268,17 @@ impl Book {
         }
         let update = Update {
             id: updates.last().map_or(1, |last| last.id + 1),
-            name,
+            name: order.name.clone(),
             state: State::Queued,
             doing: None,
-            check,
-            package_bytes,
+            check: order.check,
+            package_bytes: order.package.len(),
             functions: Vec::new(),
+            instead_of: Vec::new(),
+            model: order.model,
+            how: order.how.clone(),
+            passing: None,
+            editions: Vec::new(),
             submitted: self.events.elapsed(),
             changed: self.events.elapsed(),
             applied: None,
@@ -227,20 +299,28 @@ impl Book {
         });
     }
 
-    /// The update, if it can be reverted.
-    fn applied(&self, id: u64) -> Result<Update, Problem> {
+    fn find(&self, id: u64) -> Result<Update, Problem> {
         let updates = self.lock();
-        let Some(update) = updates.iter().find(|update| update.id == id) else {
-            return Err(Problem::new(
+        let found = updates.iter().find(|update| update.id == id);
+        found.cloned().ok_or_else(|| {
+            Problem::new(
                 Failing::Unknown,
                 "no_such_update",
                 format!("there is no update {id}"),
                 "no update with this number was handed to this VM",
                 "exopatch update list shows all updates",
-            ));
-        };
-        if matches!(update.state, State::Applied | State::Reverting) {
-            return Ok(update.clone());
+            )
+        })
+    }
+
+    /// The update, if it can be reverted.
+    fn applied(&self, id: u64) -> Result<Update, Problem> {
+        let update = self.find(id)?;
+        if matches!(
+            update.state,
+            State::Applied | State::Switching | State::Reverting
+        ) {
+            return Ok(update);
         }
         let (code, cause) = match update.state {
             State::Lost => (
@@ -248,6 +328,7 @@ impl Book {
                 "the kernel in which it was applied no longer runs",
             ),
             State::Reverted => ("update_not_applied", "it was reverted already"),
+            State::Replaced => ("update_not_applied", "another update has taken its place"),
             State::Broken => (
                 BROKEN,
                 "it failed half-way: the guest's memory is not known to be sound",
@@ -264,13 +345,16 @@ impl Book {
         ))
     }
 
-    /// Changes an update and tells the world; the update afterwards.
+    /// Changes an update and tells the world, if there is anything new; the update afterwards.
     fn change(&self, id: u64, change: impl FnOnce(&mut Update)) -> Option<Update> {
         let mut updates = self.lock();
         let update = updates.iter_mut().find(|update| update.id == id)?;
-        let before = update.state;
+        let before = update.clone();
         change(update);
-        if update.state != before {
+        if *update == before {
+            return Some(before);
+        }
+        if update.state != before.state {
             update.changed = self.events.elapsed();
         }
         let update = update.clone();

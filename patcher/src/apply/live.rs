@@ -1,24 +1,24 @@
 //! What planning and committing ask of a kernel, answered by the located [`Kernel`].
 
-use std::ops::Range;
-
 use crate::addr::{Gpa, Gva, LinkAddr};
 use crate::commit::{Blocked, Running, Scanned};
 use crate::edition::link::{Resolve, Returns};
 use crate::guest::{ReadPhys, Registers};
+use crate::kernel::alternatives::Alternatives;
 use crate::kernel::locate::Kernel;
-use crate::kernel::quiescence::quiescent;
+use crate::kernel::quiescence::{Question, quiescent};
 use crate::kernel::stack::ScanError;
 use crate::kernel::symbols::{Space, SymbolError};
 use crate::kernel::unwind::OtherCode;
 use crate::plan::{Plan, Write, checks};
 use crate::publish;
 
-/// A located kernel, and how its functions return.
-#[derive(Clone, Copy, Debug)]
+/// A located kernel, and what it decided at boot for all of its code.
+#[derive(Clone, Debug)]
 pub(super) struct Live<'k> {
     pub(super) kernel: &'k Kernel,
     pub(super) returns: Returns,
+    pub(super) alternatives: Alternatives,
 }
 
 impl Resolve for Live<'_> {
@@ -44,6 +44,10 @@ impl Resolve for Live<'_> {
 
     fn returns(&self) -> Returns {
         self.returns
+    }
+
+    fn alternatives(&self) -> &Alternatives {
+        &self.alternatives
     }
 }
 
@@ -78,20 +82,26 @@ impl Running for Inhabited<'_> {
         }
     }
 
-    fn scan<G: ReadPhys + Registers>(
-        &self,
-        guest: &G,
-        forbidden: &[Range<Gva>],
-    ) -> Result<Scanned, Blocked> {
+    fn scan<G: ReadPhys + Registers>(&self, guest: &G, plan: &Plan) -> Result<Scanned, Blocked> {
         // A probe that is not armed yet would be written over our jump when it is.
-        for range in forbidden {
+        for range in &plan.forbidden {
             let probes = self.kernel.kprobes_in(guest, range).map_err(unreadable)?;
             checks::no_kprobe("the redirected function", &probes).map_err(Blocked::Changed)?;
         }
-        match quiescent(self.kernel, guest, guest.vcpus(), forbidden, &self.others) {
-            Ok(scan) => Ok(Scanned {
-                tasks: scan.tasks as u64,
-                words: scan.words,
+        let question = Question {
+            forbidden: &plan.forbidden,
+            watched: &plan.watched,
+            group: &plan.group,
+            graces: &plan.graces,
+        };
+        match quiescent(self.kernel, guest, guest.vcpus(), &question, &self.others) {
+            Ok(answer) => Ok(Scanned {
+                tasks: answer.scan.tasks as u64,
+                words: answer.scan.words,
+                vcpus: guest.vcpus().len(),
+                watched: answer.watched,
+                inside: answer.inside,
+                graces: answer.graces,
             }),
             Err(error @ (ScanError::Hit(_) | ScanError::Disagree { .. })) => Err(Blocked::Busy {
                 cause: error.to_string(),

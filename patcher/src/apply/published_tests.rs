@@ -1,11 +1,14 @@
 //! What the made-up kernel finds our code by, before, while and after it is known.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use object::SectionKind;
 
+use super::arena::Placed;
+use super::switch::keep;
 use super::whole_tests::{apply_it, booted, package};
-use super::{Applied, ApplyError, ApplyOptions, Arena, CommitFailed, revert, withdraw};
+use super::{ApplyError, ApplyOptions, Arena, CommitFailed, Model, Request, apply, revert, settle};
 use crate::addr::Gva;
 use crate::commit::Blocked;
 use crate::edition::object::Package;
@@ -13,7 +16,8 @@ use crate::edition::object::tests::Maker;
 use crate::guest::fake::FakeGuest;
 use crate::kernel::locate::Kernel;
 use crate::kernel::testing::{BUILD_ID, FORMS, Form};
-use crate::publish::{Published, published};
+use crate::plan::Plan;
+use crate::publish::{Grace, Publication, Published, published};
 
 fn options() -> ApplyOptions<'static> {
     ApplyOptions {
@@ -61,10 +65,18 @@ fn with_tables(fixups: &[[i64; 2]], bugs: &[i64], spare: usize) -> Vec<u8> {
     maker.finish()
 }
 
-fn applied(guest: &mut FakeGuest, kernel: &Kernel, arena: &mut Arena, bytes: &[u8]) -> Applied {
+/// Applies a package as update 1: what the kernel knows it by.
+fn applied(
+    guest: &mut FakeGuest,
+    kernel: &Kernel,
+    arena: &mut Arena,
+    bytes: &[u8],
+) -> (Arc<Placed>, Publication) {
     let package = Package::parse(bytes).unwrap();
-    let (applied, _) = apply_it(guest, kernel, arena, &package, false).unwrap();
-    applied.unwrap()
+    apply_it(guest, kernel, arena, &package, false).unwrap();
+    let placed = Arc::clone(&arena.holds.placed[&1]);
+    let unit = placed.known.as_ref().unwrap().1.clone();
+    (placed, unit)
 }
 
 #[test]
@@ -74,10 +86,7 @@ fn code_is_known_until_it_is_taken_back() {
         assert_eq!(known(&guest, &kernel), Published::default());
         let tree = kernel.symbol("mod_tree").unwrap().0;
         let bytes = with_tables(&[[7, 8], [5, 8]], &[5], 0);
-        let first = applied(&mut guest, &kernel, &mut arena, &bytes);
-        let [unit] = &first.plan.publish[..] else {
-            panic!("one unit")
-        };
+        let (first, unit) = applied(&mut guest, &kernel, &mut arena, &bytes);
         let now = known(&guest, &kernel);
         assert_eq!(now.code, [(unit.code.clone(), unit.module)], "{form:?}");
         assert_eq!(now.bugs, [unit.module]);
@@ -109,40 +118,87 @@ fn code_is_known_until_it_is_taken_back() {
         assert_eq!(&text, b"edition_of_p");
         assert_eq!(word(&guest, &kernel, symbols + 24 + 8), unit.code.start.0);
 
-        revert(&mut guest, &kernel, &arena, &first, &options()).unwrap();
-        assert_eq!(
-            known(&guest, &kernel).code.len(),
-            1,
-            "a thread may be there"
+        let back = revert(
+            &mut guest,
+            &kernel,
+            &mut arena,
+            &[1],
+            Model::Immediate,
+            &options(),
         );
-        let units = || first.plan.publish.clone();
-        let report = withdraw(&mut guest, &kernel, &arena, units(), &options()).unwrap();
-        assert!(report.bytes_written > 0);
+        back.unwrap();
+        let now = known(&guest, &kernel).code.len();
+        assert_eq!(now, 1, "a thread may be there");
+        settle(&mut guest, &kernel, &mut arena, &options()).unwrap();
         assert_eq!(known(&guest, &kernel), Published::default());
         assert_eq!(half(&guest, &kernel, tree), 4);
-        let again = withdraw(&mut guest, &kernel, &arena, units(), &options());
-        assert!(again.is_err(), "it is not known any more");
+        // A vCPU that has not been at rest since may still be reading the tables.
+        assert!(
+            arena.holds.space.used() == 64,
+            "both are in the user's code"
+        );
     }
+}
+
+#[test]
+fn tables_stay_until_every_vcpu_was_at_rest() {
+    let (mut guest, kernel, mut arena) = booted(Form::New);
+    let package = package("patient", 0, &BUILD_ID);
+    apply_it(&mut guest, &kernel, &mut arena, &package, false).unwrap();
+    // One that is never seen.
+    arena.holds.vcpus += 1;
+    let model = Model::Immediate;
+    revert(&mut guest, &kernel, &mut arena, &[1], model, &options()).unwrap();
+    let mut found = 0;
+    while known(&guest, &kernel) != Published::default() {
+        arena.holds.vcpus = guest.vcpus_mut().len() + 1;
+        let (mut draft, mut plan) = (arena.holds.clone(), Plan::default());
+        if !draft.free.is_empty() {
+            draft.forget(&mut plan);
+            arena.holds.free.clear();
+        }
+        let tries = 1;
+        keep(
+            &mut guest,
+            &kernel,
+            &mut arena,
+            draft,
+            plan,
+            tries,
+            &options(),
+        )
+        .unwrap();
+        found += 1;
+    }
+    assert_eq!(found, 2, "the first look finds nobody in it");
+    settle(&mut guest, &kernel, &mut arena, &options()).unwrap();
+    assert!(arena.holds.space.used() > 64 && arena.holds.is_settling());
+    for grace in arena.holds.forgotten.values_mut() {
+        *grace = Grace::begin(1);
+    }
+    settle(&mut guest, &kernel, &mut arena, &options()).unwrap();
+    assert!(arena.holds.space.used() == 64 && !arena.holds.is_settling());
 }
 
 #[test]
 fn many_come_and_go() {
     let (mut guest, kernel, mut arena) = booted(Form::New);
     let package = package("patient", 0, &BUILD_ID);
-    let mut units = Vec::new();
-    for round in 0..60_usize {
-        let (update, _) = apply_it(&mut guest, &kernel, &mut arena, &package, false).unwrap();
-        let update = update.unwrap();
-        revert(&mut guest, &kernel, &arena, &update, &options()).unwrap();
-        units.extend(update.plan.publish);
+    let mut there: Vec<u64> = Vec::new();
+    for round in 1..=60_u64 {
+        let request = Request::new(round, &package);
+        apply(&mut guest, &kernel, &mut arena, &request, &options()).unwrap();
+        there.push(round);
         if round % 3 != 0 {
-            let gone = units.remove(round * 7 % units.len());
-            withdraw(&mut guest, &kernel, &arena, vec![gone], &options()).unwrap();
+            let nth = usize::try_from(round * 7).unwrap() % there.len();
+            let gone = there.remove(nth);
+            let model = Model::Immediate;
+            revert(&mut guest, &kernel, &mut arena, &[gone], model, &options()).unwrap();
+            settle(&mut guest, &kernel, &mut arena, &options()).unwrap();
         }
-        let mut want: Vec<_> = units
-            .iter()
-            .map(|unit| (unit.code.clone(), unit.module))
-            .collect();
+        let units = there.iter().map(|id| &arena.holds.placed[id].known);
+        let units = units.map(|known| &known.as_ref().unwrap().1);
+        let mut want: Vec<_> = units.map(|unit| (unit.code.clone(), unit.module)).collect();
         want.sort_by_key(|(code, _)| code.start);
         assert_eq!(known(&guest, &kernel).code, want, "{round}");
     }
@@ -186,7 +242,7 @@ fn tables_that_are_not_the_codes_are_refused() {
         let package = Package::parse(bytes).unwrap();
         let error = apply_it(&mut guest, &kernel, &mut arena, &package, false).unwrap_err();
         assert!(error.to_string().contains(what), "{what}: {error}");
-        assert!(guest.memory() == before && arena.space.used() == 64);
+        assert!(guest.memory() == before && arena.holds.space.used() == 64);
     };
     check(
         "section __ex_table of the package has 16 bytes",

@@ -1,10 +1,15 @@
 //! Packages applied to a made-up kernel in a made-up guest, from the package's bytes to the guest's.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Applied, ApplyError, ApplyOptions, Arena, CommitFailed, Report, apply, revert};
+use super::{
+    ApplyError, ApplyOptions, Arena, CommitFailed, Life, Model, Report, Request, apply, reuse,
+    revert, settle,
+};
 use crate::addr::{Gpa, Gva};
 use crate::commit::CommitError;
+use crate::edition::list::Use;
 use crate::edition::object::Package;
 use crate::edition::object::tests::Maker;
 use crate::guest::fake::{FakeGuest, Fault, Region as Memory};
@@ -13,8 +18,10 @@ use crate::kernel::stack::Who;
 use crate::kernel::testing::guest::{SLIDE, TinyGuest};
 use crate::kernel::testing::orc::{AFTER_CALL, FUNCTION, FUNCTIONS, Rule, entry, function};
 use crate::kernel::testing::{BUILD_ID, FORMS, Form, TEXT, task};
-use crate::kernel::unwind::{End, OtherCode, Reason, Region, Stack, stacks};
+use crate::kernel::unwind::{End, OtherCode, Reason, Stack, stacks};
 use crate::observe::verify;
+use crate::plan::Lead;
+use crate::rule;
 use crate::x86::insn::{NOP5, whole_instructions};
 
 const ARENA: Gpa = Gpa(0x1_0000_0000);
@@ -63,14 +70,18 @@ pub(super) fn apply_it(
     arena: &mut Arena,
     package: &Package,
     check_only: bool,
-) -> Result<(Option<Applied>, Report), ApplyError> {
-    let options = ApplyOptions {
+) -> Result<Report, ApplyError> {
+    let request = Request::new(1, package);
+    apply(guest, kernel, arena, &request, &options(check_only))
+}
+
+fn options<'a>(check_only: bool) -> ApplyOptions<'a> {
+    ApplyOptions {
         deadline: Instant::now() + Duration::from_millis(200),
         check_only,
         doing: &|_| {},
         written: &|| {},
-    };
-    apply(guest, kernel, arena, package, &options)
+    }
 }
 
 /// What the kernel sees at `JUMP`, 6 bytes.
@@ -87,22 +98,22 @@ fn a_package_reaches_the_guest_and_leaves_it() {
         let (mut guest, kernel, mut arena) = booted(form);
         let before = live(&guest, &kernel);
         let package = package("patient", 0, &BUILD_ID);
-        let (none, _) = apply_it(&mut guest, &kernel, &mut arena, &package, true).unwrap();
+        apply_it(&mut guest, &kernel, &mut arena, &package, true).unwrap();
         assert!(
-            none.is_none() && arena.space.used() == 64,
+            arena.holds.placed.is_empty() && arena.holds.space.used() == 64,
             "a check changes nothing"
         );
         assert_eq!(live(&guest, &kernel), before);
 
-        let (applied, report) = apply_it(&mut guest, &kernel, &mut arena, &package, false).unwrap();
-        let applied = applied.unwrap();
+        let report = apply_it(&mut guest, &kernel, &mut arena, &package, false).unwrap();
         assert_eq!(report.tasks, 3);
-        let observed = verify(&guest, &kernel, &applied);
+        let observed = verify(&guest, &kernel, &arena.holds, 1);
         assert!(
             observed.bytes > 20 && observed.differences.is_empty(),
             "{observed:?}"
         );
-        let [redirection] = &applied.linked.redirections[..] else {
+        let placed = Arc::clone(&arena.holds.placed[&1]);
+        let [redirection] = &placed.linked.redirections[..] else {
             panic!("one redirection")
         };
         let jump = whole_instructions(&live(&guest, &kernel), redirection.target.jump, 6).unwrap();
@@ -117,22 +128,130 @@ fn a_package_reaches_the_guest_and_leaves_it() {
         let edition = whole_instructions(&edition, redirection.edition, 10).unwrap();
         assert_eq!(edition[1].near_branch_target(), redirection.head.at.0);
 
-        let again = apply_it(&mut guest, &kernel, &mut arena, &package, false).unwrap_err();
-        assert!(again.to_string().contains("already redirected"), "{again}");
-        let options = ApplyOptions {
-            deadline: Instant::now() + Duration::from_millis(200),
-            check_only: false,
-            doing: &|_| {},
-            written: &|| {},
-        };
-        revert(&mut guest, &kernel, &arena, &applied, &options).unwrap();
+        revert(
+            &mut guest,
+            &kernel,
+            &mut arena,
+            &[1],
+            Model::Immediate,
+            &options(false),
+        )
+        .unwrap();
         assert_eq!(live(&guest, &kernel), before);
-        assert_eq!(
-            verify(&guest, &kernel, &applied).differences.len(),
-            1,
-            "the jump is gone"
-        );
+        let observed = verify(&guest, &kernel, &arena.holds, 1);
+        assert!(observed.differences.is_empty(), "its code is still there");
+        let again = revert(
+            &mut guest,
+            &kernel,
+            &mut arena,
+            &[1],
+            Model::Immediate,
+            &options(false),
+        )
+        .unwrap_err();
+        assert!(again.to_string().contains("not in effect"), "{again}");
+        settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
+        assert_eq!(arena.holds.space.used(), 64);
+        assert!(arena.holds.editions(1).is_empty());
     }
+}
+
+/// A package whose edition of `patient` calls the original, and goes on behind that 10 bytes into it.
+fn calling(form: Form) -> Package {
+    let mut maker = Maker::for_kernel(&[0xe8, 0, 0, 0, 0, 0xe8, 0, 0, 0, 0, 0xc3], &BUILD_ID);
+    maker.relocate_text(1, 4, "__fentry__", -4);
+    maker.relocate_text(6, 4, "exopatch_original_patient", -4);
+    maker.edition("patient", 0, 0);
+    maker.orc_entry(entry(form, Rule::Call((5, 8), (0, 0))));
+    Package::parse(&maker.finish()).unwrap()
+}
+
+/// Updates lie on each other, and go one by one, two at once, or for another that takes their place.
+#[test]
+fn updates_lie_on_each_other() {
+    let (mut guest, kernel, mut arena) = booted(Form::New);
+    let before = live(&guest, &kernel);
+    let package = package("patient", 0, &BUILD_ID);
+    let come = |arena: &mut Arena, guest: &mut FakeGuest, id: u64, instead_of: &[u64]| {
+        let request = Request {
+            instead_of,
+            ..Request::new(id, &package)
+        };
+        apply(guest, &kernel, arena, &request, &options(false)).unwrap();
+        let lead = arena.holds.placed[&id].linked.redirections[0].edition;
+        let jump = whole_instructions(&live(guest, &kernel), Gva(JUMP + SLIDE), 5).unwrap();
+        assert_eq!(jump[0].near_branch_target(), lead.0, "update {id} leads");
+        let found = verify(&*guest, &kernel, &arena.holds, id);
+        assert!(found.differences.is_empty(), "{found:?}");
+    };
+    let life = |arena: &Arena, id: u64| {
+        let editions = arena.holds.editions(id).into_iter();
+        editions.map(|edition| edition.life).collect::<Vec<_>>()
+    };
+    come(&mut arena, &mut guest, 1, &[]);
+    come(&mut arena, &mut guest, 2, &[]);
+    come(&mut arena, &mut guest, 3, &[]);
+    assert_eq!(life(&arena, 1), [Life::Placed]);
+    assert_eq!(life(&arena, 3), [Life::Active]);
+    // From the middle: nothing changes for callers.
+    let jump = live(&guest, &kernel);
+    revert(
+        &mut guest,
+        &kernel,
+        &mut arena,
+        &[2],
+        Model::Immediate,
+        &options(false),
+    )
+    .unwrap();
+    assert_eq!(live(&guest, &kernel), jump);
+    assert_eq!(life(&arena, 2), [Life::Draining { by: None }]);
+    settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
+    come(&mut arena, &mut guest, 4, &[1, 3]);
+    assert_eq!(life(&arena, 4), [Life::Active]);
+    assert!(life(&arena, 2).is_empty(), "nobody was found in it");
+    revert(
+        &mut guest,
+        &kernel,
+        &mut arena,
+        &[4],
+        Model::Immediate,
+        &options(false),
+    )
+    .unwrap();
+    assert_eq!(live(&guest, &kernel), before);
+    // The next one settles what is left of the others.
+    settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
+    assert_eq!(arena.holds.space.used(), 64);
+    assert!(arena.holds.placed.is_empty() && arena.holds.drains.is_empty());
+}
+
+/// A jump of ours that somebody has changed is not written over.
+#[test]
+fn a_jump_that_is_not_as_it_was_left_is_refused() {
+    let (mut guest, kernel, mut arena) = booted(Form::New);
+    let package = package("patient", 0, &BUILD_ID);
+    apply_it(&mut guest, &kernel, &mut arena, &package, false).unwrap();
+    let at = kernel.translate(&guest, Gva(JUMP + SLIDE)).unwrap();
+    guest.poke(at, &[0xcc]).unwrap();
+    let refused = |error: ApplyError| {
+        let said = error.to_string();
+        assert!(said.contains("was changed in the running kernel"), "{said}");
+    };
+    let request = Request::new(2, &package);
+    refused(apply(&mut guest, &kernel, &mut arena, &request, &options(false)).unwrap_err());
+    refused(
+        revert(
+            &mut guest,
+            &kernel,
+            &mut arena,
+            &[1],
+            Model::Immediate,
+            &options(false),
+        )
+        .unwrap_err(),
+    );
+    assert_eq!(arena.holds.editions(1)[0].life, Life::Active);
 }
 
 #[test]
@@ -152,7 +271,7 @@ fn a_fault_at_any_write_leaves_the_guest_as_it_was() {
             guest.memory() == before && !guest.is_paused(),
             "write {faults}"
         );
-        assert_eq!(arena.space.used(), 64, "no room is taken");
+        assert_eq!(arena.holds.space.used(), 64, "no room is taken");
         faults += 1;
     }
     // Two entries of the mapping, the code, its tables, what the kernel knows of them (each tree's first node, the bounds, the count; the node's
@@ -240,27 +359,25 @@ fn another_kernel_is_refused() {
     let error = apply_it(&mut guest, &kernel, &mut arena, &other, false).unwrap_err();
     assert!(error.to_string().contains(&"09".repeat(20)), "{error}");
     // The guest is reset and another kernel takes its place: the build-id is gone.
-    let mut applied = None;
     let ours = package("patient", 0, &BUILD_ID);
-    if let Ok((done, _)) = apply_it(&mut guest, &kernel, &mut arena, &ours, false) {
-        applied = done;
-    }
+    apply_it(&mut guest, &kernel, &mut arena, &ours, false).unwrap();
     guest
         .vcpus_mut()
         .iter_mut()
         .for_each(|vcpu| vcpu.idt_base += 0x1000);
-    let options = ApplyOptions {
-        deadline: Instant::now() + Duration::from_millis(50),
-        check_only: false,
-        doing: &|_| {},
-        written: &|| {},
-    };
-    let error = revert(&mut guest, &kernel, &arena, &applied.unwrap(), &options).unwrap_err();
+    let error = revert(
+        &mut guest,
+        &kernel,
+        &mut arena,
+        &[1],
+        Model::Immediate,
+        &options(false),
+    )
+    .unwrap_err();
     assert!(
         error.to_string().contains("no longer runs the kernel"),
         "{error}"
     );
-    assert!(!error.is_broken());
 }
 
 /// A thread that sleeps beneath an edition is followed through it and through the head, while the update is in effect and after.
@@ -282,16 +399,10 @@ fn stacks_lead_through_editions_that_stay() {
         let sleeper = tiny.task(7, "sleeper", &stack);
         let slot = tiny.get(tiny.tasks[sleeper] + task::SP) + 8 * 6;
         let (mut guest, kernel, mut arena) = started(tiny);
-        // The edition calls the original and goes on behind that.
-        let mut maker = Maker::for_kernel(&[0xe8, 0, 0, 0, 0, 0xe8, 0, 0, 0, 0, 0xc3], &BUILD_ID);
-        maker.relocate_text(1, 4, "__fentry__", -4);
-        maker.relocate_text(6, 4, "exopatch_original_patient", -4);
-        maker.edition("patient", 0, 0);
-        maker.orc_entry(entry(form, Rule::Call((5, 8), (0, 0))));
-        let package = Package::parse(&maker.finish()).unwrap();
-        let (applied, _) = apply_it(&mut guest, &kernel, &mut arena, &package, false).unwrap();
-        let applied = applied.unwrap();
-        let [redirection] = &applied.linked.redirections[..] else {
+        let package = calling(form);
+        apply_it(&mut guest, &kernel, &mut arena, &package, false).unwrap();
+        let placed = Arc::clone(&arena.holds.placed[&1]);
+        let [redirection] = &placed.linked.redirections[..] else {
             panic!("one redirection")
         };
         let back = redirection.edition.0 + 10;
@@ -300,7 +411,8 @@ fn stacks_lead_through_editions_that_stay() {
 
         let vcpus = guest.vcpus_mut().clone();
         let follow = |guest: &FakeGuest, arena: &Arena| {
-            let known = arena.residents.iter().map(|resident| resident.code.clone());
+            let placed = arena.holds.placed.values();
+            let known = placed.map(|placed| placed.resident.code.clone());
             let others: Vec<_> = known.chain([OtherCode::arena()]).collect();
             let found = stacks(&kernel, guest, &vcpus, &others).unwrap();
             let of_it = |stack: &Stack| matches!(&stack.who, Who::Task { pid: 7, .. });
@@ -312,26 +424,217 @@ fn stacks_lead_through_editions_that_stay() {
         assert_eq!(follow(&guest, &arena), whole, "{form:?}");
         // Nothing is known of it in another arena.
         let mut other = arena.clone();
-        other.residents.clear();
-        let unknown = Err(Reason::NoTable {
-            at: Gva(back - 1),
-            region: Region::Given("the arena".to_owned()),
-        });
-        assert_eq!(follow(&guest, &other), (Vec::new(), unknown));
-
-        let options = ApplyOptions {
-            deadline: Instant::now() + Duration::from_millis(200),
-            check_only: false,
-            doing: &|_| {},
-            written: &|| {},
+        let unknown = OtherCode {
+            table: None,
+            ..placed.resident.code.clone()
         };
-        let refused = revert(&mut guest, &kernel, &other, &applied, &options);
+        let mut forgotten = (*placed).clone();
+        forgotten.resident.code = unknown;
+        other.holds.placed.insert(1, Arc::new(forgotten));
+        let (frames, end) = follow(&guest, &other);
+        assert!(
+            frames.is_empty() && matches!(end, Err(Reason::NoTable { .. })),
+            "{end:?}"
+        );
+        let refused = revert(
+            &mut guest,
+            &kernel,
+            &mut other,
+            &[1],
+            Model::Immediate,
+            &options(false),
+        );
         let refused = refused.unwrap_err().to_string();
         assert!(
             refused.contains("task 7 (sleeper) cannot be followed"),
             "{refused}"
         );
-        revert(&mut guest, &kernel, &arena, &applied, &options).unwrap();
+        revert(
+            &mut guest,
+            &kernel,
+            &mut arena,
+            &[1],
+            Model::Immediate,
+            &options(false),
+        )
+        .unwrap();
         assert_eq!(follow(&guest, &arena), whole, "{form:?}, reverted");
+        // As long as it sleeps there the room is not used again.
+        settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
+        let by = Some("task 7 (sleeper)".to_owned());
+        assert_eq!(arena.holds.editions(1)[0].life, Life::Draining { by });
+        guest
+            .poke(at, &after(function::OTHERS).to_le_bytes())
+            .unwrap();
+        settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
+        assert_eq!(arena.holds.space.used(), 64);
+        assert!(arena.holds.editions(1).is_empty());
     }
+}
+
+/// A sleeper in the function itself goes on by it, everybody else by the edition, until it was seen outside; and back.
+#[test]
+fn a_task_in_the_old_side_is_bound_to_it_until_it_has_left() {
+    for form in FORMS {
+        let after = |number| TEXT + SLIDE + FUNCTIONS + number * FUNCTION + AFTER_CALL;
+        let in_it = TEXT + SLIDE + 0x440 + 0x10;
+        let first = after(function::FIRST);
+        let mut tiny = TinyGuest::new(form, 4);
+        let sleeper = tiny.task(7, "sleeper", &[0, 0, 0, 0, 0, 0, in_it, first]);
+        let task = tiny.tasks[sleeper];
+        let slot = tiny.get(task + task::SP) + 8 * 6;
+        let (mut guest, kernel, mut arena) = started(tiny);
+        let before = live(&guest, &kernel);
+        let package = calling(form);
+        let request = Request {
+            model: Model::Quiescent,
+            ..Request::new(1, &package)
+        };
+        let busy = apply(&mut guest, &kernel, &mut arena, &request, &options(false)).unwrap_err();
+        assert!(busy.to_string().contains("task 7 (sleeper)"), "{busy}");
+        assert_eq!(live(&guest, &kernel), before);
+        let request = Request {
+            model: Model::PerTask,
+            ..request
+        };
+        apply(&mut guest, &kernel, &mut arena, &request, &options(false)).unwrap();
+        let bound = |arena: &Arena| -> Vec<Vec<u64>> {
+            let passing = arena.holds.passing.iter();
+            passing
+                .map(|passing| passing.set.keys().collect())
+                .collect()
+        };
+        assert_eq!(bound(&arena), [[task]], "{form:?}");
+        assert_eq!(
+            arena.holds.passing[0].inside[0].who.to_string(),
+            "task 7 (sleeper)"
+        );
+        let mut memory = vec![0; arena.holds.passing[0].set.bytes().len()];
+        let place = arena.holds.passing[0].set.place().at;
+        kernel.read(&guest, place, &mut memory).unwrap();
+        assert_eq!(
+            memory,
+            arena.holds.passing[0].set.bytes(),
+            "as handlers see it"
+        );
+        let lead = arena.holds.functions.iter().next().unwrap().lead;
+        assert!(matches!(lead, Lead::Handler(_)), "{lead:?}");
+        let observed = verify(&guest, &kernel, &arena.holds, 1);
+        assert!(observed.differences.is_empty(), "{observed:?}");
+        // Others have to wait, or this one be taken back.
+        let second = apply(
+            &mut guest,
+            &kernel,
+            &mut arena,
+            &Request::new(2, &package),
+            &options(false),
+        );
+        let second = second.unwrap_err().to_string();
+        assert!(
+            second.contains("is still being switched by update 1"),
+            "{second}"
+        );
+        settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
+        assert_eq!(bound(&arena), [[task]]);
+        // It wakes, and is seen elsewhere.
+        let at = kernel.translate(&guest, Gva(slot)).unwrap();
+        let move_to = |guest: &mut FakeGuest, to: u64| guest.poke(at, &to.to_le_bytes()).unwrap();
+        move_to(&mut guest, after(function::OTHERS));
+        settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
+        assert!(bound(&arena).is_empty());
+        let edition = arena.holds.placed[&1].linked.redirections[0].edition;
+        let lead = arena.holds.functions.iter().next().unwrap().lead;
+        assert_eq!(lead, Lead::Edition(edition), "a jump and nothing else");
+        assert!(
+            verify(&guest, &kernel, &arena.holds, 1)
+                .differences
+                .is_empty()
+        );
+
+        move_to(&mut guest, edition.0 + 10);
+        revert(
+            &mut guest,
+            &kernel,
+            &mut arena,
+            &[1],
+            Model::PerTask,
+            &options(false),
+        )
+        .unwrap();
+        assert_eq!(bound(&arena), [[task]], "it is in the edition");
+        let forced = crate::apply::force(&mut guest, &kernel, &mut arena, 1, &options(false));
+        forced.unwrap();
+        assert_eq!(live(&guest, &kernel), before);
+        settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
+        let by = Some("task 7 (sleeper)".to_owned());
+        assert_eq!(arena.holds.editions(1)[0].life, Life::Draining { by });
+        move_to(&mut guest, after(function::OTHERS));
+        settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
+        assert!(arena.holds.placed.is_empty() && !arena.holds.is_settling());
+        // What all handlers call stays.
+        assert!(
+            arena.holds.space.used() < 512,
+            "{}",
+            arena.holds.space.used()
+        );
+    }
+}
+
+/// A rule or a count makes a handler of the jump; without them it is a jump again.
+#[test]
+fn editions_are_used_by_rules_and_counted() {
+    let (mut guest, kernel, mut arena) = booted(Form::New);
+    let package = package("patient", 0, &BUILD_ID);
+    let rule = |text: &str| Some(Arc::new(rule::Rule::parse(text).unwrap()));
+    let request = Request {
+        how: Use {
+            rule: rule("pid = 7"),
+            counted: false,
+        },
+        ..Request::new(1, &package)
+    };
+    apply(&mut guest, &kernel, &mut arena, &request, &options(false)).unwrap();
+    let lead = |arena: &Arena| arena.holds.functions.iter().next().unwrap().lead;
+    let first = lead(&arena);
+    assert!(matches!(first, Lead::Handler(_)), "{first:?}");
+    let way = |arena: &Arena| arena.holds.functions.iter().next().unwrap().way.clone();
+    assert_eq!(
+        way(&arena).len(),
+        2,
+        "the edition, and the original behind it"
+    );
+    let mut again = |how: Use| {
+        reuse(&mut guest, &kernel, &mut arena, 1, how, &options(false)).unwrap();
+        assert!(
+            verify(&guest, &kernel, &arena.holds, 1)
+                .differences
+                .is_empty()
+        );
+        (lead(&arena), way(&arena))
+    };
+    let (second, _) = again(Use {
+        rule: rule("pid = 8"),
+        counted: true,
+    });
+    assert!(matches!(second, Lead::Handler(at) if Some(at) != first.address()));
+    let (counted, way) = again(Use {
+        rule: None,
+        counted: true,
+    });
+    assert!(matches!(counted, Lead::Handler(_)) && way.len() == 1 && way[0].counter.is_some());
+    let (plain, _) = again(Use::default());
+    assert!(matches!(plain, Lead::Edition(_)), "{plain:?}");
+    let none = reuse(
+        &mut guest,
+        &kernel,
+        &mut arena,
+        9,
+        Use::default(),
+        &options(false),
+    );
+    assert!(
+        none.unwrap_err()
+            .to_string()
+            .contains("update 9 is not in effect")
+    );
 }

@@ -14,6 +14,8 @@ use super::object::{Package, PackageError, build_id_text};
 
 /// The header that editions include.
 pub const HEADER: &str = include_str!("exopatch.h");
+/// The header that the compiler includes before them: it makes static branches test their keys.
+const KEYS: &str = include_str!("exopatch_keys.h");
 
 /// Why no package was made.
 #[derive(Debug, thiserror::Error)]
@@ -251,15 +253,18 @@ fn write_tree(what: &Build<'_>, source: &[u8], stem: &str, work: &Path) -> Resul
     let mut text = format!("#line 1 \"{shown}\"\n").into_bytes();
     text.extend_from_slice(source);
     // Headers beside the source are found through a link, whose name has nothing special to make.
-    let kbuild = format!("obj-m := {stem}.o\nccflags-y := -g0 -I{dir} -iquote {dir}/beside\n");
+    let kbuild = format!(
+        "obj-m := {stem}.o\nccflags-y := -g0 -I{dir} -iquote {dir}/beside -include {dir}/exopatch_keys.h\n"
+    );
     let kernel = format!(
         "#define EXOPATCH_KERNEL \"{}\"\n",
         build_id_text(what.build_id)
     );
-    let files: [(String, &[u8]); 4] = [
+    let files: [(String, &[u8]); 5] = [
         (format!("{stem}.c"), &text),
         ("Kbuild".into(), kbuild.as_bytes()),
         ("exopatch.h".into(), HEADER.as_bytes()),
+        ("exopatch_keys.h".into(), KEYS.as_bytes()),
         ("exopatch_kernel.h".into(), kernel.as_bytes()),
     ];
     for (name, bytes) in files {

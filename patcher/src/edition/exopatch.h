@@ -13,7 +13,8 @@
  *	}
  *
  * The prototype of the edition must be that of the kernel's function: nothing can check it here.
- * Any function or variable of the kernel, exported or not, may be used after an `extern` declaration.
+ * Any function or variable of the kernel, exported or not, may be used after an `extern` declaration. Alternatives are those of the
+ * guest's processor, and static keys, tracepoints and static calls follow the kernel's; pr_debug() stays silent.
  */
 #ifndef EXOPATCH_H
 #define EXOPATCH_H

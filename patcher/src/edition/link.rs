@@ -1,12 +1,18 @@
 //! Links a package against the running kernel: every byte gets its place in the arena and every relocation its value.
 //!
 //! Nothing is written to the guest here. Holding a [`Linked`] proves that the package is for this kernel, that all its symbols
-//! were found there, that every relocation fits, and that each replaced function has a relocated head.
+//! were found there, that every relocation fits, that its alternatives are those that the guest's processor calls for, and that
+//! each replaced function has a relocated head.
+
+mod alternatives;
+
+pub use self::alternatives::AlternativeError;
 
 use crate::addr::Gva;
 use crate::edition::object::{Edition, Package, Place, Relocation, Section, build_id_text};
 use crate::edition::reloc::{Kind, Overflow};
 use crate::edition::space::{ArenaSpace, Full};
+use crate::kernel::alternatives::Alternatives;
 use crate::kernel::symbols::SymbolError;
 use crate::plan::refusal::Refusal;
 use crate::plan::target::Target;
@@ -18,7 +24,7 @@ const CODE_ALIGN: u64 = 16;
 /// What fills gaps in code: `int3`.
 const GAP: u8 = 0xcc;
 /// Prefix of the symbols by which an edition calls an original; see `exopatch.h`.
-const ORIGINAL: &str = "exopatch_original_";
+pub(crate) const ORIGINAL: &str = "exopatch_original_";
 
 /// Why a package cannot be linked.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -72,6 +78,9 @@ pub enum LinkError {
         /// The value.
         cause: Overflow,
     },
+    /// Its alternatives cannot be chosen.
+    #[error(transparent)]
+    Alternative(#[from] AlternativeError),
     /// No room in the arena.
     #[error(transparent)]
     Full(#[from] Full),
@@ -100,6 +109,8 @@ pub trait Resolve {
     fn symbol(&self, name: &str) -> Result<u64, SymbolError>;
     /// How its functions return.
     fn returns(&self) -> Returns;
+    /// What its alternatives are chosen by.
+    fn alternatives(&self) -> &Alternatives;
 }
 
 /// Bytes with their place in the arena.
@@ -154,6 +165,7 @@ pub fn link(
     space: &mut ArenaSpace,
 ) -> Result<Linked, LinkError> {
     same_kernel(package, kernel)?;
+    let sections = alternatives::choose(package, kernel.alternatives())?;
     let mut draft = space.clone();
     let mut layout = Layout::new(package);
     let heads = layout.heads(&targets, &draft)?;
@@ -178,7 +190,7 @@ pub fn link(
         at: layout.data.base,
         bytes: vec![0; layout.data.len_bytes()],
     };
-    for (index, section) in package.sections().iter().enumerate() {
+    for (index, section) in sections.iter().enumerate() {
         let (half, into) = if section.code {
             (&layout.code, &mut code)
         } else {

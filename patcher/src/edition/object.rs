@@ -7,6 +7,8 @@
 
 mod read;
 
+use std::collections::BTreeMap;
+
 use object::LittleEndian;
 use object::Object as _;
 use object::read::elf::ElfFile64;
@@ -226,6 +228,24 @@ pub struct OrcEntry {
     pub entry: Vec<u8>,
 }
 
+/// The table of code that a processor may call for other code in its place of: how an entry is laid out, the kernel's types tell.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AlternativeTable {
+    /// Its bytes before relocation.
+    pub bytes: Vec<u8>,
+    /// Where its entries' pointers lead, by the offset of the pointer.
+    pub pointers: BTreeMap<usize, Pointer>,
+}
+
+/// A place in the package.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pointer {
+    /// Index into [`Package::sections`].
+    pub section: usize,
+    /// Offset in it; its length at most.
+    pub offset: usize,
+}
+
 /// A package that was read and found usable.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Package {
@@ -235,6 +255,7 @@ pub struct Package {
     symbols: Vec<Symbol>,
     orc: Vec<OrcEntry>,
     functions: Vec<Function>,
+    alternatives: AlternativeTable,
     left_out: Vec<(String, &'static str)>,
 }
 
@@ -293,6 +314,12 @@ impl Package {
     #[must_use]
     pub fn functions(&self) -> &[Function] {
         &self.functions
+    }
+
+    /// Code that a processor may call for other code in its place of; empty when there is none.
+    #[must_use]
+    pub fn alternatives(&self) -> &AlternativeTable {
+        &self.alternatives
     }
 
     /// Sections that take memory in an ordinary kernel object but were left out, and why nothing is lost.

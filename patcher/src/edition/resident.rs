@@ -74,6 +74,18 @@ fn table(linked: &Linked, kernel: &Kernel, like: &OrcTable) -> Result<OrcTable, 
     for redirection in &linked.redirections {
         entries.extend(of_head(redirection, kernel, like));
     }
+    laid_out(&code, entries, like)
+}
+
+/// The unwind table of `code` with these entries, each for what is from its address on, laid out as in `like`.
+///
+/// # Errors
+/// When an entry is not of that layout, or not for `code`.
+pub(crate) fn laid_out(
+    code: &Range<Gva>,
+    mut entries: Vec<(Gva, Vec<u8>)>,
+    like: &OrcTable,
+) -> Result<OrcTable, OrcError> {
     // Where a piece ends and the next begins at once, what is said of the next counts: the last entry for an address does.
     entries.sort_by_key(|(at, entry)| (*at, says(like, entry)));
     let mut ips = Vec::new();

@@ -29,7 +29,15 @@ pub enum Role {
 }
 
 /// Instructions that live where ordinary kernel text does.
-const CODE: &[&str] = &[".text", ".text.unlikely", ".text.hot"];
+const CODE: &[&str] = &[
+    ".text",
+    ".text.unlikely",
+    ".text.hot",
+    // Takes the place of other code where the guest's processor calls for it; never run where it is.
+    ".altinstr_replacement",
+    // Runs as long as no alternative was chosen.
+    ".altinstr_aux",
+];
 /// Data that needs nothing but memory.
 const DATA: &[&str] = &[
     ".data",
@@ -44,6 +52,9 @@ const DATA: &[&str] = &[
     ".data..ro_after_init",
     ".data..cacheline_aligned",
     ".data..shared_aligned",
+    // Debug messages that nobody can switch on, for the kernel does not know of them.
+    "__dyndbg",
+    "__dyndbg_classes",
 ];
 /// Tables about the code, which become the kernel's (see [`crate::publish`]).
 const TABLES: &[&str] = &[FIXUPS, BUGS];
@@ -52,6 +63,7 @@ const OURS: &[&str] = &[
     ".exopatch.editions",
     ".orc_unwind",
     ".orc_unwind_ip",
+    ".altinstructions",
 ];
 
 /// By exact name, or by prefix where the name ends in `*`.
@@ -82,6 +94,18 @@ const LEFT_OUT: &[(&str, &str)] = &[
         ".orc_header",
         "the package is for exactly one kernel, which has the same format",
     ),
+    (
+        ".static_call_sites",
+        "static calls of an edition go through the kernel's trampolines, which it keeps right",
+    ),
+    (
+        ".parainstructions",
+        "an edition keeps its indirect calls through the kernel's table of paravirtual operations",
+    ),
+    (
+        ".printk_index",
+        "only a list of all messages lacks those of an edition",
+    ),
     (".discard*", "the kernel's own linking discards it"),
     (".note*", "notes are for tools"),
     (".comment", "comments are for tools"),
@@ -92,22 +116,10 @@ const LEFT_OUT: &[(&str, &str)] = &[
 
 const REFUSED: &[(&str, &str)] = &[
     (
-        ".altinstr*",
-        "alternatives would not be chosen for this processor",
-    ),
-    (
-        ".parainstructions",
-        "paravirtual calls would not be patched",
-    ),
-    (
         "__jump_table",
-        "static branches (jump labels, dynamic debug, tracepoints) would not be switched",
+        "static branches (jump labels, dynamic debug, tracepoints) would not be switched; compile it with `exopatch build`, which makes them test their keys",
     ),
-    (".static_call*", "static calls would not be updated"),
-    (
-        "__dyndbg*",
-        "dynamic debug messages would not be known; use printk instead of pr_debug",
-    ),
+    (".static_call*", "static calls cannot be added"),
     ("__tracepoints*", "tracepoints cannot be added"),
     ("__tracepoint*", "tracepoints cannot be added"),
     ("_ftrace*", "trace events cannot be added"),
@@ -126,10 +138,6 @@ const REFUSED: &[(&str, &str)] = &[
     (
         ".export_symbol",
         "symbols cannot be exported from an edition",
-    ),
-    (
-        ".printk_index",
-        "its messages would not be known to the printk index",
     ),
     (
         ".noinstr.text",
@@ -247,6 +255,9 @@ mod tests {
             ".call_sites",
             ".ibt_endbr_seal",
             ".smp_locks",
+            ".static_call_sites",
+            ".parainstructions",
+            ".printk_index",
         ] {
             check(name, "left out");
         }
@@ -255,12 +266,17 @@ mod tests {
         for name in ["__ex_table", "__bug_table"] {
             check(name, "data");
         }
-        for name in [".altinstructions", ".altinstr_replacement", "__jump_table"] {
+        check(".altinstructions", "ours");
+        check(".altinstr_replacement", "code");
+        check(".altinstr_aux", "code");
+        check("__dyndbg", "data");
+        check("__dyndbg_classes", "data");
+        for name in ["__jump_table"] {
             check(name, "refused");
         }
         for name in [
-            ".static_call_sites",
-            ".parainstructions",
+            ".static_call.text",
+            ".static_call_tramp_key",
             ".data..percpu",
             ".init.text",
             ".exit.text",

@@ -171,6 +171,12 @@ impl Layout {
         Some((le_u32(section, of.extra)?, le_u32(section, of.extra + 8)?))
     }
 
+    /// Whether an integer has a sign (`BTF_INT_SIGNED`).
+    pub(crate) fn is_signed(&self, btf: &[u8], of: &RawType) -> bool {
+        let section = btf.get(self.types.clone()).unwrap_or_default();
+        le_u32(section, of.extra).is_some_and(|encoding| encoding >> 24 & 1 != 0)
+    }
+
     /// Name and value of enumerator `index`; the value is sign- or zero-extended as its type says.
     pub(crate) fn enumerator(&self, btf: &[u8], of: &RawType, index: usize) -> Option<(u32, i64)> {
         let section = btf.get(self.types.clone())?;

@@ -218,11 +218,6 @@ fn cpus(image: &Image) -> Result<CpuLayout, LayoutError> {
             .lookup(name)
             .map(|symbol| symbols.percpu_offset(&symbol))
     };
-    // Linux 6.2 gathered the hot ones in one structure; 6.15 took it apart again.
-    let hot = |name: &str| match symbols.optional(name)? {
-        Some(alone) => Ok::<u64, LayoutError>(symbols.percpu_offset(&alone)),
-        None => Ok(own("pcpu_hot")?.saturating_add(types.offset_of("pcpu_hot", name)?)),
-    };
     let members = types.members("cea_exception_stacks")?;
     let stacks = members
         .into_iter()
@@ -237,9 +232,9 @@ fn cpus(image: &Image) -> Result<CpuLayout, LayoutError> {
         count: at("nr_cpu_ids")?,
         possible: at("__cpu_possible_mask")?,
         online: at("__cpu_online_mask")?,
-        current: hot("current_task")?,
+        current: hot(image, "current_task")?,
         idle: own("runqueues")?.saturating_add(types.offset_of("rq", "idle")?),
-        irq_stack: hot("hardirq_stack_ptr")?,
+        irq_stack: hot(image, "hardirq_stack_ptr")?,
         exception_stacks: own("cea_exception_stacks")?,
         cached_stacks: cached.map(|(start, size)| start..start.saturating_add(size)),
         exception: stacks
@@ -248,6 +243,18 @@ fn cpus(image: &Image) -> Result<CpuLayout, LayoutError> {
         exception_in_area: types.offset_of("cpu_entry_area", "estacks")?,
         entry_in_area: entry.offset..entry.offset.saturating_add(entry.size),
     })
+}
+
+/// Offset into each CPU's area of the variable `name`, one of those that are used most: Linux 6.2 gathered them in one structure, 6.15 took it
+/// apart again.
+pub(crate) fn hot(image: &Image, name: &str) -> Result<u64, LayoutError> {
+    let symbols = image.symbols();
+    if let Some(alone) = symbols.optional(name)? {
+        return Ok(symbols.percpu_offset(&alone));
+    }
+    let all = symbols.lookup("pcpu_hot")?;
+    let member = image.types().offset_of("pcpu_hot", name)?;
+    Ok(symbols.percpu_offset(&all).saturating_add(member))
 }
 
 fn task(image: &Image) -> Result<TaskLayout, LayoutError> {

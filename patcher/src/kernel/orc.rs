@@ -302,6 +302,21 @@ impl OrcTable {
     }
 
     /// An entry that says nothing: zeros do so in every form.
+    pub(crate) fn saying(&self, rule: Orc) -> Option<Vec<u8>> {
+        let size = self.entry_size();
+        let entries = self.arrays().1.chunks_exact(size);
+        let found = entries.into_iter().find(|entry| {
+            let mut bytes = [0; 8];
+            bytes
+                .iter_mut()
+                .zip(*entry)
+                .for_each(|(byte, of)| *byte = *of);
+            self.decode(bytes) == rule
+        });
+        found.map(<[u8]>::to_vec)
+    }
+
+    /// An entry that says nothing.
     pub(crate) fn silence(&self) -> Vec<u8> {
         vec![0; self.format.size]
     }

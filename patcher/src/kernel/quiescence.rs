@@ -1,20 +1,23 @@
-//! Whether nothing is inside given code, or will return into it, by two looks that know nothing of each other.
+//! Who is inside given code, or will return into it, by two looks that know nothing of each other.
 //!
 //! The word scan ([`super::stack`]) finds every word that could be a return address; the unwinder ([`super::unwind`]) finds the return
-//! addresses. What the first turns away stays turned away. The second has to agree: a frame that the scan missed, or a stack that
-//! cannot be followed to its end, refuses. The words alone decide where there is nothing to follow: on a stack of no known task, and
-//! in a kernel that has no unwind table.
+//! addresses. For code that must be free, what the first turns away stays turned away, and the second has to agree: a frame that the scan
+//! missed, or a stack that cannot be followed to its end, refuses. The words alone decide where there is nothing to follow: on a stack of
+//! no known task, and in a kernel that has no unwind table.
+//! Which tasks are in a group of functions is told by the frames; a task whose stack cannot be followed counts as in it, and then refuses
+//! nothing: of the code that must be free its words are looked at all the same.
 
 use std::ops::Range;
 
 use super::locate::{Kernel, KernelError};
 use super::memory::Memory;
 use super::orc::OrcError;
-use super::stack::{Scan, ScanError, words};
+use super::stack::{Scan, ScanError, Watched, Who, words};
 use super::tasks::Tasks;
 use super::unwind::{End, Frame, OtherCode, Reason, Unreliable, UnwindError, Whose, each_stack};
 use crate::addr::Gva;
 use crate::guest::{ReadPhys, Vcpu};
+use crate::publish::Grace;
 
 /// What is wrong with one stack.
 #[derive(Debug, PartialEq, Eq)]
@@ -25,20 +28,76 @@ enum Objection {
     Unreliable(Unreliable),
 }
 
-/// Looks for anything that is inside `forbidden` in the paused guest. `others` is code outside the kernel's image that threads may be in.
+/// What is asked of the threads of a paused guest.
+#[derive(Clone, Debug, Default)]
+pub struct Question<'q> {
+    /// Nothing may be in it.
+    pub forbidden: &'q [Range<Gva>],
+    /// Which tasks are in it?
+    pub group: &'q [Range<Gva>],
+    /// Is anything in one of these?
+    pub watched: &'q [Range<Gva>],
+    /// Have all vCPUs been at rest since?
+    pub graces: &'q [Grace],
+}
+
+/// A thread that is in the code of a group, or may be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Inside {
+    /// Its `task_struct`, if it is a task's.
+    pub task: Option<Gva>,
+    /// Whose stack it is.
+    pub who: Who,
+    /// Its stack from the innermost frame out, as far as it could be followed.
+    pub frames: Vec<Frame>,
+    /// Why the stack cannot be followed, if it cannot.
+    pub unreliable: Option<Unreliable>,
+}
+
+/// The answer: nothing is in what is forbidden.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Answer {
+    /// What was looked at.
+    pub scan: Scan,
+    /// Who is in the group.
+    pub inside: Vec<Inside>,
+    /// For each watched code, who is in it.
+    pub watched: Vec<Watched>,
+    /// What is left of the periods of grace.
+    pub graces: Vec<Grace>,
+}
+
+/// Looks at every thread of the paused guest. `others` is code outside the kernel's image that threads may be in.
 ///
 /// # Errors
-/// [`ScanError::Hit`] when something is, and when that cannot be told.
+/// [`ScanError::Hit`] when something is inside what is forbidden, and when that cannot be told.
 pub fn quiescent<R: ReadPhys + ?Sized>(
     kernel: &Kernel,
     guest: &R,
     vcpus: &[Vcpu],
-    forbidden: &[Range<Gva>],
+    question: &Question<'_>,
     others: &[OtherCode],
-) -> Result<Scan, ScanError> {
+) -> Result<Answer, ScanError> {
     let memory = Memory::new(kernel, guest).map_err(KernelError::from)?;
     let tasks = Tasks::read_from(kernel, &memory)?;
-    let mut scan = words(kernel, &memory, &tasks, vcpus, forbidden)?;
+    let watched = question.watched.iter().cloned().map(Watched::new);
+    let mut answer = Answer {
+        watched: watched.collect(),
+        graces: question.graces.to_vec(),
+        ..Answer::default()
+    };
+    for grace in &mut answer.graces {
+        grace.look(vcpus, &tasks);
+    }
+    let forbidden = question.forbidden;
+    answer.scan = words(
+        kernel,
+        &memory,
+        &tasks,
+        vcpus,
+        (forbidden, question.group),
+        &mut answer.watched,
+    )?;
     let mut objection = None;
     let looked = each_stack(
         kernel,
@@ -47,19 +106,55 @@ pub fn quiescent<R: ReadPhys + ?Sized>(
         vcpus,
         others,
         &mut |whose, frames, end| {
-            scan.frames += frames.len() as u64;
+            answer.scan.frames += frames.len() as u64;
+            answer.note(question.group, &tasks, whose, frames, &end);
             if objection.is_none() {
-                objection = judge(frames, end, forbidden).map(|found| (whose, found));
+                let found = judge(frames, end, forbidden);
+                let found = found.filter(|found| {
+                    question.group.is_empty() || matches!(found, Objection::Inside(_))
+                });
+                objection = found.map(|found| (whose, found));
             }
         },
     );
-    scan.bytes_read = memory.bytes_read();
+    answer.scan.bytes_read = memory.bytes_read();
     match looked {
-        Ok(()) => objection.map_or(Ok(scan), |(whose, found)| {
+        Ok(()) => objection.map_or(Ok(answer), |(whose, found)| {
             Err(refusal(&tasks, whose, found))
         }),
-        Err(UnwindError::Orc(OrcError::Absent { .. })) => Ok(scan),
+        // By words alone nobody can be told to be outside.
+        Err(UnwindError::Orc(OrcError::Absent { .. })) if question.group.is_empty() => Ok(answer),
         Err(other) => Err(other.into()),
+    }
+}
+
+impl Answer {
+    /// Notes where one stack is that was followed.
+    fn note(
+        &mut self,
+        group: &[Range<Gva>],
+        tasks: &Tasks,
+        whose: Whose,
+        frames: &[Frame],
+        end: &Result<End, Unreliable>,
+    ) {
+        let unreliable = end.as_ref().err();
+        let unreliable = unreliable.filter(|unreliable| unreliable.reason != Reason::Unowned);
+        let is_in = |range: &Range<Gva>| frames.iter().any(|frame| range.contains(&frame.ip));
+        for watched in &mut self.watched {
+            if unreliable.is_some() || is_in(&watched.code) {
+                watched.note(|| whose.who(tasks));
+            }
+        }
+        if !group.is_empty() && (unreliable.is_some() || group.iter().any(is_in)) {
+            let task = whose.task().and_then(|index| tasks.tasks.get(index));
+            self.inside.push(Inside {
+                task: task.map(|task| task.at),
+                who: whose.who(tasks),
+                frames: frames.to_vec(),
+                unreliable: unreliable.cloned(),
+            });
+        }
     }
 }
 
@@ -78,6 +173,9 @@ fn judge(
     forbidden: &[Range<Gva>],
 ) -> Option<Objection> {
     let inside = |frame: &&Frame| forbidden.iter().any(|range| range.contains(&frame.ip));
+    if forbidden.is_empty() {
+        return None;
+    }
     if let Some(frame) = frames.iter().find(inside) {
         return Some(Objection::Inside(frame.ip));
     }
@@ -88,7 +186,7 @@ fn judge(
 
 #[cfg(test)]
 mod tests {
-    use super::{End, Frame, Gva, Objection, OtherCode, Reason, Unreliable, judge};
+    use super::{End, Frame, Gva, Objection, OtherCode, Question, Reason, Unreliable, judge};
     use crate::kernel::stack::Scan;
     use crate::kernel::testing::guest::{SLIDE, TinyGuest};
     use crate::kernel::testing::orc::{AFTER_CALL, FUNCTION, FUNCTIONS, function};
@@ -112,9 +210,13 @@ mod tests {
             let first = TEXT + SLIDE + FUNCTIONS;
             let forbidden = [Gva(first)..Gva(first + FUNCTION)];
             let arena = [OtherCode::arena()];
-            let got = super::quiescent(&kernel, &guest, &guest.vcpus, &forbidden, &arena);
-            match (&got, want) {
-                (Ok(Scan { frames, .. }), Ok(want)) => assert_eq!(*frames, want),
+            let question = Question {
+                forbidden: &forbidden,
+                ..Question::default()
+            };
+            let got = super::quiescent(&kernel, &guest, &guest.vcpus, &question, &arena);
+            match (got.as_ref().map(|answer| answer.scan), want) {
+                (Ok(Scan { frames, .. }), Ok(want)) => assert_eq!(frames, want),
                 (Err(got), Err(want)) => assert!(got.to_string().contains(want), "{got}"),
                 _ => panic!("{form:?}: {got:?} instead of {want:?}"),
             }

@@ -72,7 +72,7 @@ pub struct Hit {
 #[derive(Debug, thiserror::Error)]
 pub enum ScanError {
     /// Something is in it. It may be out of it a moment later.
-    #[error("{} is in code that is to be changed, at {}", describe(&.0.who), .0.value)]
+    #[error("{} is in code that is to be changed, at {}", .0.who, .0.value)]
     Hit(Hit),
     /// A vCPU is where its stack cannot be told. That passes.
     #[error(
@@ -89,7 +89,7 @@ pub enum ScanError {
         why: &'static str,
     },
     /// A stack cannot be followed to its end. That may pass.
-    #[error("the stack of {} cannot be followed: {cause}", describe(.who))]
+    #[error("the stack of {who} cannot be followed: {cause}")]
     Stack {
         /// Whose it is.
         who: Who,
@@ -97,7 +97,9 @@ pub enum ScanError {
         cause: Unreliable,
     },
     /// A frame is in the code, though no word is.
-    #[error("{} is in code that is to be changed, at {value}, by its frames but not by the words of its stack", describe(.who))]
+    #[error(
+        "{who} is in code that is to be changed, at {value}, by its frames but not by the words of its stack"
+    )]
     Disagree {
         /// Whose frame it is.
         who: Who,
@@ -112,12 +114,14 @@ pub enum ScanError {
     Kernel(#[from] KernelError),
 }
 
-fn describe(who: &Who) -> String {
-    match who {
-        Who::Vcpu(index) => format!("vCPU {index}"),
-        Who::Task { pid, name } => format!("task {pid} ({name})"),
-        Who::CpuStack(index) => format!("an interrupt or exception on vCPU {index}"),
-        Who::Unowned => "a stack of no known task".to_owned(),
+impl std::fmt::Display for Who {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Vcpu(index) => write!(f, "vCPU {index}"),
+            Self::Task { pid, name } => write!(f, "task {pid} ({name})"),
+            Self::CpuStack(index) => write!(f, "an interrupt or exception on vCPU {index}"),
+            Self::Unowned => f.write_str("a stack of no known task"),
+        }
     }
 }
 
@@ -133,18 +137,20 @@ pub fn stack_words<R: ReadPhys + ?Sized>(
 ) -> Result<Scan, ScanError> {
     let memory = Memory::new(kernel, guest).map_err(KernelError::from)?;
     let tasks = Tasks::read_from(kernel, &memory)?;
-    words(kernel, &memory, &tasks, vcpus, forbidden)
+    words(kernel, &memory, &tasks, vcpus, (forbidden, &[]), &mut [])
 }
 
-/// As [`stack_words`], of a guest whose `tasks` have just been read.
+/// As [`stack_words`], of a guest whose `tasks` have just been read. The second of the `forbidden` codes is so on stacks of no known task
+/// alone. What is inside `watched` code is no error: it is noted there.
 pub(crate) fn words<R: ReadPhys + ?Sized>(
     kernel: &Kernel,
     memory: &Memory<'_, R>,
     tasks: &Tasks,
     vcpus: &[Vcpu],
-    forbidden: &[Range<Gva>],
+    forbidden: (&[Range<Gva>], &[Range<Gva>]),
+    watched: &mut [Watched],
 ) -> Result<Scan, ScanError> {
-    let mut scanner = Scanner::new(kernel, memory, forbidden);
+    let mut scanner = Scanner::new(kernel, memory, forbidden, watched);
     let entry = &kernel.layout().entry_text;
     let entry = kernel.runtime(entry.start)..kernel.runtime(entry.end);
     let word = |at: Gva| memory.u64(at).map_err(KernelError::from);
@@ -156,6 +162,7 @@ pub(crate) fn words<R: ReadPhys + ?Sized>(
     for (index, task) in tasks.tasks.iter().enumerate() {
         scanner.task(index, task, &running)?;
     }
+    scanner.unowned = true;
     for stack in &tasks.unowned {
         scanner.words(stack.clone(), || Who::Unowned)?;
     }
@@ -168,28 +175,63 @@ pub(crate) fn words<R: ReadPhys + ?Sized>(
     })
 }
 
+/// Code of which it is asked whether anything is in it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Watched {
+    /// The code.
+    pub code: Range<Gva>,
+    /// Who is in it, the first that was found.
+    pub by: Option<Who>,
+}
+
+impl Watched {
+    /// Asks about `code`.
+    #[must_use]
+    pub fn new(code: Range<Gva>) -> Self {
+        Self { code, by: None }
+    }
+
+    /// Notes that `who` is in it.
+    pub(crate) fn note(&mut self, who: impl FnOnce() -> Who) {
+        self.by.get_or_insert_with(who);
+    }
+}
+
 struct Scanner<'a, R: ?Sized> {
     kernel: &'a Kernel,
     memory: &'a Memory<'a, R>,
     forbidden: &'a [Range<Gva>],
-    /// From the lowest to the highest forbidden address: most words are outside.
+    /// What is forbidden too where nobody is known to be.
+    group: &'a [Range<Gva>],
+    watched: &'a mut [Watched],
+    /// The stacks of known tasks are done.
+    unowned: bool,
+    /// From the lowest to the highest address that is asked about: most words are outside.
     around: Range<u64>,
     count: u64,
     buf: Vec<u8>,
 }
 
 impl<'a, R: ReadPhys + ?Sized> Scanner<'a, R> {
-    fn new(kernel: &'a Kernel, memory: &'a Memory<'a, R>, forbidden: &'a [Range<Gva>]) -> Self {
-        let first = forbidden
-            .iter()
-            .map(|range| range.start.0)
-            .min()
-            .unwrap_or(0);
-        let last = forbidden.iter().map(|range| range.end.0).max().unwrap_or(0);
+    fn new(
+        kernel: &'a Kernel,
+        memory: &'a Memory<'a, R>,
+        (forbidden, group): (&'a [Range<Gva>], &'a [Range<Gva>]),
+        watched: &'a mut [Watched],
+    ) -> Self {
+        let asked = || {
+            let watched = watched.iter().map(|watched| &watched.code);
+            forbidden.iter().chain(group).chain(watched)
+        };
+        let first = asked().map(|range| range.start.0).min().unwrap_or(0);
+        let last = asked().map(|range| range.end.0).max().unwrap_or(0);
         Self {
             kernel,
             memory,
             forbidden,
+            group,
+            watched,
+            unowned: false,
             around: first..last,
             count: 0,
             buf: Vec::new(),
@@ -197,27 +239,32 @@ impl<'a, R: ReadPhys + ?Sized> Scanner<'a, R> {
     }
 
     fn check(
-        &self,
+        &mut self,
         value: u64,
         at: Option<Gva>,
         who: impl FnOnce() -> Who,
     ) -> Result<(), ScanError> {
         let value = Gva(value);
-        let inside = self.around.contains(&value.0)
-            && self.forbidden.iter().any(|range| range.contains(&value));
-        if inside {
-            Err(ScanError::Hit(Hit {
+        if !self.around.contains(&value.0) {
+            return Ok(());
+        }
+        let inside = |range: &Range<Gva>| range.contains(&value);
+        if self.forbidden.iter().any(inside) || (self.unowned && self.group.iter().any(inside)) {
+            return Err(ScanError::Hit(Hit {
                 who: who(),
                 at,
                 value,
-            }))
-        } else {
-            Ok(())
+            }));
         }
+        let watched = self.watched.iter_mut();
+        if let Some(watched) = watched.into_iter().find(|watched| inside(&watched.code)) {
+            watched.note(who);
+        }
+        Ok(())
     }
 
     /// The registers of vCPUs in the kernel: returning code may hold its destination in one.
-    fn registers(&self, vcpus: &[Vcpu]) -> Result<(), ScanError> {
+    fn registers(&mut self, vcpus: &[Vcpu]) -> Result<(), ScanError> {
         let started = vcpus
             .iter()
             .enumerate()

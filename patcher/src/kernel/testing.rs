@@ -69,6 +69,8 @@ pub(crate) fn symbols(form: Form) -> Vec<Sym> {
         ],
         _ => &[
             (0x10, "current_task"),
+            (0x30, "cpu_number"),
+            (0x34, "behind_cpu_number"),
             (0x18, "hardirq_stack_ptr"),
             (0x20, "cea_exception_stacks"),
             (0x40, "runqueues"),
@@ -321,7 +323,11 @@ pub(crate) fn btf(form: Form) -> Vec<u8> {
         btf.structure(
             "pcpu_hot",
             64,
-            &[("current_task", long, 0), ("hardirq_stack_ptr", long, 32)],
+            &[
+                ("current_task", long, 0),
+                ("cpu_number", int, 12),
+                ("hardirq_stack_ptr", long, 32),
+            ],
         );
         let busy = btf.structure("rb_list", 32, &[("root", long, 0), ("head", list, 8)]);
         btf.structure("vmap_node", 64, &[("busy", busy, 16)]);

@@ -4,6 +4,7 @@
 //! One pass over the section indexes the names; a type is decoded when it is asked about. Where several types bear
 //! one name and answer differently, that is an error too.
 
+pub mod access;
 mod budget;
 mod parts;
 pub mod print;
@@ -320,22 +321,29 @@ impl Types {
         name: &str,
         ask: impl Fn(u32, &Budget) -> Result<T, TypeError>,
     ) -> Result<T, TypeError> {
-        let ids = self.ids(name);
+        self.agreed_among(name, &self.ids(name), ask)
+    }
+
+    /// What `ask` answers for the types `ids`, all called `name`, when they all answer the same.
+    fn agreed_among<T: PartialEq, E: PartialEq + From<TypeError>>(
+        &self,
+        name: &str,
+        ids: &[u32],
+        ask: impl Fn(u32, &Budget) -> Result<T, E>,
+    ) -> Result<T, E> {
         let budget = Budget::new();
         let within = ids.iter().map_while(|id| budget.look().map(|()| *id));
         let mut answers = within.map(|id| ask(id, &budget));
-        let first = answers.next().unwrap_or_else(|| Err(self.none(name)));
+        let none = || Err(self.none(name).into());
+        let first = answers.next().unwrap_or_else(none);
         let differ = answers.any(|answer| answer != first);
         if budget.is_spent() {
-            return Err(TypeError::TooLarge {
-                name: name.to_owned(),
-            });
+            let name = name.to_owned();
+            return Err(TypeError::TooLarge { name }.into());
         }
         if differ {
-            return Err(TypeError::Ambiguous {
-                name: name.to_owned(),
-                count: ids.len(),
-            });
+            let (name, count) = (name.to_owned(), ids.len());
+            return Err(TypeError::Ambiguous { name, count }.into());
         }
         first
     }

@@ -170,7 +170,7 @@ impl Whose {
         }
     }
 
-    fn task(self) -> Option<usize> {
+    pub(crate) fn task(self) -> Option<usize> {
         match self {
             Self::Vcpu(_, task) => task,
             Self::Task(index) => Some(index),

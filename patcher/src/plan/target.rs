@@ -2,17 +2,18 @@
 
 use std::ops::Range;
 
-use super::checks;
 use super::refusal::Refusal;
+use super::{Lead, checks};
 use crate::addr::{Gva, LinkAddr};
 use crate::edition::link::Returns;
+use crate::edition::list::Function;
 use crate::edition::object::Edition;
 use crate::guest::ReadPhys;
 use crate::kernel::image::{NotShipped, Shipped};
 use crate::kernel::locate::{Kernel, KernelError};
 use crate::kernel::sites::{Site, SiteKind};
 use crate::kernel::symbols::{Symbol, SymbolError};
-use crate::x86::insn::{self, JUMP_LEN};
+use crate::x86::insn::{self, InsnError, JUMP_LEN};
 use crate::x86::paging::PagingError;
 
 /// What the kernel makes of a return where it needs no thunk (kernel `arch/x86/kernel/alternative.c`, `patch_return()`).
@@ -65,16 +66,18 @@ pub enum TargetError {
 impl Target {
     /// Finds the function that `edition` replaces, and checks every rule that can be checked while the guest runs.
     ///
-    /// `arena` is where the kernel sees the arena: a jump there is ours. `returns` is how the kernel's functions return.
+    /// `arena` is where the kernel sees the arena: a jump there is ours. `returns` is how the kernel's functions return. `redirected` is what
+    /// is known of a function that leads to an edition already: its jump must still be there.
     ///
     /// # Errors
     /// [`TargetError`]. Nothing was written.
-    pub fn find<R: ReadPhys>(
+    pub fn find<'r, R: ReadPhys>(
         kernel: &Kernel,
         guest: &R,
         edition: &Edition,
         arena: &Range<Gva>,
         returns: Returns,
+        redirected: impl Fn(Gva) -> Option<&'r Function>,
     ) -> Result<Self, TargetError> {
         let shipped = kernel.image().shipped()?;
         let symbols = kernel.image().symbols();
@@ -85,7 +88,10 @@ impl Target {
                 usize::try_from(nth).unwrap_or(usize::MAX),
             )?,
         };
-        let function = Function::new(kernel, shipped, &symbol)?;
+        if let Some(known) = redirected(kernel.runtime(symbol.address)) {
+            return known.target.still(kernel, guest, known.lead);
+        }
+        let function = Code::new(kernel, shipped, &symbol)?;
         let jump = function.jump()?;
         let displaced = function.displaced_range(jump)?;
         let displaced_sites = function.sites_in(&displaced);
@@ -115,6 +121,50 @@ impl Target {
         })
     }
 
+    /// The target itself, if the running kernel leads it to `lead`, as it should.
+    fn still<R: ReadPhys>(
+        &self,
+        kernel: &Kernel,
+        guest: &R,
+        lead: Lead,
+    ) -> Result<Self, TargetError> {
+        let expected = self.bytes(lead).map_err(|cause| Refusal::Immovable {
+            function: self.name.clone(),
+            cause,
+        })?;
+        let mut live = vec![0; expected.len()];
+        let read = kernel.read(guest, self.jump, &mut live);
+        read.map_err(|cause| TargetError::Unreadable {
+            function: self.name.clone(),
+            cause,
+        })?;
+        checks::unchanged(&self.name, self.jump, &expected, &live)?;
+        Ok(self.clone())
+    }
+
+    /// What is at the jump's place while the function leads to `lead`.
+    ///
+    /// # Errors
+    /// When that is out of a jump's reach.
+    pub fn bytes(&self, lead: Lead) -> Result<Vec<u8>, InsnError> {
+        let Some(to) = lead.address() else {
+            return Ok(self.displaced.clone());
+        };
+        let mut bytes = insn::jump(self.jump, to)?.to_vec();
+        bytes.extend(insn::nops(self.displaced.len().saturating_sub(JUMP_LEN)));
+        Ok(bytes)
+    }
+
+    /// All code of the function as the kernel has it: its own, and what the compiler split off. Several functions of one name have as many cold
+    /// parts, and nothing says which is whose: all of them are given.
+    #[must_use]
+    pub fn code(&self, kernel: &Kernel) -> Vec<Range<Gva>> {
+        let own = self.function.range(self.size);
+        let cold = cold_parts(kernel, &self.name).into_iter();
+        let cold = cold.filter_map(|part| kernel.runtime(part.address).range(part.size));
+        own.into_iter().chain(cold).collect()
+    }
+
     /// Where no thread may be or return to while the jump is written: the displaced bytes but the first.
     #[must_use]
     pub fn forbidden(&self) -> Range<Gva> {
@@ -124,7 +174,7 @@ impl Target {
 }
 
 /// A function of the image, with its code.
-struct Function<'a> {
+struct Code<'a> {
     kernel: &'a Kernel,
     shipped: &'a Shipped,
     symbol: &'a Symbol,
@@ -133,7 +183,7 @@ struct Function<'a> {
     sites: Vec<Site>,
 }
 
-impl<'a> Function<'a> {
+impl<'a> Code<'a> {
     /// The function behind `symbol`, if it lies where functions may be redirected.
     fn new(kernel: &'a Kernel, shipped: &'a Shipped, symbol: &'a Symbol) -> Result<Self, Refusal> {
         let at = kernel.runtime(symbol.address);
@@ -289,7 +339,7 @@ impl<'a> Function<'a> {
             &runtime,
         )?;
         self.no_live_branch_into(guest, self.symbol, &runtime)?;
-        for cold in self.cold_parts() {
+        for cold in cold_parts(kernel, &self.symbol.name) {
             let range = cold.address.range(cold.size.min(MAX_FUNCTION));
             let code = range
                 .and_then(|range| self.shipped.text(range))
@@ -321,17 +371,16 @@ impl<'a> Function<'a> {
             other => Ok(other?),
         }
     }
+}
 
-    /// What the compiler split off the function. Several functions of one name have as many cold parts, and nothing says
-    /// which is whose: all of them are returned.
-    fn cold_parts(&self) -> Vec<Symbol> {
-        let symbols = self.kernel.image().symbols();
-        let name = format!("{}.cold", self.symbol.name);
-        if !symbols.has(&name) {
-            return Vec::new();
-        }
-        (1..)
-            .map_while(|nth| symbols.lookup_nth(&name, nth).ok())
-            .collect()
+/// What the compiler split off the functions called `name`.
+fn cold_parts(kernel: &Kernel, name: &str) -> Vec<Symbol> {
+    let symbols = kernel.image().symbols();
+    let name = format!("{name}.cold");
+    if !symbols.has(&name) {
+        return Vec::new();
     }
+    (1..)
+        .map_while(|nth| symbols.lookup_nth(&name, nth).ok())
+        .collect()
 }

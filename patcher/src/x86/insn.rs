@@ -180,7 +180,7 @@ pub fn find_branch_into(
 }
 
 /// Whether operand 0 is a near branch target in the instruction itself.
-fn has_near_target(instruction: &Instruction) -> bool {
+pub(crate) fn has_near_target(instruction: &Instruction) -> bool {
     matches!(
         instruction.op0_kind(),
         OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64

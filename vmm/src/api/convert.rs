@@ -7,7 +7,10 @@ use axum::http::StatusCode;
 use super::error::ApiError;
 use super::wire;
 use crate::events::{Event, EventKind};
-use crate::updates::{Cost, Failing, KernelInfo, Problem, State, Update, Verified};
+use crate::updates::{
+    Calls, Cost, Edition, Failing, KernelInfo, Life, Model, Passing, Problem, State, Update,
+    Verified,
+};
 use crate::views::ViewError;
 use crate::vm::{self, PauseStats, Status};
 
@@ -94,9 +97,11 @@ pub(super) fn update(update: Update) -> wire::Update {
         State::Queued => wire::UpdateState::Queued,
         State::Checking => wire::UpdateState::Checking,
         State::Checked => wire::UpdateState::Checked,
+        State::Switching => wire::UpdateState::Switching,
         State::Applied => wire::UpdateState::Applied,
         State::Reverting => wire::UpdateState::Reverting,
         State::Reverted => wire::UpdateState::Reverted,
+        State::Replaced => wire::UpdateState::Replaced,
         State::Refused => wire::UpdateState::Refused,
         State::Lost => wire::UpdateState::Lost,
         State::Broken => wire::UpdateState::Broken,
@@ -109,11 +114,72 @@ pub(super) fn update(update: Update) -> wire::Update {
         check: update.check,
         package_bytes: count(update.package_bytes),
         functions: update.functions,
+        instead_of: update.instead_of,
+        model: update.model.map(model),
+        rule: update.how.rule.as_ref().map(ToString::to_string),
+        counted: update.how.counted,
+        editions: update.editions.into_iter().map(edition).collect(),
+        bound: update.passing.map(bound),
         submitted_at_ms: ms(update.submitted),
         changed_at_ms: ms(update.changed),
         applied: update.applied.as_ref().map(report),
         reverted: update.reverted.as_ref().map(report),
         error: update.problem.map(|problem| error(problem).body),
+    }
+}
+
+fn model(model: Model) -> wire::Model {
+    match model {
+        Model::Immediate => wire::Model::Immediate,
+        Model::Quiescent => wire::Model::Quiescent,
+        Model::PerTask => wire::Model::PerTask,
+    }
+}
+
+/// The model that was asked for.
+pub(super) fn asked_model(model: wire::Model) -> Model {
+    match model {
+        wire::Model::Immediate => Model::Immediate,
+        wire::Model::Quiescent => Model::Quiescent,
+        wire::Model::PerTask => Model::PerTask,
+    }
+}
+
+fn bound(passing: Passing) -> Vec<wire::BoundTask> {
+    let tasks = passing.tasks.into_iter();
+    let bound = tasks.map(|task| wire::BoundTask {
+        who: task.who,
+        frames: task.frames,
+        unreliable: task.unreliable,
+    });
+    bound.collect()
+}
+
+/// The calls that were counted, `at` so long after the VM's start.
+pub(super) fn calls(calls: Vec<Calls>, at: Duration) -> wire::CallList {
+    let calls = calls.into_iter().map(|calls| wire::Calls {
+        function: calls.function,
+        update: calls.update,
+        calls: calls.calls,
+    });
+    wire::CallList {
+        at_ms: ms(at),
+        calls: calls.collect(),
+    }
+}
+
+fn edition(edition: Edition) -> wire::Edition {
+    let (state, why) = match edition.life {
+        Life::Placed => (wire::EditionState::Placed, None),
+        Life::Active => (wire::EditionState::Active, None),
+        Life::Draining { by } => (wire::EditionState::Draining, by),
+        Life::Kept { escape } => (wire::EditionState::Kept, Some(escape)),
+    };
+    wire::Edition {
+        function: edition.function,
+        at: edition.at.to_string(),
+        state,
+        why,
     }
 }
 

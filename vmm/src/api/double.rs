@@ -8,11 +8,13 @@ use std::time::{Duration, Instant};
 use axum::http::StatusCode;
 
 use super::error::ApiError;
-use super::machine::{Apply, Done, Machine};
+use super::machine::{Done, Machine};
 use super::wire::{
-    Arena, Dump, Kernel, Report, Stop, Update, UpdateState, Verification, Vm, VmState,
+    Arena, CallList, Calls, Dump, Kernel, Report, Stop, Update, UpdateState, Verification, Vm,
+    VmState,
 };
 use crate::events::Events;
+use crate::updates::{InsteadOf, Order, Use};
 use crate::views::{Asked, Seen, View, disasm, log, modules, stack, symbols, tasks, text, types};
 
 /// The double. A package that starts with `refuse`, `late` or `panic` meets that end.
@@ -131,7 +133,7 @@ impl Machine for Double {
         self.updates.lock().unwrap().clone()
     }
 
-    fn apply(&self, apply: Apply, done: Done<Update>) -> Result<Update, ApiError> {
+    fn apply(&self, apply: Order, done: Done<Update>) -> Result<Update, ApiError> {
         assert!(!apply.package.starts_with(b"panic"), "told to panic");
         assert!(apply.deadline > Instant::now());
         let queued = Update {
@@ -142,6 +144,15 @@ impl Machine for Double {
             check: apply.check,
             package_bytes: u64::try_from(apply.package.len()).unwrap(),
             functions: Vec::new(),
+            instead_of: match apply.instead_of {
+                InsteadOf::These(these) => these,
+                InsteadOf::All => Vec::new(),
+            },
+            model: None,
+            rule: apply.how.rule.map(|rule| rule.to_string()),
+            counted: apply.how.counted,
+            editions: Vec::new(),
+            bound: None,
             submitted_at_ms: 1,
             changed_at_ms: 1,
             applied: None,
@@ -167,6 +178,35 @@ impl Machine for Double {
         self.put(end.as_ref().unwrap_or(&queued));
         std::thread::spawn(move || done(end));
         Ok(queued)
+    }
+
+    fn reuse(&self, id: u64, how: Use, _: Instant, done: Done<Update>) -> Result<Update, ApiError> {
+        let update = self.find(id)?;
+        done(Ok(Update {
+            rule: how.rule.map(|rule| rule.to_string()),
+            counted: how.counted,
+            ..update.clone()
+        }));
+        Ok(update)
+    }
+
+    fn force(&self, id: u64, _: Instant, done: Done<Update>) -> Result<Update, ApiError> {
+        let update = self.find(id)?;
+        done(Ok(update.clone()));
+        Ok(update)
+    }
+
+    fn calls(&self, done: Done<CallList>) -> Result<(), ApiError> {
+        let calls = |update| Calls {
+            function: "f".to_owned(),
+            update,
+            calls: 7,
+        };
+        done(Ok(CallList {
+            at_ms: 1,
+            calls: vec![calls(None), calls(Some(1))],
+        }));
+        Ok(())
     }
 
     fn revert(&self, id: u64, _: Instant, done: Done<Update>) -> Result<Update, ApiError> {

@@ -11,12 +11,12 @@ use patcher::guest::{Guest, GuestError, PausedGuest, dump};
 
 use super::convert;
 use super::error::ApiError;
-use super::machine::{Apply, Done, Machine};
+use super::machine::{Done, Machine};
 use super::wire;
 use crate::events::Events;
 use crate::guest::KvmGuest;
 use crate::sparse::SparseFile;
-use crate::updates::{self, Session};
+use crate::updates::{self, Order, Session, Use};
 use crate::views::{Asked, Seen, View};
 use crate::vm::{PauseError, ResumeError, State, Vm};
 
@@ -140,21 +140,9 @@ impl Machine for Live {
         updates.into_iter().map(convert::update).collect()
     }
 
-    fn apply(&self, apply: Apply, done: Done<wire::Update>) -> Result<wire::Update, ApiError> {
-        let Apply {
-            package,
-            name,
-            check,
-            deadline,
-        } = apply;
+    fn apply(&self, order: Order, done: Done<wire::Update>) -> Result<wire::Update, ApiError> {
         self.session
-            .apply(
-                name,
-                package,
-                check,
-                deadline,
-                translated(done, convert::update),
-            )
+            .apply(order, translated(done, convert::update))
             .map(convert::update)
             .map_err(convert::error)
     }
@@ -169,6 +157,37 @@ impl Machine for Live {
             .revert(id, deadline, translated(done, convert::update))
             .map(convert::update)
             .map_err(convert::error)
+    }
+
+    fn reuse(
+        &self,
+        id: u64,
+        how: Use,
+        deadline: Instant,
+        done: Done<wire::Update>,
+    ) -> Result<wire::Update, ApiError> {
+        self.session
+            .reuse(id, how, deadline, translated(done, convert::update))
+            .map(convert::update)
+            .map_err(convert::error)
+    }
+
+    fn force(
+        &self,
+        id: u64,
+        deadline: Instant,
+        done: Done<wire::Update>,
+    ) -> Result<wire::Update, ApiError> {
+        self.session
+            .force(id, deadline, translated(done, convert::update))
+            .map(convert::update)
+            .map_err(convert::error)
+    }
+
+    fn calls(&self, done: Done<wire::CallList>) -> Result<(), ApiError> {
+        let at = self.events().elapsed();
+        let done = translated(done, move |calls| convert::calls(calls, at));
+        self.session.calls(done).map_err(convert::error)
     }
 
     fn verify(

@@ -8,23 +8,11 @@ use std::time::{Duration, Instant};
 use super::error::ApiError;
 use super::wire;
 use crate::events::Events;
+use crate::updates::{Order, Use};
 use crate::views::{Asked, Seen, View};
 
 /// Called once, from any thread, when an operation has come to its end.
 pub type Done<T> = Box<dyn FnOnce(Result<T, ApiError>) + Send>;
-
-/// A package to apply.
-#[derive(Debug)]
-pub struct Apply {
-    /// The package's bytes.
-    pub package: Vec<u8>,
-    /// A name for people.
-    pub name: String,
-    /// Do everything but write.
-    pub check: bool,
-    /// The operation, its wait in the queue included, gives up here.
-    pub deadline: Instant,
-}
 
 /// The machine. `vm`, `pause`, `resume`, `power_button`, `kill` and `dump` may block, for as long as a pause may take; the
 /// others answer at once and come back later. None needs an async runtime.
@@ -85,7 +73,7 @@ pub trait Machine: Send + Sync + 'static {
     ///
     /// # Errors
     /// When too many operations wait already.
-    fn apply(&self, apply: Apply, done: Done<wire::Update>) -> Result<wire::Update, ApiError>;
+    fn apply(&self, order: Order, done: Done<wire::Update>) -> Result<wire::Update, ApiError>;
 
     /// Asks for an update's end: gives the update as it was queued, and calls `done` at the end.
     ///
@@ -97,6 +85,35 @@ pub trait Machine: Send + Sync + 'static {
         deadline: Instant,
         done: Done<wire::Update>,
     ) -> Result<wire::Update, ApiError>;
+
+    /// Asks for an update's editions to be used in another way: gives the update as it is, and calls `done` at the end.
+    ///
+    /// # Errors
+    /// When there is no such update, it is not applied, or too many operations wait already.
+    fn reuse(
+        &self,
+        id: u64,
+        how: Use,
+        deadline: Instant,
+        done: Done<wire::Update>,
+    ) -> Result<wire::Update, ApiError>;
+
+    /// Asks for an update's switch to be ended for all: gives the update as it is, and calls `done` at the end.
+    ///
+    /// # Errors
+    /// When there is no such update, or too many operations wait already.
+    fn force(
+        &self,
+        id: u64,
+        deadline: Instant,
+        done: Done<wire::Update>,
+    ) -> Result<wire::Update, ApiError>;
+
+    /// Asks how often editions were called; calls `done` with the answer.
+    ///
+    /// # Errors
+    /// When too many operations wait already.
+    fn calls(&self, done: Done<wire::CallList>) -> Result<(), ApiError>;
 
     /// Asks whether the guest's memory still holds what an update wrote; calls `done` with the answer.
     ///

@@ -8,6 +8,7 @@ mod kernel;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use ::patcher::rule::Rule;
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header};
 use axum::middleware::Next;
@@ -21,11 +22,13 @@ use super::convert;
 use super::error::ApiError;
 use super::events;
 use super::extract::{Id, JsonBody, Octets, Options, deadline};
-use super::machine::{Apply, Done, Machine};
+use super::machine::{Done, Machine};
 use super::wire::{
-    ApplyQuery, DeadlineQuery, Dump, DumpRequest, ErrorBody, Event, EventsQuery, Health, Kernel,
-    PowerButton, RevertQuery, Stop, Transition, Update, UpdateList, Verification, Vm,
+    ApplyQuery, CallList, DeadlineQuery, Dump, DumpRequest, ErrorBody, Event, EventsQuery, Health,
+    Kernel, PowerButton, RevertQuery, Stop, Transition, Update, UpdateList, UseQuery, Verification,
+    Vm,
 };
+use crate::updates::{InsteadOf, Order, Use};
 
 /// Longest name of an update, in bytes.
 const NAME_LIMIT: usize = 128;
@@ -71,6 +74,9 @@ pub(super) fn described() -> OpenApiRouter<Api> {
         .routes(routes!(updates, apply))
         .routes(routes!(update))
         .routes(routes!(revert))
+        .routes(routes!(reuse))
+        .routes(routes!(force))
+        .routes(routes!(calls))
         .routes(routes!(verify))
         .routes(routes!(openapi))
 }
@@ -305,14 +311,97 @@ async fn apply(
         StatusCode::CREATED
     };
     let (done, ended) = reply();
-    let apply = Apply {
+    let order = Order {
         package,
         name,
         check,
+        instead_of: instead_of(query.instead_of.as_deref())?,
+        model: query.model.map(convert::asked_model),
+        how: how(query.rule.as_deref(), query.count)?,
         deadline,
     };
-    let queued = api.machine.apply(apply, done)?;
+    let queued = api.machine.apply(order, done)?;
     settle(queued, ended, query.wait, status).await
+}
+
+/// The updates that an option names: `all`, or numbers with commas between them.
+fn instead_of(option: Option<&str>) -> Result<InsteadOf, ApiError> {
+    let these: Result<Vec<u64>, _> = match option {
+        None => return Ok(InsteadOf::These(Vec::new())),
+        Some("all") => return Ok(InsteadOf::All),
+        Some(these) => these.split(',').map(str::parse).collect(),
+    };
+    these.map(InsteadOf::These).map_err(|_| {
+        ApiError::malformed(format_args!(
+            "instead_of must be `all`, or the numbers of updates with commas between them"
+        ))
+    })
+}
+
+/// How editions are to be used.
+fn how(rule: Option<&str>, counted: bool) -> Result<Use, ApiError> {
+    let rule = rule.map(Rule::parse).transpose();
+    let rule = rule.map_err(|error| ApiError::malformed(format_args!("the rule: {error}")))?;
+    Ok(Use {
+        rule: rule.map(Arc::new),
+        counted,
+    })
+}
+
+/// Uses the editions of an applied update for other calls, or counts them
+#[utoipa::path(post, path = "/v1/updates/{id}/use", tag = "updates",
+    params(("id" = u64, Path, description = "Number of the update"), UseQuery),
+    responses(
+        (status = OK, description = "They are used so from now on", body = Update),
+        (status = ACCEPTED, description = "Queued (wait=false)", body = Update),
+        (status = NOT_FOUND, description = "No such update", body = ErrorBody),
+        (status = CONFLICT, description = "The update is not applied", body = ErrorBody),
+        (status = UNPROCESSABLE_ENTITY, description = "Refused; they are used as before", body = ErrorBody),
+        (status = INTERNAL_SERVER_ERROR, description = "Failed; the code says in what state", body = ErrorBody),
+        (status = GATEWAY_TIMEOUT, description = "Not done in time; they are used as before", body = ErrorBody),
+        (status = "4XX", description = "The request is wrong", body = ErrorBody),
+    ))]
+async fn reuse(
+    State(api): State<Api>,
+    Id(id): Id,
+    Options(query): Options<UseQuery>,
+) -> Result<Response, ApiError> {
+    let deadline = Instant::now() + deadline(query.deadline_ms)?;
+    let how = how(query.rule.as_deref(), query.count)?;
+    let (done, ended) = reply();
+    let queued = api.machine.reuse(id, how, deadline, done)?;
+    settle(queued, ended, query.wait, StatusCode::OK).await
+}
+
+/// Ends the switch of an update for the tasks too that have yet to leave its old side: they may then run old code of one function
+/// beneath new code of another
+#[utoipa::path(post, path = "/v1/updates/{id}/force", tag = "updates",
+    params(("id" = u64, Path, description = "Number of the update"), RevertQuery),
+    responses(
+        (status = OK, description = "Nobody is bound to the old side any more", body = Update),
+        (status = ACCEPTED, description = "Queued (wait=false)", body = Update),
+        (status = NOT_FOUND, description = "No such update", body = ErrorBody),
+        (status = CONFLICT, description = "The update is not being switched", body = ErrorBody),
+        (status = GATEWAY_TIMEOUT, description = "Not done in time", body = ErrorBody),
+        (status = "4XX", description = "The request is wrong", body = ErrorBody),
+    ))]
+async fn force(
+    State(api): State<Api>,
+    Id(id): Id,
+    Options(query): Options<RevertQuery>,
+) -> Result<Response, ApiError> {
+    let deadline = Instant::now() + deadline(query.deadline_ms)?;
+    let (done, ended) = reply();
+    let queued = api.machine.force(id, deadline, done)?;
+    settle(queued, ended, query.wait, StatusCode::OK).await
+}
+
+/// How often functions' editions were called, where that is counted; the guest runs on
+#[utoipa::path(get, path = "/v1/calls", tag = "updates", responses((status = OK, body = CallList)))]
+async fn calls(State(api): State<Api>) -> Result<Json<CallList>, ApiError> {
+    let (done, answer) = reply();
+    api.machine.calls(done)?;
+    answer.await.map_err(ApiError::internal)?.map(Json)
 }
 
 /// Undoes an applied update

@@ -126,6 +126,58 @@ pub struct ApplyQuery {
     /// that the first operation needs to read the kernel's image does not count.
     #[param(minimum = 1, maximum = 600_000)]
     pub deadline_ms: Option<u64>,
+    /// The updates whose place it takes, by number with commas between them, or `all` that are in effect: they go in the same moment.
+    pub instead_of: Option<String>,
+    /// Who may be where at the switch. Left out: `immediate` for an update of one function, `per-task` for one of several, which belong together.
+    pub model: Option<Model>,
+    /// The calls that its editions are for, as a rule; all when left out.
+    #[param(max_length = 4096)]
+    pub rule: Option<String>,
+    /// Count the calls that get to its editions, and those that get to the originals.
+    #[serde(default)]
+    pub count: bool,
+    /// `false`: answer 202 at once, the operation goes on; follow it at its `Location` or in the events.
+    pub wait: Option<bool>,
+}
+
+/// Who may be where when a group of functions is switched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Model {
+    /// Anywhere but in the few bytes that change: what runs goes on as it began, and the next call gets to the new side.
+    Immediate,
+    /// Nobody in the old side: it is tried until that is so, or the deadline.
+    Quiescent,
+    /// Whoever is in the old side goes on by it until he was seen outside.
+    PerTask,
+}
+
+impl Model {
+    /// Its name, as in the JSON.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Immediate => "immediate",
+            Self::Quiescent => "quiescent",
+            Self::PerTask => "per-task",
+        }
+    }
+}
+
+/// How the editions of an update are to be used.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+pub struct UseQuery {
+    /// The calls that they are for, as a rule; all when left out.
+    #[param(max_length = 4096)]
+    pub rule: Option<String>,
+    /// Count the calls that get to them, and those that get to the originals.
+    #[serde(default)]
+    pub count: bool,
+    /// Give up after this many milliseconds (1 to 600000); they are then used as before. 5000 when left out.
+    #[param(minimum = 1, maximum = 600_000)]
+    pub deadline_ms: Option<u64>,
     /// `false`: answer 202 at once, the operation goes on; follow it at its `Location` or in the events.
     pub wait: Option<bool>,
 }
@@ -184,18 +236,21 @@ pub enum UpdateState {
     Checking,
     /// All checks passed; nothing was written, as was asked.
     Checked,
+    /// Its editions are in effect for all but some tasks, which have yet to leave what they replace.
+    Switching,
     /// Its editions are in effect.
     Applied,
     /// Is being undone.
     Reverting,
     /// Was in effect, and has been undone.
     Reverted,
+    /// Was in effect until another update took its place.
+    Replaced,
     /// Was not applied; the guest is as it was.
     Refused,
     /// Was in effect in a kernel that no longer runs (reset or kexec).
     Lost,
-    /// A write failed and so did its undo: the guest is kept paused. Or exopatch itself failed behind the last write: the editions are in effect
-    /// for good.
+    /// A write failed and so did its undo: the guest is kept paused.
     Broken,
 }
 
@@ -203,7 +258,10 @@ impl UpdateState {
     /// Whether nothing more happens to the update by itself.
     #[must_use]
     pub fn is_settled(self) -> bool {
-        !matches!(self, Self::Queued | Self::Checking | Self::Reverting)
+        !matches!(
+            self,
+            Self::Queued | Self::Checking | Self::Switching | Self::Reverting
+        )
     }
 }
 
@@ -225,6 +283,24 @@ pub struct Update {
     pub package_bytes: u64,
     /// The kernel functions that it replaces, once the package was read.
     pub functions: Vec<String>,
+    /// The updates whose place it takes.
+    #[serde(default)]
+    pub instead_of: Vec<u64>,
+    /// Who may be where when it is switched, if that was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<Model>,
+    /// The calls that its editions are for; all if there is no rule.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rule: Option<String>,
+    /// Calls are counted.
+    #[serde(default)]
+    pub counted: bool,
+    /// Its editions, while they are in the guest.
+    #[serde(default)]
+    pub editions: Vec<Edition>,
+    /// The tasks that have yet to leave the old side of its switch, while that is under way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bound: Option<Vec<BoundTask>>,
     /// When it was handed in.
     pub submitted_at_ms: u64,
     /// When `state` last changed.
@@ -238,6 +314,67 @@ pub struct Update {
     /// Why the last operation on it failed, if it did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<ErrorBody>,
+}
+
+/// Where an edition stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum EditionState {
+    /// It is in the arena, beneath another one: nothing leads to it.
+    Placed,
+    /// Calls of its function get to it.
+    Active,
+    /// Nothing leads to it any more, but a thread may be in it or come back to it.
+    Draining,
+    /// Nothing leads to it, but it stays: an address of it may be known to the guest.
+    Kept,
+}
+
+/// One edition of an update.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Edition {
+    /// The kernel function.
+    pub function: String,
+    /// Guest-virtual address of the edition, hexadecimal.
+    pub at: String,
+    /// Where it stands.
+    pub state: EditionState,
+    /// Why it is still there, if nothing leads to it: who was in it when that was looked at last, or what may know its address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
+}
+
+/// A task that has yet to leave the old side of a switch.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct BoundTask {
+    /// Which task.
+    pub who: String,
+    /// Its stack when it was last looked at, from the innermost frame out.
+    pub frames: Vec<String>,
+    /// Why the stack cannot be followed further, if it cannot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unreliable: Option<String>,
+}
+
+/// The calls of a function that got to one of its editions.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Calls {
+    /// The function.
+    pub function: String,
+    /// The update whose edition it is; left out for the original.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub update: Option<u64>,
+    /// How many since they are counted.
+    pub calls: u64,
+}
+
+/// All calls that are counted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct CallList {
+    /// When they were read: milliseconds since the start of the VM.
+    pub at_ms: u64,
+    /// The calls, by function.
+    pub calls: Vec<Calls>,
 }
 
 /// What one operation cost the guest.

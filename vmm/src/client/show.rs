@@ -2,8 +2,8 @@
 
 use super::clean;
 use crate::api::wire::{
-    Dump, Event, EventBody, Kernel, PowerButton, Report, Transition, Update, UpdateList,
-    UpdateState, Verification, Vm, VmState,
+    CallList, Dump, EditionState, Event, EventBody, Kernel, PowerButton, Report, Transition,
+    Update, UpdateList, UpdateState, Verification, Vm, VmState,
 };
 
 /// Appends a line of a name and its value.
@@ -24,9 +24,11 @@ fn update_state(state: UpdateState) -> &'static str {
         UpdateState::Queued => "queued",
         UpdateState::Checking => "checking",
         UpdateState::Checked => "checked",
+        UpdateState::Switching => "switching",
         UpdateState::Applied => "applied",
         UpdateState::Reverting => "reverting",
         UpdateState::Reverted => "reverted",
+        UpdateState::Replaced => "replaced",
         UpdateState::Refused => "refused",
         UpdateState::Lost => "lost",
         UpdateState::Broken => "broken",
@@ -150,7 +152,42 @@ pub(super) fn update(update: &Update) -> String {
     if let Some(doing) = &update.doing {
         row(&mut table, "doing", clean(doing));
     }
+    if !update.instead_of.is_empty() {
+        let numbers = update.instead_of.iter().map(u64::to_string);
+        let numbers: Vec<String> = numbers.collect();
+        row(&mut table, "instead of", numbers.join(", "));
+    }
+    if let Some(rule) = &update.rule {
+        row(&mut table, "rule", clean(rule));
+    }
+    if let Some(bound) = &update.bound {
+        row(
+            &mut table,
+            "waits for",
+            format_args!("{} tasks to leave the old side", bound.len()),
+        );
+        for task in bound {
+            let frames = clean(&task.frames.join(" < "));
+            row(&mut table, &format!("  {}", clean(&task.who)), frames);
+        }
+    }
     row(&mut table, "functions", clean(&update.functions.join(", ")));
+    for edition in &update.editions {
+        let state = match edition.state {
+            EditionState::Placed => "placed",
+            EditionState::Active => "active",
+            EditionState::Draining => "draining",
+            EditionState::Kept => "kept",
+        };
+        let why = edition.why.as_ref();
+        let why = why.map_or_else(String::new, |why| format!(" ({})", clean(why)));
+        let at = clean(&edition.at);
+        row(
+            &mut table,
+            &format!("  {}", clean(&edition.function)),
+            format_args!("{state} at {at}{why}"),
+        );
+    }
     if let Some(applied) = &update.applied {
         report(
             &mut table,
@@ -203,6 +240,17 @@ fn report(table: &mut String, what: &str, report: &Report) {
         format_args!("{} words of {} tasks", report.stack_words, report.tasks),
     );
     row(table, "  in all", format_args!("{} µs", report.total_us));
+}
+
+pub(super) fn calls(list: &CallList) -> String {
+    let mut table = format!("{:<32}{:<12}{:>16}\n", "FUNCTION", "EDITION", "CALLS");
+    for calls in &list.calls {
+        let edition = calls.update;
+        let edition = edition.map_or_else(|| "original".to_owned(), |id| format!("update {id}"));
+        let function = clean(&calls.function);
+        table.push_str(&format!("{function:<32}{edition:<12}{:>16}\n", calls.calls));
+    }
+    table
 }
 
 pub(super) fn verification(found: &Verification) -> String {

@@ -1,13 +1,16 @@
 //! `exopatch update ...`: apply, check, list, show, revert and verify updates of the guest's kernel.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::{Args, Subcommand};
 
 use super::http::Call;
 use super::{Client, EXIT_CODES, Failure, parse_time, show};
-use crate::api::wire::{Update, UpdateList, Verification};
+use crate::api::wire::{CallList, Model, Update, UpdateList, UpdateState, Verification};
+
+/// How long an update that is being switched is left alone before it is asked about again.
+const BETWEEN_LOOKS: Duration = Duration::from_millis(100);
 
 /// What to do with updates.
 #[derive(Clone, Debug, Subcommand)]
@@ -24,6 +27,15 @@ pub enum UpdateCommand {
         /// Return as soon as the package is handed in; see `exopatch update show`
         #[arg(long)]
         no_wait: bool,
+        /// Take the place of these updates (numbers with commas between them), or of `all`: they go in the same moment
+        #[arg(long, value_name = "IDS")]
+        instead_of: Option<String>,
+        /// Who may be where at the switch; by default `immediate` for an update of one function, `per-task` for one of several
+        #[arg(long, value_enum)]
+        model: Option<Model>,
+        /// Which calls its editions are for, and whether they are counted
+        #[command(flatten)]
+        how: How,
     },
     /// Do everything that apply does, but write nothing to the guest
     #[command(after_help = EXIT_CODES)]
@@ -41,6 +53,31 @@ pub enum UpdateCommand {
         /// Number of the update
         id: u64,
     },
+    /// Use the editions of an applied update for other calls, or count them
+    #[command(after_help = EXIT_CODES)]
+    Use {
+        /// Number of the update
+        id: u64,
+        /// Which calls they are for, and whether they are counted
+        #[command(flatten)]
+        how: How,
+        /// Give up after this time; they are then used as before
+        #[arg(long, value_name = "TIME", default_value = "5s", value_parser = parse_time)]
+        deadline: Duration,
+    },
+    /// End an update's switch for those tasks too that have yet to leave its old side: they may then run old code of one
+    /// function beneath new code of another
+    #[command(after_help = EXIT_CODES)]
+    Force {
+        /// Number of the update
+        id: u64,
+        /// Give up after this time
+        #[arg(long, value_name = "TIME", default_value = "5s", value_parser = parse_time)]
+        deadline: Duration,
+    },
+    /// Show how often editions were called, where that is counted
+    #[command(after_help = EXIT_CODES)]
+    Calls,
     /// Undo an applied update
     #[command(after_help = EXIT_CODES)]
     Revert {
@@ -62,6 +99,26 @@ pub enum UpdateCommand {
         #[arg(long, value_name = "TIME", default_value = "5s", value_parser = parse_time)]
         deadline: Duration,
     },
+}
+
+/// How editions are to be used.
+#[derive(Args, Clone, Debug)]
+pub struct How {
+    /// Only for these calls, for instance 'uid = 1000', 'share 10%', 'cmd = 0x8905 and not kthread'; all others get to what is beneath
+    #[arg(long, value_name = "RULE")]
+    when: Option<String>,
+    /// Count calls, those of the original too; see `exopatch update calls`
+    #[arg(long)]
+    count: bool,
+}
+
+impl How {
+    fn query(self) -> [(&'static str, Option<String>); 2] {
+        [
+            ("rule", self.when),
+            ("count", self.count.then(|| "true".to_owned())),
+        ]
+    }
 }
 
 /// A package to hand in.
@@ -87,8 +144,34 @@ impl Client {
                     package,
                     check,
                     no_wait,
-                } => self.apply(package, check, no_wait).await,
-                UpdateCommand::Check { package } => self.apply(package, true, false).await,
+                    instead_of,
+                    model,
+                    how,
+                } => {
+                    let model = model.map(|model| model.name().to_owned());
+                    let [rule, count] = how.query();
+                    let options = [("instead_of", instead_of), ("model", model), rule, count];
+                    self.apply(package, check, no_wait, options.into()).await
+                }
+                UpdateCommand::Check { package } => {
+                    self.apply(package, true, false, Vec::new()).await
+                }
+                UpdateCommand::Use { id, how, deadline } => {
+                    let call = Call::post(format!("/v1/updates/{id}/use"))
+                        .deadline(deadline)
+                        .query(&how.query());
+                    let update: Update = self.with_progress("switching", self.call(call)).await?;
+                    self.print(&update, show::update)
+                }
+                UpdateCommand::Force { id, deadline } => {
+                    let call = Call::post(format!("/v1/updates/{id}/force")).deadline(deadline);
+                    let update: Update = self.with_progress("forcing", self.call(call)).await?;
+                    self.print(&update, show::update)
+                }
+                UpdateCommand::Calls => {
+                    let calls: CallList = self.call(Call::get("/v1/calls")).await?;
+                    self.print(&calls, show::calls)
+                }
                 UpdateCommand::List => {
                     let list: UpdateList = self.call(Call::get("/v1/updates")).await?;
                     self.print(&list, show::updates)
@@ -105,7 +188,9 @@ impl Client {
                     let call = Call::post(format!("/v1/updates/{id}/revert"))
                         .deadline(deadline)
                         .query(&[("wait", no_wait.then(|| "false".to_owned()))]);
+                    let began = Instant::now();
                     let update: Update = self.with_progress("reverting", self.call(call)).await?;
+                    let update = self.switched(update, began + deadline, no_wait).await?;
                     self.print(&update, show::update)
                 }
                 UpdateCommand::Verify { id, deadline } => {
@@ -125,13 +210,21 @@ impl Client {
         })
     }
 
-    async fn apply(&self, package: Package, check: bool, no_wait: bool) -> Result<(), Failure> {
+    async fn apply(
+        &self,
+        package: Package,
+        check: bool,
+        no_wait: bool,
+        options: Vec<(&'static str, Option<String>)>,
+    ) -> Result<(), Failure> {
         let Package { file, deadline } = package;
         let body = std::fs::read(&file).map_err(|cause| Failure::File {
             path: file.clone(),
             cause,
         })?;
+        let began = Instant::now();
         let call = Call::post("/v1/updates")
+            .query(&options)
             .query(&[
                 ("name", Some(name_of(&file))),
                 ("check", check.then(|| "true".to_owned())),
@@ -141,7 +234,30 @@ impl Client {
             .body("application/octet-stream", body);
         let what = if check { "checking" } else { "applying" };
         let update: Update = self.with_progress(what, self.call(call)).await?;
+        let update = self.switched(update, began + deadline, no_wait).await?;
         self.print(&update, show::update)
+    }
+
+    /// The update once all tasks have made its switch, or as it is at the deadline: the switch then goes on.
+    async fn switched(
+        &self,
+        update: Update,
+        deadline: Instant,
+        no_wait: bool,
+    ) -> Result<Update, Failure> {
+        let under_way = |update: &Update| {
+            matches!(
+                update.state,
+                UpdateState::Switching | UpdateState::Reverting
+            )
+        };
+        let (mut update, id) = (update.clone(), update.id);
+        while under_way(&update) && !no_wait && Instant::now() < deadline {
+            tokio::time::sleep(BETWEEN_LOOKS).await;
+            let look = self.call(Call::get(format!("/v1/updates/{id}")));
+            update = self.with_progress("waiting for tasks", look).await?;
+        }
+        Ok(update)
     }
 }
 

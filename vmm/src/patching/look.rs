@@ -9,12 +9,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use patcher::addr::Gva;
-use patcher::apply::Applied;
+use patcher::apply::Holdings;
+use patcher::apply::arena::Placed;
+use patcher::apply::handlers::Made;
+use patcher::edition::list::Function;
 use patcher::edition::resident::Resident;
 use patcher::guest::{Guest, PausedGuest, Registers};
 use patcher::kernel::image::Image;
 use patcher::kernel::locate::Kernel;
-use patcher::plan::Purpose;
 
 use super::problem;
 use crate::guest::{KvmGuest, KvmPaused};
@@ -156,91 +158,40 @@ fn paused_us(guest: &KvmGuest, began: Instant) -> Option<u64> {
     Some(if stopped { took } else { 0 })
 }
 
-/// What updates have put into the guest: those in `applied`, and those of the arena's `residents` that were reverted.
-pub(super) fn updates(applied: &[(u64, &Applied)], residents: &[Resident]) -> Vec<Update> {
-    let of = |resident: &Resident| {
-        let holds = |(_, applied): &&(u64, &Applied)| {
-            let code = &applied.linked.code;
-            !code.bytes.is_empty() && resident.code.range.contains(&Gva(code.at))
-        };
-        let applied = applied.iter().find(holds);
-        Update {
-            id: applied.map(|(id, _)| *id),
-            jumps: applied.map_or_else(Vec::new, |(_, applied)| jumps(applied)),
-            code: resident.clone(),
-        }
+/// What updates have put into the guest: those in effect, those that threads have yet to leave, and the handlers that choose between them.
+pub(super) fn updates(kernel: &Kernel, holds: &Holdings) -> Vec<Update> {
+    let of = |(id, placed): (&u64, &Arc<Placed>)| Update {
+        id: holds.functions.of(*id).next().map(|_| *id),
+        jumps: jumps_into(holds, &placed.resident.code.range),
+        code: placed.resident.clone(),
     };
-    residents.iter().map(of).collect()
+    let handlers = holds.handlers(kernel).ok().flatten().map(|code| {
+        let name = |made: &Made| {
+            let function = holds.functions.get(made.function);
+            let name = function.map_or("a function", |function| &function.target.name);
+            (made.code.clone(), format!("handler of {name}"))
+        };
+        let mut pieces: Vec<_> = holds.all_made().map(name).collect();
+        pieces.sort_by_key(|(range, _)| range.start);
+        Update {
+            id: None,
+            jumps: jumps_into(holds, &code.range),
+            code: Resident { pieces, code },
+        }
+    });
+    holds.placed.iter().map(of).chain(handlers).collect()
 }
 
-/// The jumps of an update in the kernel's text.
-fn jumps(applied: &Applied) -> Vec<Range<Gva>> {
-    let jumps = applied.plan.writes.iter();
-    let jumps = jumps.filter(|write| write.purpose == Purpose::Trampoline);
-    let ranges = jumps.filter_map(|write| write.gva.range(write.bytes.len() as u64));
-    ranges.collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use patcher::addr::{Gpa, Gva};
-    use patcher::apply::Applied;
-    use patcher::edition::link::{Linked, Placed};
-    use patcher::edition::resident::Resident;
-    use patcher::kernel::unwind::OtherCode;
-    use patcher::plan::{Plan, Purpose, Write};
-
-    fn write(purpose: Purpose, at: u64) -> Write {
-        Write {
-            purpose,
-            subject: String::new(),
-            gva: Gva(at),
-            gpa: Gpa(0),
-            expect: None,
-            bytes: vec![0; 5],
-        }
-    }
-
-    fn resident(at: u64) -> Resident {
-        Resident {
-            pieces: vec![(Gva(at)..Gva(at + 0x100), "f".to_owned())],
-            code: OtherCode {
-                name: String::new(),
-                range: Gva(at)..Gva(at + 0x100),
-                table: None,
-            },
-        }
-    }
-
-    #[test]
-    fn what_is_in_the_arena_belongs_to_an_update_or_to_a_reverted_one() {
-        let linked = Linked {
-            code: Placed {
-                at: 0x1000,
-                bytes: vec![0; 0x100],
-            },
-            redirections: Vec::new(),
-            data: Placed::default(),
-            ..Linked::default()
-        };
-        let writes = vec![
-            write(Purpose::Arena, 0x1000),
-            write(Purpose::Trampoline, 0x15),
-        ];
-        let forbidden = Vec::new();
-        let plan = Plan {
-            writes,
-            forbidden,
-            ..Plan::default()
-        };
-        let applied = Applied { linked, plan };
-        let residents = [resident(0x800), resident(0x1000)];
-        let [old, new] = &super::updates(&[(3, &applied)], &residents)[..] else {
-            panic!("one of each")
-        };
-        assert_eq!((old.id, old.jumps.len()), (None, 0));
-        assert_eq!(new.id, Some(3));
-        assert_eq!(new.jumps, [Gva(0x15)..Gva(0x1a)]);
-        assert_eq!(new.code.pieces, residents[1].pieces);
-    }
+/// The jumps in the kernel's text that lead into `code`.
+fn jumps_into(holds: &Holdings, code: &Range<Gva>) -> Vec<Range<Gva>> {
+    let leads = |function: &&Function| {
+        let to = function.lead.address();
+        to.is_some_and(|to| code.contains(&to))
+    };
+    let functions = holds.functions.iter().filter(leads);
+    let jump = |function: &Function| {
+        let target = &function.target;
+        target.jump.range(target.displaced.len() as u64)
+    };
+    functions.filter_map(jump).collect()
 }

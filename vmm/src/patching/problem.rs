@@ -6,6 +6,7 @@ use std::error::Error;
 use patcher::apply::{ApplyError, CommitFailed};
 use patcher::commit::{Blocked, CommitError};
 use patcher::edition::link::LinkError;
+use patcher::edition::list::ListError;
 use patcher::edition::object::PackageError;
 use patcher::guest::GuestError;
 use patcher::kernel::arena::ArenaError;
@@ -25,6 +26,11 @@ use crate::views::error::Kind;
 use crate::vm::BreakpointError;
 
 const NOT_APPLIED: &str = "the update was not applied";
+const NOT_REVERTED: &str = "the update was not reverted";
+const NOT_REUSED: &str = "the update is used as before";
+const NOT_FORCED: &str = "the switch was not forced";
+const FULL: &str = "revert updates that are not needed; what threads or addresses keep is shown by exopatch update show";
+const NOT_SETTLED: &str = "the guest's threads could not be looked at";
 const NOT_SEEN: &str = "the kernel was not shown";
 const REPORT: &str = "this should not happen with a stock kernel: please report it";
 const ELSEWHERE: &str =
@@ -292,6 +298,15 @@ pub(super) fn apply(cause: &ApplyError) -> Problem {
         ),
         ApplyError::Publish(error) => publish(error),
         ApplyError::Plan(error) => refused("cannot_plan", error, REPORT),
+        ApplyError::List(error) => list(NOT_APPLIED, error),
+        ApplyError::Rule(error) => refused(
+            "rule_not_resolvable",
+            error,
+            "exopatch kernel types shows a function's arguments and what lies behind them",
+        ),
+        ApplyError::Handler(error) => refused("cannot_choose", error, "change the rule"),
+        ApplyError::Full(error) => refused("arena_full", error, FULL),
+        ApplyError::Set(error) => refused("cannot_bind", error, REPORT),
         ApplyError::Commit(error) => commit(NOT_APPLIED, error),
     }
 }
@@ -316,6 +331,60 @@ fn publish(cause: &PublishError) -> Problem {
             refused("kernel_not_understood", cause, REPORT)
         }
     }
+}
+
+/// A revert failed.
+pub(super) fn revert(cause: &ApplyError) -> Problem {
+    not_done(NOT_REVERTED, cause)
+}
+
+/// The use of an update's editions could not be changed.
+pub(super) fn reuse(cause: &ApplyError) -> Problem {
+    not_done(NOT_REUSED, cause)
+}
+
+/// A switch could not be forced.
+pub(super) fn force(cause: &ApplyError) -> Problem {
+    not_done(NOT_FORCED, cause)
+}
+
+/// What waits for threads could not be looked at.
+pub(super) fn settle(cause: &ApplyError) -> Problem {
+    not_done(NOT_SETTLED, cause)
+}
+
+fn not_done(message: &str, cause: &ApplyError) -> Problem {
+    match cause {
+        ApplyError::List(error) => list(message, error),
+        ApplyError::Commit(error) => commit(message, error),
+        other => Problem {
+            message: message.to_owned(),
+            ..apply(other)
+        },
+    }
+}
+
+/// The lists of editions do not allow it.
+fn list(message: &str, cause: &ListError) -> Problem {
+    let (code, hint) = match cause {
+        ListError::NotInEffect { .. } => (
+            "update_not_applied",
+            "exopatch update list shows the state of all updates",
+        ),
+        ListError::NotPassing { .. } => (
+            "nothing_to_force",
+            "exopatch update show tells which tasks have yet to leave the old side, if any",
+        ),
+        ListError::Passing { .. } => (
+            "update_switching",
+            "exopatch update show tells which tasks it waits for; update force ends it, update revert takes it back",
+        ),
+        ListError::Beneath { .. } => (
+            "update_beneath_another",
+            "or apply one update instead of both: exopatch update apply --instead-of",
+        ),
+    };
+    Problem::new(Failing::Conflict, code, message, cause.to_string(), hint)
 }
 
 fn target(cause: &TargetError) -> Problem {
@@ -359,10 +428,11 @@ fn link(cause: &LinkError) -> Problem {
             "relocation_out_of_range",
             "build it with exopatch build, which uses the kernel's code model",
         ),
-        LinkError::Full(_) => (
-            "arena_full",
-            "the space of reverted updates is not used again yet: restart the guest, or merge the updates",
+        LinkError::Alternative(_) => (
+            "alternative_unusable",
+            "build it again: exopatch build --kernel with the vmlinuz that the guest was booted from",
         ),
+        LinkError::Full(_) => ("arena_full", FULL),
         LinkError::Refused(error) => return refusal(error),
     };
     refused(code, cause, hint)

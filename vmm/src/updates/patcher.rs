@@ -2,61 +2,82 @@
 
 use std::time::Instant;
 
-use ::patcher::apply::Report;
+use ::patcher::apply::{Calls, Edition, Model, Report};
+use ::patcher::edition::list::Use;
 
-use super::record::Problem;
+use super::record::{Passing, Problem};
 use crate::views::{Asked, Seen, View};
 
 /// What a kernel patcher does for the session. It runs on the session's thread only.
 pub trait Patcher: 'static {
-    /// What is needed to revert.
-    type Applied;
-
     /// Applies a package, or only checks it. Before the deadline, or not at all.
     ///
     /// # Errors
     /// The guest is then as it was, but for [`Failing::Broken`](super::Failing::Broken).
-    fn apply(&mut self, task: &Task<'_>) -> Result<(Option<Self::Applied>, Report), Problem>;
-
-    /// Undoes an update.
+    fn apply(&mut self, task: &Task<'_>) -> Result<Report, Problem>;
+    /// Undoes updates, all in the same moment.
     ///
     /// # Errors
-    /// The guest is then as it was, and the update applied, but for [`Failing::Broken`](super::Failing::Broken).
-    fn revert(&mut self, applied: &Self::Applied, task: &Undo<'_>) -> Result<Report, Problem>;
-
+    /// The guest is then as it was, and the updates applied, but for [`Failing::Broken`](super::Failing::Broken).
+    fn revert(&mut self, updates: &[u64], task: &Undo<'_>) -> Result<Report, Problem>;
+    /// Uses the editions of an update in effect in another way.
+    ///
+    /// # Errors
+    /// They are then used as before, but for [`Failing::Broken`](super::Failing::Broken).
+    fn reuse(&mut self, update: u64, how: &Use, task: &Undo<'_>) -> Result<Report, Problem>;
+    /// Ends an update's switch for those too who have yet to leave its old side.
+    ///
+    /// # Errors
+    /// It is then under way as before, but for [`Failing::Broken`](super::Failing::Broken).
+    fn force(&mut self, update: u64, task: &Undo<'_>) -> Result<(), Problem>;
+    /// The switch of an update that is under way.
+    fn passing(&self, update: u64) -> Option<Passing>;
+    /// How often the editions whose calls are counted were called. The guest runs on.
+    ///
+    /// # Errors
+    /// When the guest cannot be read.
+    fn calls(&mut self) -> Result<Vec<Calls>, Problem>;
     /// Whether the guest's memory is known to be sound. If not, the guest stays paused.
     fn is_sound(&self) -> bool;
-
+    /// The editions of an update, and where each stands; none once they are gone.
+    fn editions(&self, update: u64) -> Vec<Edition>;
+    /// Whether something is left to be done that only waits for the guest's threads to go on.
+    fn is_settling(&self) -> bool;
+    /// Looks how far the guest's threads have gone on, and does what waits for that, before the deadline.
+    ///
+    /// # Errors
+    /// The guest is then as it was, but for [`Failing::Broken`](super::Failing::Broken).
+    fn settle(&mut self, deadline: Instant) -> Result<(), Problem>;
     /// Compares the guest's memory with what an update wrote.
     ///
     /// # Errors
     /// When the guest cannot be read.
-    fn verify(&mut self, applied: &Self::Applied, deadline: Instant) -> Result<Verified, Problem>;
-
+    fn verify(&mut self, update: u64, deadline: Instant) -> Result<Verified, Problem>;
     /// Counts the kernels that were found in the guest. What was applied at an earlier count is gone with its kernel.
     fn generation(&self) -> u64;
-
     /// What is known of the kernel.
     ///
     /// # Errors
     /// When its image cannot be read.
     fn kernel(&mut self, deadline: Instant) -> Result<KernelInfo, Problem>;
-
-    /// Looks at the kernel. `applied` are the updates in effect, with their numbers.
+    /// Looks at the kernel.
     ///
     /// # Errors
     /// When there is nothing to be seen, or the guest cannot be read.
-    fn view(
-        &mut self,
-        asked: &Asked,
-        applied: &[(u64, &Self::Applied)],
-        deadline: Instant,
-    ) -> Result<Seen<View>, Problem>;
+    fn view(&mut self, asked: &Asked, deadline: Instant) -> Result<Seen<View>, Problem>;
 }
 
 /// One apply, as the patcher gets it.
 #[expect(missing_debug_implementations, reason = "holds closures")]
 pub struct Task<'a> {
+    /// The update's number.
+    pub update: u64,
+    /// The updates whose place it takes.
+    pub instead_of: &'a [u64],
+    /// Who may be where at the switch, if that was asked for.
+    pub model: Option<Model>,
+    /// How its editions are used.
+    pub how: &'a Use,
     /// The package's bytes.
     pub package: &'a [u8],
     /// Write nothing.

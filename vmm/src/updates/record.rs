@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use ::patcher::apply::Report;
+use ::patcher::apply::{Edition, Model, Report};
+use ::patcher::edition::list::Use;
 
 /// The code of a failure that left the guest paused.
 pub const BROKEN: &str = "guest_left_paused";
@@ -16,18 +17,21 @@ pub enum State {
     Checking,
     /// All checks passed; nothing was written, as was asked.
     Checked,
+    /// Its editions are in effect for all but some tasks, which have yet to leave what they replace.
+    Switching,
     /// Its editions are in effect.
     Applied,
     /// Is being undone.
     Reverting,
     /// Was in effect, and has been undone.
     Reverted,
+    /// Was in effect until another update took its place.
+    Replaced,
     /// Was not applied; the guest is as it was.
     Refused,
     /// Was in effect in a kernel that no longer runs.
     Lost,
-    /// A write failed and so did its undo: the guest is kept paused. Or exopatch itself failed behind the last write: the editions are in effect
-    /// for good.
+    /// A write failed and so did its undo: the guest is kept paused.
     Broken,
 }
 
@@ -101,6 +105,16 @@ pub struct Update {
     pub package_bytes: usize,
     /// The kernel functions that it replaces, once the package was read.
     pub functions: Vec<String>,
+    /// The updates whose place it takes.
+    pub instead_of: Vec<u64>,
+    /// Who may be where when it is switched; told by the package if nothing was asked for.
+    pub model: Option<Model>,
+    /// How its editions are used.
+    pub how: Use,
+    /// Its editions, while they are in the guest.
+    pub editions: Vec<Edition>,
+    /// The switch that is under way.
+    pub passing: Option<Passing>,
     /// When it was handed in, since the VM's start.
     pub submitted: Duration,
     /// When its state changed last, since the VM's start.
@@ -111,6 +125,24 @@ pub struct Update {
     pub reverted: Option<Cost>,
     /// Why the last operation on it failed.
     pub problem: Option<Problem>,
+}
+
+/// A switch that some tasks have yet to make.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Passing {
+    /// The tasks.
+    pub tasks: Vec<Straggler>,
+}
+
+/// A task that has yet to leave the old side of a switch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Straggler {
+    /// Which task.
+    pub who: String,
+    /// Its stack when it was last looked at, from the innermost frame out.
+    pub frames: Vec<String>,
+    /// Why the stack cannot be followed further, if it cannot.
+    pub unreliable: Option<String>,
 }
 
 /// What an operation cost.

@@ -1,14 +1,17 @@
 //! The session with a patcher that ends each operation as its package says.
 
+use std::collections::BTreeMap;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use ::patcher::addr::Gva;
 use ::patcher::apply::Report;
+use ::patcher::rule::Rule;
 
 use super::{
-    BROKEN, Done, Failing, KernelInfo, Patcher, Problem, QUEUE, Session, State, Task, Undo, Update,
-    Verified,
+    BROKEN, Calls, Done, Edition, Failing, InsteadOf, KernelInfo, Life, Order, Passing, Patcher,
+    Problem, QUEUE, Session, State, Straggler, Task, Undo, Update, Use, Verified,
 };
 use crate::events::{EventKind, Events};
 use crate::views::{Asked, Seen, View};
@@ -20,6 +23,10 @@ struct Scripted {
     revert: Arc<Mutex<Option<Problem>>>,
     generation: u64,
     sound: bool,
+    /// The updates that are in the guest: whether they stay for a while when they are undone, and how often that was looked at since.
+    present: BTreeMap<u64, (bool, usize)>,
+    /// How many tasks have yet to make the switch of an update: one less with each look.
+    passes: BTreeMap<u64, u8>,
 }
 
 fn problem(failing: Failing, code: &str) -> Problem {
@@ -27,9 +34,7 @@ fn problem(failing: Failing, code: &str) -> Problem {
 }
 
 impl Patcher for Scripted {
-    type Applied = Vec<u8>;
-
-    fn apply(&mut self, task: &Task<'_>) -> Result<(Option<Vec<u8>>, Report), Problem> {
+    fn apply(&mut self, task: &Task<'_>) -> Result<Report, Problem> {
         self.go.recv().unwrap();
         (task.functions)(vec!["f".to_owned()]);
         (task.doing)("scanning".to_owned());
@@ -51,16 +56,36 @@ impl Patcher for Scripted {
             }
             b"kexec, then this" => {
                 self.generation += 1;
-                Ok((Some(Vec::new()), Report::default()))
+                (task.written)();
+                Ok(Report::default())
             }
-            package => Ok(((!task.check).then(|| package.to_vec()), Report::default())),
+            package => {
+                if !task.check {
+                    (task.written)();
+                    let drains = package == b"drains";
+                    if package == b"passes" {
+                        self.passes.insert(task.update, 2);
+                    }
+                    self.present.insert(task.update, (drains, 0));
+                    for gone in task.instead_of {
+                        self.leave(*gone);
+                    }
+                }
+                Ok(Report::default())
+            }
         }
     }
 
-    fn revert(&mut self, _: &Vec<u8>, task: &Undo<'_>) -> Result<Report, Problem> {
+    fn revert(&mut self, updates: &[u64], task: &Undo<'_>) -> Result<Report, Problem> {
         let end = self.revert.lock().unwrap().take();
         match end {
-            None => Ok(Report::default()),
+            None => {
+                (task.written)();
+                for update in updates {
+                    self.leave(*update);
+                }
+                Ok(Report::default())
+            }
             Some(problem) if problem.code == "panic" => panic!("as it was told"),
             Some(problem) if problem.code == "panic late" => {
                 (task.written)();
@@ -70,13 +95,80 @@ impl Patcher for Scripted {
         }
     }
 
+    fn reuse(&mut self, update: u64, how: &Use, task: &Undo<'_>) -> Result<Report, Problem> {
+        if how.counted {
+            return Err(problem(Failing::Refused, "no_counters"));
+        }
+        (task.written)();
+        assert!(self.present.contains_key(&update));
+        Ok(Report::default())
+    }
+
+    fn force(&mut self, update: u64, task: &Undo<'_>) -> Result<(), Problem> {
+        (task.written)();
+        let passes = self.passes.remove(&update);
+        passes
+            .map(drop)
+            .ok_or_else(|| problem(Failing::Conflict, "nothing_to_force"))
+    }
+
+    fn passing(&self, update: u64) -> Option<Passing> {
+        let looks = self.passes.get(&update)?;
+        let task = |nth: &u8| Straggler {
+            who: nth.to_string(),
+            frames: Vec::new(),
+            unreliable: None,
+        };
+        Some(Passing {
+            tasks: (0..*looks).map(|nth| task(&nth)).collect(),
+        })
+    }
+
+    fn calls(&mut self) -> Result<Vec<Calls>, Problem> {
+        Ok(Vec::new())
+    }
+
     fn is_sound(&self) -> bool {
         self.sound
     }
 
-    fn verify(&mut self, applied: &Vec<u8>, _: Instant) -> Result<Verified, Problem> {
+    fn editions(&self, update: u64) -> Vec<Edition> {
+        let Some((_, looks)) = self.present.get(&update) else {
+            return Vec::new();
+        };
+        let life = match looks {
+            0 => Life::Active,
+            looks => Life::Draining {
+                by: Some(looks.to_string()),
+            },
+        };
+        vec![Edition {
+            function: "f".to_owned(),
+            at: Gva(0),
+            life,
+        }]
+    }
+
+    fn is_settling(&self) -> bool {
+        !self.passes.is_empty() || self.present.values().any(|(_, looks)| *looks > 0)
+    }
+
+    fn settle(&mut self, deadline: Instant) -> Result<(), Problem> {
+        assert!(deadline > Instant::now());
+        self.present.retain(|_, (_, looks)| {
+            *looks += usize::from(*looks > 0);
+            *looks < 4
+        });
+        self.passes.retain(|_, left| {
+            *left -= 1;
+            *left > 0
+        });
+        Ok(())
+    }
+
+    fn verify(&mut self, update: u64, _: Instant) -> Result<Verified, Problem> {
         Ok(Verified {
-            bytes: u64::try_from(applied.len()).unwrap(),
+            bytes: update,
             differences: Vec::new(),
         })
     }
@@ -90,14 +182,19 @@ impl Patcher for Scripted {
         Err(problem(Failing::Refused, "no_image"))
     }
 
-    fn view(
-        &mut self,
-        _: &Asked,
-        applied: &[(u64, &Vec<u8>)],
-        _: Instant,
-    ) -> Result<Seen<View>, Problem> {
-        let ids: Vec<String> = applied.iter().map(|(id, _)| id.to_string()).collect();
-        Err(problem(Failing::Unknown, &ids.join(",")))
+    fn view(&mut self, _: &Asked, _: Instant) -> Result<Seen<View>, Problem> {
+        Err(problem(Failing::Unknown, "no_view"))
+    }
+}
+
+impl Scripted {
+    /// An update is no longer in effect; those that drain are gone at the third look.
+    fn leave(&mut self, update: u64) {
+        let drains = self.present.get_mut(&update);
+        match drains {
+            Some((true, looks)) => *looks = 1,
+            _ => drop(self.present.remove(&update)),
+        }
     }
 }
 
@@ -106,6 +203,18 @@ struct Fixture {
     events: Arc<Events>,
     go: std::sync::mpsc::Sender<()>,
     revert: Arc<Mutex<Option<Problem>>>,
+}
+
+fn order(package: &[u8], check: bool, deadline: Instant) -> Order {
+    Order {
+        name: "n".to_owned(),
+        package: package.to_vec(),
+        check,
+        instead_of: InsteadOf::These(Vec::new()),
+        model: None,
+        how: Use::default(),
+        deadline,
+    }
 }
 
 fn soon() -> Instant {
@@ -129,6 +238,8 @@ impl Fixture {
             revert: told,
             generation: 0,
             sound: true,
+            present: BTreeMap::new(),
+            passes: BTreeMap::new(),
         });
         Self {
             session: session.unwrap(),
@@ -145,12 +256,21 @@ impl Fixture {
         deadline: Instant,
     ) -> Receiver<Result<Update, Problem>> {
         let (done, end) = reply();
-        let queued = self
-            .session
-            .apply("n".to_owned(), package.to_vec(), check, deadline, done)
-            .unwrap();
+        let order = order(package, check, deadline);
+        let queued = self.session.apply(order, done).unwrap();
         assert_eq!(queued.state, State::Queued);
         end
+    }
+
+    fn apply_instead_of(&self, instead_of: InsteadOf) -> Result<Update, Problem> {
+        self.go.send(()).unwrap();
+        let (done, end) = reply();
+        let order = Order {
+            instead_of,
+            ..order(b"good", false, soon())
+        };
+        self.session.apply(order, done).unwrap();
+        end.recv().unwrap()
     }
 
     fn apply(&self, package: &[u8]) -> Result<Update, Problem> {
@@ -195,7 +315,7 @@ fn an_update_goes_its_way() {
     assert!(applied.applied.is_some());
     let (done, end) = reply();
     f.session.verify(1, soon(), done).unwrap();
-    assert_eq!(end.recv().unwrap().unwrap().bytes, 4);
+    assert_eq!(end.recv().unwrap().unwrap().bytes, 1);
     assert_eq!(f.revert(1, None).unwrap().state, Reverted);
 
     f.go.send(()).unwrap();
@@ -265,7 +385,7 @@ fn a_panic_ends_its_operation_and_no_other() {
         assert_eq!(f.session.updates().last().unwrap().state, state);
     };
     ends(b"panic", "defect", Refused);
-    ends(b"panic late", "defect", Broken);
+    ends(b"panic late", "defect", Applied);
     let id = f.apply(b"good").unwrap().id;
     let revert = |code: &str| {
         f.revert(id, Some(problem(Failing::Failed, code)))
@@ -314,10 +434,7 @@ fn operations_wait_their_turn_and_not_for_ever() {
     let mut waiting = Vec::new();
     let busy = loop {
         let (done, end) = reply();
-        let queued = f
-            .session
-            .apply(String::new(), b"c".to_vec(), false, soon(), done);
-        match queued {
+        match f.session.apply(order(b"c", false, soon()), done) {
             Ok(_) => waiting.push(end),
             Err(problem) => break problem,
         }
@@ -351,4 +468,104 @@ fn a_revert_that_waited_sees_what_came_before_it() {
         second.recv().unwrap().unwrap_err().code,
         "update_not_applied"
     );
+}
+
+#[test]
+fn an_update_takes_the_place_of_others() {
+    use State::{Applied, Replaced, Reverted};
+    let f = Fixture::new();
+    let states = || -> Vec<State> { f.session.updates().iter().map(|u| u.state).collect() };
+    for package in [b"a", b"b", b"c"] {
+        f.apply(package).unwrap();
+    }
+    let update = f.apply_instead_of(InsteadOf::These(vec![1, 3])).unwrap();
+    assert_eq!(update.instead_of, [1, 3]);
+    assert_eq!(states(), [Replaced, Applied, Replaced, Applied]);
+    assert_eq!(f.revert(1, None).unwrap_err().code, "update_not_applied");
+    let update = f.apply_instead_of(InsteadOf::All).unwrap();
+    assert_eq!(update.instead_of, [2, 4]);
+    f.revert(update.id, None).unwrap();
+    assert_eq!(states(), [Replaced, Replaced, Replaced, Replaced, Reverted]);
+}
+
+#[test]
+fn what_drains_is_looked_at_until_it_is_gone() {
+    let f = Fixture::new();
+    f.apply(b"drains").unwrap();
+    let (_, mut live) = f.events.subscribe(0);
+    f.revert(1, None).unwrap();
+    let mut seen = Vec::new();
+    while seen.last() != Some(&None) {
+        let event = live.blocking_recv().unwrap();
+        if let EventKind::Update(update) = event.kind
+            && update.state == State::Reverted
+        {
+            let edition = update.editions.first();
+            seen.push(edition.map(|edition| edition.life.clone()));
+        }
+    }
+    let draining = |looks: &str| {
+        Some(Life::Draining {
+            by: Some(looks.to_owned()),
+        })
+    };
+    let want = [
+        Some(Life::Active),
+        draining("1"),
+        draining("2"),
+        draining("3"),
+        None,
+    ];
+    assert_eq!(seen, want);
+}
+
+#[test]
+fn an_update_is_switching_until_all_tasks_have_made_its_switch() {
+    let f = Fixture::new();
+    let (_, mut live) = f.events.subscribe(0);
+    let update = f.apply(b"passes").unwrap();
+    assert_eq!(update.state, State::Switching);
+    assert_eq!(update.passing.map(|passing| passing.tasks.len()), Some(2));
+    let mut seen = Vec::new();
+    while seen.last() != Some(&(State::Applied, None)) {
+        let event = live.blocking_recv().unwrap();
+        if let EventKind::Update(update) = event.kind
+            && update.applied.is_some()
+        {
+            let left = update.passing.map(|passing| passing.tasks.len());
+            seen.push((update.state, left));
+        }
+    }
+    let switching = |left| (State::Switching, left);
+    assert_eq!(
+        seen[1..],
+        [
+            switching(Some(2)),
+            switching(Some(1)),
+            (State::Applied, None)
+        ]
+    );
+
+    // It can be forced, and taken back, while it is under way; and used otherwise.
+    f.apply(b"passes").unwrap();
+    let ask = |ask: &dyn Fn(Done<Update>) -> Result<Update, Problem>| {
+        let (done, end) = reply();
+        ask(done)?;
+        end.recv().unwrap()
+    };
+    let forced = ask(&|done| f.session.force(2, soon(), done)).unwrap();
+    assert_eq!((forced.state, forced.passing), (State::Applied, None));
+    let again = ask(&|done| f.session.force(2, soon(), done)).unwrap_err();
+    assert_eq!(again.code, "nothing_to_force");
+    let how = |counted| Use {
+        rule: Some(Arc::new(Rule::parse("pid = 1").unwrap())),
+        counted,
+    };
+    let used = ask(&|done| f.session.reuse(2, how(false), soon(), done)).unwrap();
+    assert_eq!((used.how, used.state), (how(false), State::Applied));
+    let refused = ask(&|done| f.session.reuse(2, how(true), soon(), done)).unwrap_err();
+    assert_eq!(refused.code, "no_counters");
+    assert_eq!(f.session.updates()[1].how, how(false));
+    let none = ask(&|done| f.session.reuse(9, how(false), soon(), done)).unwrap_err();
+    assert_eq!(none.code, "no_such_update");
 }

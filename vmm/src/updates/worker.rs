@@ -2,24 +2,35 @@
 
 use std::any::Any;
 use std::cell::Cell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::mpsc::Receiver;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use super::patcher::{Patcher, Task, Undo, Verified};
 use super::record::{BROKEN, Cost, Failing, Problem, State, Update};
-use super::{Book, Job};
+use super::{Book, InsteadOf, Job, Order, Use};
 use crate::views::{Asked, Seen, View};
 
 /// The session's thread.
 pub(super) struct Worker<P: Patcher> {
     book: Arc<Book>,
     patcher: P,
-    /// What is needed to revert each applied update, and the generation of the kernel that it is applied to.
-    applied: BTreeMap<u64, (u64, P::Applied)>,
+    /// For each update that is in effect, the generation of the kernel that it is applied to.
+    applied: BTreeMap<u64, u64>,
+    /// Updates of which something may be in the guest: those in effect, and those that threads have yet to leave.
+    present: BTreeSet<u64>,
+    /// How long to wait for the guest's threads to go on before they are looked at again.
+    wait: Duration,
 }
+
+/// First wait for the guest's threads to go on; it doubles each time.
+const FIRST_WAIT: Duration = Duration::from_millis(10);
+/// Longest such wait.
+const LONGEST_WAIT: Duration = Duration::from_secs(5);
+/// What one look at them may take.
+const LOOK: Duration = Duration::from_millis(500);
 
 impl<P: Patcher> Worker<P> {
     pub(super) fn new(book: Arc<Book>, patcher: P) -> Self {
@@ -27,15 +38,35 @@ impl<P: Patcher> Worker<P> {
             book,
             patcher,
             applied: BTreeMap::new(),
+            present: BTreeSet::new(),
+            wait: FIRST_WAIT,
         }
     }
 
     /// Works until nobody can hand in anything any more.
     pub(super) fn run(mut self, queue: &Receiver<Job>) {
-        while let Ok(job) = queue.recv() {
+        loop {
+            let job = if self.patcher.is_settling() {
+                match queue.recv_timeout(self.wait) {
+                    Err(RecvTimeoutError::Timeout) => {
+                        self.settle();
+                        continue;
+                    }
+                    Err(RecvTimeoutError::Disconnected) => return,
+                    Ok(job) => job,
+                }
+            } else {
+                let Ok(job) = queue.recv() else {
+                    return;
+                };
+                job
+            };
             match job {
-                Job::Apply(id, package, deadline, done) => done(self.apply(id, &package, deadline)),
+                Job::Apply(id, order, done) => done(self.apply(id, &order)),
                 Job::Revert(id, deadline, done) => done(self.revert(id, deadline)),
+                Job::Reuse(id, how, deadline, done) => done(self.reuse(id, &how, deadline)),
+                Job::Force(id, deadline, done) => done(self.force(id, deadline)),
+                Job::Calls(done) => done(self.work(P::calls)),
                 Job::Verify(id, deadline, done) => done(self.verify(id, deadline)),
                 Job::Kernel(deadline, done) => {
                     let known = self.work(|patcher| patcher.kernel(deadline));
@@ -47,37 +78,80 @@ impl<P: Patcher> Worker<P> {
         }
     }
 
-    fn apply(&mut self, id: u64, package: &[u8], deadline: Instant) -> Result<Update, Problem> {
-        let book = Arc::clone(&self.book);
-        let began = book.change(id, |update| update.state = State::Checking);
-        let (check, submitted) = began.map_or((true, Duration::ZERO), |update| {
-            (update.check, update.submitted)
+    /// Does what has waited for the guest's threads to go on.
+    fn settle(&mut self) {
+        let deadline = Instant::now() + LOOK;
+        if let Err(problem) = self.work(|patcher| patcher.settle(deadline)) {
+            tracing::debug!(?problem, "the guest's threads could not be looked at");
+        }
+        self.wait = (self.wait * 2).min(LONGEST_WAIT);
+        self.forget();
+        self.refresh();
+    }
+
+    /// Tells where the editions of all updates stand by now.
+    fn refresh(&mut self) {
+        let (book, patcher, applied) = (&self.book, &self.patcher, &self.applied);
+        self.present.retain(|id| {
+            let (editions, passing) = (patcher.editions(*id), patcher.passing(*id));
+            let in_effect = applied.contains_key(id);
+            let stays = !editions.is_empty() || in_effect;
+            book.change(*id, |update| {
+                update.state = match update.state {
+                    State::Switching if passing.is_none() && in_effect => State::Applied,
+                    State::Reverting if passing.is_none() && !in_effect => State::Reverted,
+                    State::Applied if passing.is_some() => State::Switching,
+                    State::Reverted if passing.is_some() => State::Reverting,
+                    other => other,
+                };
+                update.editions = editions;
+                update.passing = passing;
+            });
+            stays
         });
+    }
+
+    fn apply(&mut self, id: u64, order: &Order) -> Result<Update, Problem> {
+        let book = Arc::clone(&self.book);
+        let instead_of: Vec<u64> = match &order.instead_of {
+            InsteadOf::These(these) => these.clone(),
+            InsteadOf::All => self.applied.keys().copied().collect(),
+        };
+        let began = book.change(id, |update| {
+            update.state = State::Checking;
+            update.instead_of.clone_from(&instead_of);
+        });
+        let submitted = began.map_or(Duration::ZERO, |update| update.submitted);
         let written = Cell::new(false);
         let task = Task {
-            package,
-            check,
-            deadline,
+            update: id,
+            instead_of: &instead_of,
+            model: order.model,
+            how: &order.how,
+            package: &order.package,
+            check: order.check,
+            deadline: order.deadline,
             functions: &|functions| drop(book.change(id, |update| update.functions = functions)),
             doing: &|doing| drop(book.change(id, |update| update.doing = Some(doing))),
             written: &|| written.set(true),
         };
-        let result = if Instant::now() >= deadline {
+        let result = if Instant::now() >= order.deadline {
             Err(too_late())
         } else {
             self.work(|patcher| patcher.apply(&task))
         };
-        match result {
-            Ok((applied, report)) => {
-                let state = if applied.is_some() {
-                    State::Applied
-                } else {
-                    State::Checked
+        if written.get() {
+            self.took_effect(id, &instead_of);
+        }
+        self.forget();
+        self.wait = FIRST_WAIT;
+        let ended = match result {
+            Ok(report) => {
+                let state = match self.patcher.passing(id) {
+                    _ if order.check => State::Checked,
+                    Some(_) => State::Switching,
+                    None => State::Applied,
                 };
-                let generation = self.patcher.generation();
-                self.applied
-                    .extend(applied.map(|applied| (id, (generation, applied))));
-                self.forget();
                 let total = book.events.elapsed().saturating_sub(submitted);
                 self.end(id, |update| {
                     update.state = state;
@@ -87,11 +161,94 @@ impl<P: Patcher> Worker<P> {
             Err(problem) => {
                 let state = match problem.failing {
                     Failing::Broken => State::Broken,
-                    // What it takes to undo it went with the panic.
-                    _ if written.get() => State::Broken,
+                    // It is in effect, whatever went wrong behind that.
+                    _ if written.get() => State::Applied,
                     _ => State::Refused,
                 };
                 Err(self.fail(id, state, problem))
+            }
+        };
+        self.refreshed(id, ended)
+    }
+
+    /// The end of an operation on an update, as that is once it is told where its editions stand.
+    fn refreshed(&mut self, id: u64, ended: Result<Update, Problem>) -> Result<Update, Problem> {
+        self.refresh();
+        ended.and_then(|_| self.book.find(id))
+    }
+
+    /// Uses the editions of an update in another way.
+    fn reuse(&mut self, id: u64, how: &Use, deadline: Instant) -> Result<Update, Problem> {
+        if !self.applied.contains_key(&id) {
+            return Err(self.book.applied(id).err().unwrap_or_else(too_late));
+        }
+        let written = Cell::new(false);
+        let result = self.undertake(id, deadline, &written, |patcher, task| {
+            patcher.reuse(id, how, task).map(drop)
+        });
+        if written.get() {
+            self.book.change(id, |update| update.how = how.clone());
+        }
+        self.ended(id, result)
+    }
+
+    /// Ends the switch of an update for all.
+    fn force(&mut self, id: u64, deadline: Instant) -> Result<Update, Problem> {
+        let written = Cell::new(false);
+        let result = self.undertake(id, deadline, &written, |patcher, task| {
+            patcher.force(id, task)
+        });
+        self.ended(id, result)
+    }
+
+    /// Lets the patcher do something to an update, and notes whether that was written.
+    fn undertake<T>(
+        &mut self,
+        id: u64,
+        deadline: Instant,
+        written: &Cell<bool>,
+        work: impl FnOnce(&mut P, &Undo<'_>) -> Result<T, Problem>,
+    ) -> Result<T, Problem> {
+        if Instant::now() >= deadline {
+            return Err(too_late());
+        }
+        let book = Arc::clone(&self.book);
+        let task = Undo {
+            deadline,
+            doing: &|doing| drop(book.change(id, |update| update.doing = Some(doing))),
+            written: &|| written.set(true),
+        };
+        self.wait = FIRST_WAIT;
+        self.work(|patcher| work(patcher, &task))
+    }
+
+    /// Records how something ended that leaves the state of its update as it is, unless the guest is not sound any more.
+    fn ended(&mut self, id: u64, result: Result<(), Problem>) -> Result<Update, Problem> {
+        let ended = match result {
+            Ok(()) => self.end(id, |_| {}),
+            Err(problem) if problem.failing == Failing::Broken => {
+                Err(self.fail(id, State::Broken, problem))
+            }
+            Err(problem) => {
+                self.book.change(id, |update| {
+                    update.doing = None;
+                    update.problem = Some(problem.clone());
+                });
+                self.forget();
+                Err(problem)
+            }
+        };
+        self.refreshed(id, ended)
+    }
+
+    /// Notes that an update is in effect, and those whose place it took are not.
+    fn took_effect(&mut self, id: u64, instead_of: &[u64]) {
+        self.applied.insert(id, self.patcher.generation());
+        self.present.insert(id);
+        for gone in instead_of {
+            if self.applied.remove(gone).is_some() {
+                let state = State::Replaced;
+                self.book.change(*gone, |update| update.state = state);
             }
         }
     }
@@ -99,25 +256,25 @@ impl<P: Patcher> Worker<P> {
     fn revert(&mut self, id: u64, deadline: Instant) -> Result<Update, Problem> {
         let book = Arc::clone(&self.book);
         // The operations before this one may have ended it.
-        let Some((generation, applied)) = self.applied.remove(&id) else {
+        if !self.applied.contains_key(&id) {
             return Err(book.applied(id).err().unwrap_or_else(too_late));
-        };
+        }
         book.change(id, |update| update.state = State::Reverting);
         let began = Instant::now();
         let written = Cell::new(false);
-        let task = Undo {
-            deadline,
-            doing: &|doing| drop(book.change(id, |update| update.doing = Some(doing))),
-            written: &|| written.set(true),
+        let result = self.undertake(id, deadline, &written, |patcher, task| {
+            patcher.revert(&[id], task)
+        });
+        if written.get() {
+            self.applied.remove(&id);
+        }
+        let reverted = match self.patcher.passing(id) {
+            Some(_) => State::Reverting,
+            None => State::Reverted,
         };
-        let result = if began >= deadline {
-            Err(too_late())
-        } else {
-            self.work(|patcher| patcher.revert(&applied, &task))
-        };
-        match result {
+        let ended = match result {
             Ok(report) => self.end(id, |update| {
-                update.state = State::Reverted;
+                update.state = reverted;
                 update.reverted = Some(Cost {
                     report,
                     total: began.elapsed(),
@@ -126,24 +283,20 @@ impl<P: Patcher> Worker<P> {
             Err(problem) => {
                 let state = match problem.failing {
                     Failing::Broken => State::Broken,
-                    _ if written.get() => State::Reverted,
+                    _ if written.get() => reverted,
                     _ => State::Applied,
                 };
-                if state == State::Applied {
-                    self.applied.insert(id, (generation, applied));
-                }
                 Err(self.fail(id, state, problem))
             }
-        }
+        };
+        self.refreshed(id, ended)
     }
 
     fn verify(&mut self, id: u64, deadline: Instant) -> Result<Verified, Problem> {
-        let Some((_, applied)) = self.applied.get(&id) else {
+        if !self.applied.contains_key(&id) {
             return Err(self.book.applied(id).err().unwrap_or_else(too_late));
-        };
-        let result = caught(&mut self.patcher, |patcher| {
-            patcher.verify(applied, deadline)
-        });
+        }
+        let result = self.work(|patcher| patcher.verify(id, deadline));
         self.forget();
         result
     }
@@ -152,15 +305,15 @@ impl<P: Patcher> Worker<P> {
         if Instant::now() >= deadline {
             return Err(too_late());
         }
-        let applied = self.applied.iter();
-        let applied: Vec<_> = applied.map(|(id, (_, applied))| (*id, applied)).collect();
-        caught(&mut self.patcher, |patcher| {
-            patcher.view(asked, &applied, deadline)
-        })
+        self.work(|patcher| patcher.view(asked, deadline))
     }
 
+    /// Lets the patcher work. A panic is a problem like others: on its way out what was written is undone, or the guest left paused, and else
+    /// let go; what the patcher knows of the guest is looked at again with each operation.
     fn work<T>(&mut self, work: impl FnOnce(&mut P) -> Result<T, Problem>) -> Result<T, Problem> {
-        caught(&mut self.patcher, work)
+        let patcher = &mut self.patcher;
+        catch_unwind(AssertUnwindSafe(|| work(patcher)))
+            .unwrap_or_else(|panic| Err(defect(&*panic, patcher.is_sound())))
     }
 
     /// Records the good end of an operation.
@@ -188,7 +341,7 @@ impl<P: Patcher> Worker<P> {
     fn forget(&mut self) {
         let now = self.patcher.generation();
         let book = &self.book;
-        self.applied.retain(|id, (generation, _)| {
+        self.applied.retain(|id, generation| {
             let stays = *generation == now;
             if !stays {
                 book.change(*id, |update| update.state = State::Lost);
@@ -196,16 +349,6 @@ impl<P: Patcher> Worker<P> {
             stays
         });
     }
-}
-
-/// Lets the patcher work. A panic is a problem like others: on its way out what was written is undone, or the guest left paused, and else
-/// let go; what the patcher knows of the guest is looked at again with each operation.
-fn caught<P: Patcher, T>(
-    patcher: &mut P,
-    work: impl FnOnce(&mut P) -> Result<T, Problem>,
-) -> Result<T, Problem> {
-    catch_unwind(AssertUnwindSafe(|| work(patcher)))
-        .unwrap_or_else(|panic| Err(defect(&*panic, patcher.is_sound())))
 }
 
 fn defect(panic: &(dyn Any + Send), sound: bool) -> Problem {

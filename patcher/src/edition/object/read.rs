@@ -9,8 +9,8 @@ use object::{
 };
 
 use super::{
-    Edition, Function, OrcEntry, Package, PackageError, Place, Relocation, Section, Symbol,
-    parse_build_id,
+    AlternativeTable, Edition, Function, OrcEntry, Package, PackageError, Place, Pointer,
+    Relocation, Section, Symbol, parse_build_id,
 };
 use crate::edition::reloc::{self, Kind};
 use crate::edition::section::{Role, role};
@@ -64,6 +64,7 @@ pub(super) fn read(file: &Elf<'_>) -> Result<Package, PackageError> {
         return Err(PackageError::NoOrc);
     }
     let functions = reader.functions()?;
+    let alternatives = reader.alternatives()?;
     Ok(Package {
         build_id,
         editions,
@@ -71,6 +72,7 @@ pub(super) fn read(file: &Elf<'_>) -> Result<Package, PackageError> {
         symbols: reader.symbols,
         orc,
         functions,
+        alternatives,
         left_out: reader.left_out,
     })
 }
@@ -415,6 +417,29 @@ impl Reader<'_, '_> {
             });
         }
         Ok(entries)
+    }
+
+    /// The table of alternatives, which is understood only together with the kernel's types.
+    fn alternatives(&mut self) -> Result<AlternativeTable, PackageError> {
+        let name = ".altinstructions";
+        if self.file.section_by_name(name).is_none() {
+            return Ok(AlternativeTable::default());
+        }
+        let pointers = self.pointers(name)?.into_iter();
+        let pointers = pointers.map(|(at, section, offset)| {
+            let outside = |_| PackageError::Outside {
+                what: "a pointer",
+                section: name.to_owned(),
+                offset: at,
+            };
+            let offset = usize::try_from(offset).map_err(outside)?;
+            let at = usize::try_from(at).map_err(outside)?;
+            Ok((at, Pointer { section, offset }))
+        });
+        Ok(AlternativeTable {
+            pointers: pointers.collect::<Result<_, _>>()?,
+            bytes: self.ours(name)?,
+        })
     }
 }
 

@@ -138,6 +138,30 @@ impl Maker {
         self.relocate(places, 0, 2, text, 0);
     }
 
+    /// Adds a table of alternatives with flags: each of code at an offset of `.text`, what may take its place at one of
+    /// `replacements`, the feature's number, the flags, and both lengths.
+    pub(crate) fn alternatives(
+        &mut self,
+        replacements: SectionId,
+        entries: &[(u64, u64, u16, u16, u8, u8)],
+    ) {
+        let table = self.section(".altinstructions", SectionKind::ReadOnlyData, &[]);
+        let (text, from) = (self.text, replacements);
+        let (text, from) = (
+            self.object.section_symbol(text),
+            self.object.section_symbol(from),
+        );
+        for &(place, replacement, feature, flags, len, replacement_len) in entries {
+            let mut entry = vec![0; 8];
+            entry.extend(feature.to_le_bytes());
+            entry.extend(flags.to_le_bytes());
+            entry.extend([len, replacement_len]);
+            let at = self.object.append_section_data(table, &entry, 1);
+            self.relocate(table, at, 2, text, place.cast_signed());
+            self.relocate(table, at + 4, 2, from, replacement.cast_signed());
+        }
+    }
+
     /// The package's bytes.
     pub(crate) fn finish(&self) -> Vec<u8> {
         self.object.write().unwrap()
@@ -195,10 +219,8 @@ fn what_is_wrong_is_named() {
         assert!(error.contains(what), "{what}: {error}");
     };
     let refused = [
-        (".altinstructions", SectionKind::ReadOnlyData),
         ("__jump_table", SectionKind::Data),
-        (".static_call_sites", SectionKind::Data),
-        (".parainstructions", SectionKind::ReadOnlyData),
+        (".static_call.text", SectionKind::Text),
         (".data..percpu", SectionKind::Data),
         (".init.text", SectionKind::Text),
         (".something.new", SectionKind::Data),
@@ -274,6 +296,21 @@ fn what_is_missing_is_named() {
             len: MAX_PACKAGE + 1
         })
     );
+}
+
+#[test]
+fn a_table_of_alternatives_is_read() {
+    let mut maker = sample();
+    let code = maker.section(".altinstr_replacement", SectionKind::Text, &[0x90; 8]);
+    maker.alternatives(code, &[(10, 8, 1, 0, 7, 0)]);
+    let package = Package::parse(&maker.finish()).unwrap();
+    let table = package.alternatives();
+    assert_eq!(table.bytes, [0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 7, 0]);
+    let pointers = table.pointers.iter();
+    let pointers: Vec<_> = pointers
+        .map(|(at, to)| (*at, to.section, to.offset))
+        .collect();
+    assert_eq!(pointers, [(0, 0, 10), (4, 2, 8)]);
 }
 
 #[test]

@@ -7,8 +7,9 @@ use super::moved::moved;
 use super::window::Window;
 use super::{Cause, ChangedError};
 use crate::addr::{Gva, LinkAddr};
-use crate::kernel::bytes::{le_i32, le_u16};
-use crate::kernel::locate::{Kernel, KernelError};
+use crate::kernel::alternatives::AlternativeLayout;
+use crate::kernel::bytes::le_i32;
+use crate::kernel::locate::Kernel;
 use crate::kernel::sites::{Entry, SiteKind};
 use crate::kernel::symbols::SymbolError;
 
@@ -24,10 +25,6 @@ const CS: u8 = 0x2e;
 const ENDBR: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
 /// What is written over it (`gen_endbr_poison()`).
 const SEALED: [u8; 4] = [0x66, 0x0f, 0x1f, 0x00];
-/// In the number of a feature: it must be absent (`ALTINSTR_FLAG_INV`). Where there are flags: `ALT_FLAG_*`.
-const ABSENT_IN_NUMBER: u16 = 1 << 15;
-const ABSENT: u16 = 1;
-const DIRECT_CALL: u16 = 2;
 
 /// Registers by number.
 pub(super) const REGISTERS: [&str; 16] = [
@@ -191,34 +188,12 @@ pub(super) fn retpoline(
     Some(new)
 }
 
-/// Where the entries of alternatives have what.
-struct AlternativeLayout {
-    replacement: u64,
-    feature: usize,
-    flags: Option<usize>,
-    len: usize,
-}
-
-fn alternative_layout(kernel: &Kernel) -> Result<AlternativeLayout, ChangedError> {
-    let types = kernel.image().types();
-    let of = |path| {
-        let at = types.offset_of("alt_instr", path)?;
-        Ok::<usize, KernelError>(usize::try_from(at).unwrap_or(usize::MAX))
-    };
-    Ok(AlternativeLayout {
-        replacement: types.offset_of("alt_instr", "repl_offset")?,
-        feature: of("cpuid")?,
-        flags: of("flags").ok(),
-        len: of("replacementlen")?,
-    })
-}
-
 fn alternatives(facts: &Facts<'_>, window: &mut Window<'_>) -> Result<(), ChangedError> {
     let mut sites = entries(facts, SiteKind::Alternative, window);
     if sites.is_empty() {
         return Ok(());
     }
-    let layout = alternative_layout(facts.kernel)?;
+    let layout = AlternativeLayout::of(facts.kernel.image().types())?;
     // Of several for one place, which follow each other, all are as long as the longest.
     for group in sites.chunk_by_mut(|a, b| a.site.range.start == b.site.range.start) {
         let end = group.iter().map(|entry| entry.site.range.end).max();
@@ -245,30 +220,17 @@ fn chosen(
 ) -> Result<Option<Vec<u8>>, ChangedError> {
     let range = &entry.site.range;
     let unknown = |what| unknown(facts, what, range.start, entry.bytes);
-    let feature = le_u16(entry.bytes, layout.feature).unwrap_or(0);
-    let (feature, absent, flags) = match layout.flags {
-        Some(flags) => {
-            let flags = le_u16(entry.bytes, flags).unwrap_or(0);
-            (feature, flags & ABSENT != 0, flags)
-        }
-        None => (
-            feature & !ABSENT_IN_NUMBER,
-            feature & ABSENT_IN_NUMBER != 0,
-            0,
-        ),
-    };
-    if flags & !(ABSENT | DIRECT_CALL) != 0 {
-        return Err(unknown("flag of an alternative"));
-    }
-    let has = facts
-        .has_feature(feature)
+    let alternative = layout.decode(entry.bytes);
+    let alternative = alternative.ok_or_else(|| unknown("flag of an alternative"))?;
+    let wanted = alternative
+        .is_wanted(&facts.features)
         .ok_or_else(|| unknown("feature of an alternative"))?;
-    if has == absent {
+    if !wanted {
         return Ok(None);
     }
     let len = range.end.0 - range.start.0;
-    let from = entry.relative(layout.replacement);
-    let code_len = entry.bytes.get(layout.len).copied().map_or(0, u64::from);
+    let from = entry.relative(layout.replacement as u64);
+    let code_len = alternative.replacement_len as u64;
     let source = from.and_then(|from| from.range(code_len));
     let mut code = match source {
         Some(source) if code_len > 0 => {
@@ -279,7 +241,7 @@ fn chosen(
         }
         _ => Vec::new(),
     };
-    if flags & DIRECT_CALL != 0 {
+    if alternative.direct_call {
         let Some(old) = window.get(range) else {
             return Ok(None);
         };

@@ -8,8 +8,9 @@ use super::window::Window;
 use super::{ChangedError, boot};
 use crate::addr::{Gva, LinkAddr};
 use crate::guest::ReadPhys;
+use crate::kernel::alternatives::Features;
 use crate::kernel::bpf::{Bpf, BpfKind};
-use crate::kernel::bytes::{le_u32, le_u64};
+use crate::kernel::bytes::le_u64;
 use crate::kernel::gather::Bound;
 use crate::kernel::image::Shipped;
 use crate::kernel::locate::{Kernel, KernelError};
@@ -64,8 +65,8 @@ pub(super) struct Facts<'a> {
     pub(super) counting: Option<Counting>,
     pub(super) locks_dropped: bool,
     pub(super) seal: Option<[u8; 4]>,
-    /// The processor's features, a bit each.
-    pub(super) features: Vec<u8>,
+    /// What the processor can do.
+    pub(super) features: Features,
     /// The table of paravirtual operations, and where it is.
     pub(super) operations: (LinkAddr, Vec<u8>),
     /// What alternatives are replaced by.
@@ -103,7 +104,7 @@ impl<'a> Facts<'a> {
             thunks: boot::thunks(kernel)?,
             locks_dropped: false,
             seal: None,
-            features: features(kernel, memory)?,
+            features: Features::read(kernel, guest)?,
             operations: operations(kernel, memory)?,
             replacements: None,
             traced: traced(kernel, memory)?,
@@ -179,20 +180,6 @@ fn alone(shipped: &Shipped, kind: SiteKind, text: &Range<LinkAddr>) -> Vec<Site>
             .is_empty()
     });
     found
-}
-
-fn features<R: ReadPhys + ?Sized>(
-    kernel: &Kernel,
-    memory: &Memory<'_, R>,
-) -> Result<Vec<u8>, ChangedError> {
-    let field = kernel
-        .image()
-        .types()
-        .member("cpuinfo_x86", "x86_capability")?;
-    let at = kernel.symbol("boot_cpu_data")?;
-    let mut features = vec![0; usize::try_from(field.size.min(4096)).unwrap_or(0)];
-    memory.read(Gva(at.0.wrapping_add(field.offset)), &mut features)?;
-    Ok(features)
 }
 
 fn operations<R: ReadPhys + ?Sized>(
@@ -360,12 +347,6 @@ fn trampolines(kernel: &Kernel) -> Vec<(LinkAddr, Vec<LinkAddr>)> {
 }
 
 impl Facts<'_> {
-    /// Whether the processor has feature `bit`; `None` for a bit that the kernel does not keep.
-    pub(super) fn has_feature(&self, bit: u16) -> Option<bool> {
-        let word = self.features.get(usize::from(bit / 32) * 4..)?;
-        Some(le_u32(word, 0)? >> (bit % 32) & 1 != 0)
-    }
-
     /// The operation at `slot` of the table of paravirtual operations.
     pub(super) fn operation(&self, slot: LinkAddr) -> Option<Gva> {
         let offset = usize::try_from(slot.offset_from(self.operations.0)?).ok()?;

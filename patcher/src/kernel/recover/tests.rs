@@ -157,7 +157,7 @@ fn nothing_is_told_of_text_that_memory_does_not_hold_as_it_was() {
         offset: 0,
     };
     let arena = Gva(0)..Gva(0);
-    let target = Target::find(&kernel, &guest, &edition, &arena, Returns::Plain);
+    let target = Target::find(&kernel, &guest, &edition, &arena, Returns::Plain, |_| None);
     assert!(
         matches!(target, Err(TargetError::NotShipped(_))),
         "{target:?}"

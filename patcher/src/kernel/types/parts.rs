@@ -85,4 +85,10 @@ impl Types {
         let home = self.home(of);
         home.layout.array(home.data(), of)
     }
+
+    /// Whether the integer `of` has a sign.
+    pub(super) fn is_signed(&self, of: &RawType) -> bool {
+        let home = self.home(of);
+        home.layout.is_signed(home.data(), of)
+    }
 }

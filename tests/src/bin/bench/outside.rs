@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use patcher::addr::Gpa;
-use patcher::apply::{ApplyOptions, Arena, Report, apply, revert};
+use patcher::apply::{ApplyOptions, Arena, Model, Report, Request, apply, revert};
 use patcher::edition::object::Package;
 use patcher::guest::Registers as _;
 use patcher::guest::dump::Dump;
@@ -211,14 +211,19 @@ fn recorded(figures: &mut Figures, stock: Stock, dump: &Path) -> Result<(), Stri
             doing: &|_| (),
             written: &|| (),
         };
-        let mut draft = arena.clone();
-        let (applied, report) = apply(&mut guest, &kernel, &mut draft, &package, &options)
+        let request = Request::new(1, &package);
+        let report = apply(&mut guest, &kernel, &mut arena, &request, &options)
             .map_err(|error| failed(&error))?;
         reports.push(report);
-        let applied = applied.ok_or_else(|| failed(&"nothing was applied"))?;
-        revert(&mut guest, &kernel, &draft, &applied, &options).map_err(|error| failed(&error))?;
-        // No thread of a recorded guest runs, so the room can be used again.
-        arena.layout = draft.layout;
+        revert(
+            &mut guest,
+            &kernel,
+            &mut arena,
+            &[1],
+            Model::Immediate,
+            &options,
+        )
+        .map_err(|error| failed(&error))?;
     }
     let middle = |of: &dyn Fn(&Report) -> u64| {
         median(reports.iter().map(|report| of(report) as f64).collect())

@@ -1,0 +1,226 @@
+//! The redirection handlers that are in the arena: where each is made, and what belongs to it.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use super::ApplyError;
+use crate::addr::Gva;
+use crate::edition::handler::{
+    self, Assembled, Bound, Choice, Frame, HandlerError, LINE, Region, Spec,
+};
+use crate::edition::link::{Placed, Returns};
+use crate::edition::list::{Step, UpdateId};
+use crate::edition::resident::laid_out;
+use crate::edition::set::SetPlace;
+use crate::edition::space::ArenaSpace;
+use crate::kernel::locate::Kernel;
+use crate::kernel::orc::{Orc, OrcError, OrcTable};
+use crate::kernel::unwind::OtherCode;
+use crate::plan::target::Target;
+use crate::rule::resolve::{Function, PerCpu};
+
+/// Alignment of handlers in bytes: that of the kernel's own functions.
+const ALIGN: u64 = 16;
+
+/// What handlers of one kernel are made with.
+#[derive(Clone, Debug)]
+pub struct Workshop {
+    region: Region,
+    per_cpu: PerCpu,
+    cpus: u32,
+}
+
+/// One handler, and its memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Made {
+    /// Its function.
+    pub function: Gva,
+    /// Its code.
+    pub code: Range<Gva>,
+    /// Its cells: the first byte, and how many.
+    pub cells: (Gva, u64),
+    /// The handler.
+    pub assembled: Assembled,
+}
+
+/// Calls of a function that are counted: of one that go to this update's edition, or to the original.
+pub type Counted = (Gva, Option<UpdateId>);
+
+/// The counters: for each the first of its cells, one for each CPU.
+pub type Counters = BTreeMap<Counted, Gva>;
+
+impl Workshop {
+    /// A workshop with what all handlers call, and the bytes of that. Room is taken from `space`.
+    ///
+    /// # Errors
+    /// When the kernel does not tell where a CPU keeps its own, or there is no room.
+    pub fn new(
+        kernel: &Kernel,
+        returns: Returns,
+        cpus: u32,
+        space: &mut ArenaSpace,
+    ) -> Result<(Self, Placed), ApplyError> {
+        let per_cpu = PerCpu::of(kernel.image(), kernel.slide())?;
+        let anywhere = Region::new(space.handlers.range().start, returns)?;
+        let at = space.handlers.take(anywhere.bytes.len() as u64, ALIGN)?;
+        let region = Region::new(at, returns)?;
+        let placed = Placed {
+            at: at.0,
+            bytes: region.bytes.clone(),
+        };
+        let workshop = Self {
+            region,
+            per_cpu,
+            cpus,
+        };
+        Ok((workshop, placed))
+    }
+
+    /// Bytes of one counter.
+    #[must_use]
+    pub fn counter_len(&self) -> u64 {
+        u64::from(self.cpus) * LINE
+    }
+
+    /// Makes the handler that leads the calls of `target` by `way`, or those of the tasks in a set by another one.
+    ///
+    /// # Errors
+    /// When a rule cannot be asked of this function, or there is no room.
+    pub fn make(
+        &self,
+        kernel: &Kernel,
+        target: &Target,
+        way: &[Step],
+        bound: Option<(SetPlace, &[Step])>,
+        space: &mut ArenaSpace,
+    ) -> Result<Made, ApplyError> {
+        let choices = choices(kernel, target, way)?;
+        let bound = match bound {
+            Some((tasks, way)) => Some(Bound {
+                tasks,
+                choices: self::choices(kernel, target, way)?,
+            }),
+            None => None,
+        };
+        let (sets, predicates) = (BTreeMap::new(), BTreeMap::new());
+        let anywhere = space.data.range().start;
+        let spec = Spec {
+            region: &self.region,
+            per_cpu: self.per_cpu,
+            cpus: self.cpus,
+            bound: bound.as_ref(),
+            choices: &choices,
+            sets: &sets,
+            predicates: &predicates,
+            cells: anywhere,
+        };
+        let cells_len = spec.cells_len();
+        let cells = match cells_len {
+            0 => anywhere,
+            len => space.data.take(len, LINE)?,
+        };
+        let spec = Spec { cells, ..spec };
+        // Everything that it jumps to is far, so that its length is the same wherever it is.
+        let len = |assembled: &Assembled| assembled.bytes.len() as u64;
+        let room = len(&handler::assemble(&spec, space.handlers.range().start)?);
+        let at = space.handlers.take(room, ALIGN)?;
+        let assembled = handler::assemble(&spec, at)?;
+        if len(&assembled) != room {
+            let cause = format!(
+                "it is {} bytes long here, {room} elsewhere",
+                len(&assembled)
+            );
+            return Err(HandlerError::Assembler { cause }.into());
+        }
+        Ok(Made {
+            function: target.function,
+            code: at..Gva(at.0.saturating_add(room)),
+            cells: (cells, cells_len),
+            assembled,
+        })
+    }
+
+    /// How to unwind in what all handlers call.
+    fn rules(&self) -> &[(Gva, Frame)] {
+        &self.region.orc
+    }
+}
+
+/// The editions of a way as a handler knows them.
+fn choices(kernel: &Kernel, target: &Target, way: &[Step]) -> Result<Vec<Choice>, ApplyError> {
+    let function = Function {
+        image: kernel.image(),
+        types: kernel.image().types(),
+        name: &target.name,
+    };
+    let choice = |step: &Step| {
+        let rule = step.rule.as_ref().map(|rule| function.resolve(rule));
+        Ok(Choice {
+            rule: rule.transpose()?,
+            to: step.to,
+            counter: step.counter,
+            rule_counter: None,
+        })
+    };
+    way.iter().map(choice).collect()
+}
+
+impl Made {
+    /// What is to be written: its code and its cells, as they begin.
+    #[must_use]
+    pub fn placed(&self) -> [Placed; 2] {
+        let (at, len) = self.cells;
+        let mut bytes = vec![0; usize::try_from(len).unwrap_or_default()];
+        for cell in &self.assembled.cells {
+            let offset = cell
+                .at
+                .offset_from(at)
+                .and_then(|offset| usize::try_from(offset).ok());
+            let room = offset.and_then(|offset| bytes.get_mut(offset..offset.checked_add(8)?));
+            if let Some(room) = room {
+                room.copy_from_slice(&cell.initial.to_le_bytes());
+            }
+        }
+        let code = Placed {
+            at: self.assembled.at.0,
+            bytes: self.assembled.bytes.clone(),
+        };
+        [code, Placed { at: at.0, bytes }]
+    }
+}
+
+/// All of the handlers' part of the arena as code that threads may be in: `workshop`'s, and what was `made` in it.
+///
+/// # Errors
+/// When the kernel's unwind table has no words for it.
+pub(super) fn code<'a>(
+    kernel: &Kernel,
+    workshop: &Workshop,
+    made: impl Iterator<Item = &'a Made>,
+    range: Range<Gva>,
+) -> Result<OtherCode, OrcError> {
+    let table = match kernel.image().orc() {
+        Ok(like) => {
+            let rules = made.flat_map(|made| &made.assembled.orc);
+            let rules = workshop.rules().iter().chain(rules);
+            let entries = rules.map(|(at, frame)| Ok((*at, entry(like, *frame)?)));
+            let entries = entries.collect::<Result<Vec<_>, OrcError>>()?;
+            Some(laid_out(&range, entries, like)?)
+        }
+        Err(OrcError::Absent { .. }) => None,
+        Err(other) => return Err(other.clone()),
+    };
+    Ok(OtherCode {
+        name: "a redirection handler".to_owned(),
+        range,
+        table,
+    })
+}
+
+/// How this kernel's unwind table says `frame`.
+fn entry(like: &OrcTable, frame: Frame) -> Result<Vec<u8>, OrcError> {
+    let pushed = i16::from(frame.sp_offset).saturating_sub(i16::from(Frame::ENTERED.sp_offset));
+    let rule = Orc::ENTERED.lower(pushed);
+    like.saying(rule)
+        .ok_or(OrcError::Field { field: "sp_offset" })
+}

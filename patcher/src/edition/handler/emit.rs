@@ -1,0 +1,471 @@
+//! The instructions of a handler.
+//!
+//! A test is compiled to a comparison and one conditional jump, given where to go on when it is true, where when it is false, and which of
+//! the two comes next. `r11` holds the current task wherever anything asks about it; `rax` and `r10` are free between tests.
+
+use std::collections::BTreeMap;
+
+use iced_x86::code_asm::{
+    AsmMemoryOperand, AsmRegister32, AsmRegister64, CodeAssembler, CodeLabel, al, ax, dword_ptr,
+    eax, qword_ptr, r10, r10d, r11, r11d, rax,
+};
+
+use super::value::{ARGUMENTS, Held, displacement};
+use super::{Cell, Choice, HandlerError, LINE, Owner, Spec, reach, returned};
+use crate::addr::Gva;
+use crate::edition::set::{FIRST, Keys, SECOND, SECOND_WIDE, SetPlace};
+use crate::rule::Order;
+use crate::rule::resolve::{Check, KERNEL_THREAD, Resolved, Source, Span, Value};
+
+/// Multiplier that spreads the numbers 0, 1, 2, ... evenly: 2^64 divided by the golden ratio.
+const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// The code of a handler at `at`.
+pub(super) fn handler(spec: &Spec<'_>, cells: &[Cell], at: Gva) -> Result<Vec<u8>, HandlerError> {
+    let mut emit = Emit {
+        spec,
+        code: CodeAssembler::new(64)?,
+        cells: cells.iter(),
+        thunks: BTreeMap::new(),
+        needs_task: needs_task(spec),
+        fault: CodeLabel::default(),
+    };
+    emit.start()?;
+    Ok(emit.code.assemble(at.0)?)
+}
+
+/// Which of two labels comes right behind.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Next {
+    Yes,
+    No,
+}
+
+/// Where a test goes on.
+#[derive(Clone, Copy)]
+struct Ways {
+    yes: CodeLabel,
+    no: CodeLabel,
+    next: Next,
+}
+
+impl Ways {
+    fn turned(self) -> Self {
+        let next = match self.next {
+            Next::Yes => Next::No,
+            Next::No => Next::Yes,
+        };
+        Self {
+            yes: self.no,
+            no: self.yes,
+            next,
+        }
+    }
+}
+
+/// What flags say that a test is true.
+#[derive(Clone, Copy)]
+enum When {
+    Equal,
+    NotEqual,
+    Below { signed: bool },
+    AtMost { signed: bool },
+    Above { signed: bool },
+    AtLeast { signed: bool },
+}
+
+impl When {
+    fn opposite(self) -> Self {
+        match self {
+            Self::Equal => Self::NotEqual,
+            Self::NotEqual => Self::Equal,
+            Self::Below { signed } => Self::AtLeast { signed },
+            Self::AtMost { signed } => Self::Above { signed },
+            Self::Above { signed } => Self::AtMost { signed },
+            Self::AtLeast { signed } => Self::Below { signed },
+        }
+    }
+}
+
+pub(super) struct Emit<'a> {
+    pub(super) spec: &'a Spec<'a>,
+    pub(super) code: CodeAssembler,
+    /// Those that no test has taken yet; tests take them in the order in which they were laid out.
+    cells: std::slice::Iter<'a, Cell>,
+    /// For each predicate's address, what calls it.
+    thunks: BTreeMap<Gva, CodeLabel>,
+    needs_task: bool,
+    /// Where a rule goes on that cannot be answered: it does not match.
+    pub(super) fault: CodeLabel,
+}
+
+impl Emit<'_> {
+    fn start(&mut self) -> Result<(), HandlerError> {
+        if self.needs_task {
+            self.task()?;
+        }
+        if let Some(bound) = self.spec.bound {
+            let (yes, no) = (self.label(), self.label());
+            let ways = Ways {
+                yes,
+                no,
+                next: Next::Yes,
+            };
+            self.member(r11, bound.tasks, ways)?;
+            self.set(yes)?;
+            self.choices(true, &bound.choices)?;
+            self.set(no)?;
+        }
+        self.choices(false, self.spec.choices)?;
+        for (predicate, label) in std::mem::take(&mut self.thunks) {
+            self.thunk(predicate, label)?;
+        }
+        Ok(())
+    }
+
+    fn choices(&mut self, bound: bool, choices: &[Choice]) -> Result<(), HandlerError> {
+        for (choice, of) in choices.iter().enumerate() {
+            let no = self.label();
+            if let Some(rule) = &of.rule {
+                let yes = self.label();
+                self.fault = no;
+                let next = Next::Yes;
+                self.rule(rule, Owner { bound, choice }, Ways { yes, no, next })?;
+                self.set(yes)?;
+            }
+            self.count(of)?;
+            self.code.jmp(of.to.0)?;
+            self.set(no)?;
+        }
+        Ok(())
+    }
+
+    /// Counts a call that goes to `choice`. It may be moved to another processor between its number is read and the cell is changed, so that is
+    /// locked; and the number is believed only if the cells reach so far.
+    fn count(&mut self, choice: &Choice) -> Result<(), HandlerError> {
+        let counters = [choice.counter, choice.rule_counter];
+        if counters == [None, None] {
+            return Ok(());
+        }
+        let skip = self.label();
+        self.cpu()?;
+        self.code.cmp(eax, self.spec.cpus.cast_signed())?;
+        self.code.jae(skip)?;
+        self.code.shl(eax, LINE.trailing_zeros())?;
+        for counter in counters.into_iter().flatten() {
+            let at = reach("a counter", counter, LINE)?;
+            self.code.lock().inc(qword_ptr(rax + at))?;
+        }
+        self.set(skip)
+    }
+
+    fn rule(&mut self, rule: &Resolved, of: Owner, ways: Ways) -> Result<(), HandlerError> {
+        match rule {
+            Resolved::Check(check) => self.check(check, of, ways),
+            Resolved::Not(rule) => self.rule(rule, of, ways.turned()),
+            Resolved::All(rules) => self.all(rules, of, ways, false),
+            Resolved::Any(rules) => self.all(rules, of, ways, true),
+        }
+    }
+
+    /// All of `rules`, or any of them; that is the same the other way round.
+    fn all(
+        &mut self,
+        rules: &[Resolved],
+        of: Owner,
+        ways: Ways,
+        any: bool,
+    ) -> Result<(), HandlerError> {
+        let Some((last, before)) = rules.split_last() else {
+            return Ok(());
+        };
+        for rule in before {
+            let then = self.label();
+            let step = if any {
+                Ways {
+                    yes: ways.yes,
+                    no: then,
+                    next: Next::No,
+                }
+            } else {
+                Ways {
+                    yes: then,
+                    no: ways.no,
+                    next: Next::Yes,
+                }
+            };
+            self.rule(rule, of, step)?;
+            self.set(then)?;
+        }
+        self.rule(last, of, ways)
+    }
+
+    fn check(&mut self, check: &Check, of: Owner, ways: Ways) -> Result<(), HandlerError> {
+        match check {
+            Check::Order { value, order, .. } => {
+                let held = self.value(value)?;
+                self.compare(held, of)?;
+                let signed = value.signed;
+                let when = match order {
+                    Order::Equal => When::Equal,
+                    Order::NotEqual => When::NotEqual,
+                    Order::Below => When::Below { signed },
+                    Order::AtMost => When::AtMost { signed },
+                    Order::Above => When::Above { signed },
+                    Order::AtLeast => When::AtLeast { signed },
+                };
+                self.branch(when, ways)
+            }
+            Check::In { value, spans } => self.spans(value, spans, of, ways),
+            Check::Comm { offset, bytes } => self.comm(*offset, bytes, of, ways),
+            Check::Kthread { flags } => {
+                let flags = dword_ptr(r11 + displacement(*flags));
+                self.code.test(flags, KERNEL_THREAD)?;
+                self.branch(When::NotEqual, ways)
+            }
+            Check::InSet { value, set } => {
+                let place = self.spec.sets.get(set);
+                let place = *place.ok_or_else(|| HandlerError::NoSet { name: set.clone() })?;
+                let key = self.key(value)?;
+                self.member(key, place, ways)
+            }
+            Check::Share { .. } => {
+                let (last, calls) = (self.cell(of)?, self.cell(of)?);
+                self.code.mov(r10d, 1)?;
+                self.code.lock().xadd(calls, r10)?;
+                self.code.mov(rax, SPREAD)?;
+                self.code.imul_2(r10, rax)?;
+                self.code.cmp(r10, last)?;
+                self.branch(When::AtMost { signed: false }, ways)
+            }
+            Check::First { .. } => {
+                let (limit, calls) = (self.cell(of)?, self.cell(of)?);
+                // Once there were enough, the cell is only read, and stays in every processor's cache.
+                self.code.mov(r10, calls)?;
+                self.code.cmp(r10, limit)?;
+                self.code.jae(ways.no)?;
+                self.code.mov(r10d, 1)?;
+                self.code.lock().xadd(calls, r10)?;
+                self.code.cmp(r10, limit)?;
+                self.branch(When::Below { signed: false }, ways)
+            }
+            Check::Rate { .. } => {
+                let tokens = self.cell(of)?;
+                self.code.cmp(tokens, 0)?;
+                self.code.jle(ways.no)?;
+                self.code.mov(r10, -1_i64)?;
+                self.code.lock().xadd(tokens, r10)?;
+                self.code.test(r10, r10)?;
+                self.branch(When::Above { signed: true }, ways)
+            }
+            Check::During(_) => {
+                let on = self.cell(of)?;
+                self.code.cmp(on, 0)?;
+                self.branch(When::NotEqual, ways)
+            }
+            Check::Predicate { name, size } => self.predicate(name, *size, ways),
+        }
+    }
+
+    fn spans(
+        &mut self,
+        value: &Value,
+        spans: &[Span],
+        of: Owner,
+        ways: Ways,
+    ) -> Result<(), HandlerError> {
+        let held = self.value(value)?;
+        let signed = value.signed;
+        for (index, span) in spans.iter().enumerate() {
+            let last = index + 1 == spans.len();
+            let behind = self.label();
+            let (no, next) = if last {
+                (ways.no, ways.next)
+            } else {
+                (behind, Next::No)
+            };
+            let yes = ways.yes;
+            self.compare(held, of)?;
+            if matches!(span, Span::Range(..)) {
+                self.jump(When::Below { signed }, no)?;
+                self.compare(held, of)?;
+                self.branch(When::AtMost { signed }, Ways { yes, no, next })?;
+            } else {
+                self.branch(When::Equal, Ways { yes, no, next })?;
+            }
+            self.set(behind)?;
+        }
+        Ok(())
+    }
+
+    fn comm(
+        &mut self,
+        offset: u32,
+        bytes: &[u8],
+        of: Owner,
+        ways: Ways,
+    ) -> Result<(), HandlerError> {
+        let chunks = bytes.chunks(8).count();
+        for (index, chunk) in bytes.chunks(8).enumerate() {
+            let at = displacement(offset) + if index == 0 { 0 } else { 8 };
+            self.code.mov(rax, qword_ptr(r11 + at))?;
+            let surplus = u32::try_from(8_usize.saturating_sub(chunk.len())).unwrap_or(0);
+            if surplus > 0 {
+                self.code.shl(rax, surplus * 8)?;
+            }
+            self.compare(Held::Whole(rax), of)?;
+            if index + 1 < chunks {
+                self.jump(When::NotEqual, ways.no)?;
+            }
+        }
+        self.branch(When::Equal, ways)
+    }
+
+    fn predicate(&mut self, name: &str, size: u8, ways: Ways) -> Result<(), HandlerError> {
+        let at = self.spec.predicates.get(name);
+        let at = *at.ok_or_else(|| HandlerError::NoPredicate {
+            name: name.to_owned(),
+        })?;
+        reach("a predicate", at, 1)?;
+        let fresh = self.code.create_label();
+        let thunk = *self.thunks.entry(at).or_insert(fresh);
+        self.code.call(thunk)?;
+        if self.needs_task {
+            self.task()?;
+        }
+        match size {
+            1 => self.code.test(al, al)?,
+            2 => self.code.test(ax, ax)?,
+            4 => self.code.test(eax, eax)?,
+            _ => self.code.test(rax, rax)?,
+        }
+        self.branch(When::NotEqual, ways)
+    }
+
+    /// What calls `predicate` as the function was called, and leaves the arguments as they are. With seven words above the
+    /// caller's frame the stack is aligned as it was.
+    fn thunk(&mut self, predicate: Gva, mut label: CodeLabel) -> Result<(), HandlerError> {
+        self.code.set_label(&mut label)?;
+        for (register, ..) in ARGUMENTS {
+            self.code.push(register)?;
+        }
+        self.code.call(predicate.0)?;
+        for (register, ..) in ARGUMENTS.into_iter().rev() {
+            self.code.pop(register)?;
+        }
+        returned(&mut self.code, self.spec.region.returns())?;
+        Ok(())
+    }
+
+    /// Whether `key` is in the set at `place`. Neither `r10` nor, unless it is the key, `rax` is as before.
+    fn member(
+        &mut self,
+        key: AsmRegister64,
+        place: SetPlace,
+        ways: Ways,
+    ) -> Result<(), HandlerError> {
+        let at = reach("a set", place.at, 8)?;
+        let low = half(key);
+        let bits = u32::from(place.bits);
+        self.code.imul_3(r10d, low, FIRST.cast_signed())?;
+        self.code.shr(r10d, 32 - bits)?;
+        self.code.cmp(qword_ptr(r10 * 8 + at), key)?;
+        self.jump(When::Equal, ways.yes)?;
+        match place.keys {
+            Keys::Narrow => {
+                self.code.imul_3(r10d, low, SECOND.cast_signed())?;
+                self.code.shr(r10d, 32 - bits)?;
+            }
+            Keys::Wide => {
+                self.code.mov(r10, SECOND_WIDE)?;
+                self.code.imul_2(r10, key)?;
+                self.code.shr(r10, 64 - bits)?;
+            }
+        }
+        self.code.cmp(qword_ptr(r10 * 8 + at), key)?;
+        self.branch(When::Equal, ways)
+    }
+
+    /// Compares with the next cell.
+    fn compare(&mut self, held: Held, of: Owner) -> Result<(), HandlerError> {
+        let cell = self.cell(of)?;
+        match held {
+            Held::Half(register) => self.code.cmp(register, dword_ptr(cell))?,
+            Held::Whole(register) => self.code.cmp(register, cell)?,
+        }
+        Ok(())
+    }
+
+    /// The next cell, which is one of the rule `of`.
+    fn cell(&mut self, of: Owner) -> Result<AsmMemoryOperand, HandlerError> {
+        let cell = self.cells.next().filter(|cell| cell.of == of);
+        let cell = cell.ok_or_else(|| HandlerError::Assembler {
+            cause: "its cells are not those of its rules".to_owned(),
+        })?;
+        reach("a cell", cell.at, 8)?;
+        Ok(qword_ptr(cell.at.0))
+    }
+
+    /// Goes on as the flags say.
+    fn branch(&mut self, when: When, ways: Ways) -> Result<(), HandlerError> {
+        match ways.next {
+            Next::No => self.jump(when, ways.yes),
+            Next::Yes => self.jump(when.opposite(), ways.no),
+        }
+    }
+
+    fn jump(&mut self, when: When, to: CodeLabel) -> Result<(), HandlerError> {
+        match when {
+            When::Equal => self.code.je(to)?,
+            When::NotEqual => self.code.jne(to)?,
+            When::Below { signed: false } => self.code.jb(to)?,
+            When::Below { signed: true } => self.code.jl(to)?,
+            When::AtMost { signed: false } => self.code.jbe(to)?,
+            When::AtMost { signed: true } => self.code.jle(to)?,
+            When::Above { signed: false } => self.code.ja(to)?,
+            When::Above { signed: true } => self.code.jg(to)?,
+            When::AtLeast { signed: false } => self.code.jae(to)?,
+            When::AtLeast { signed: true } => self.code.jge(to)?,
+        }
+        Ok(())
+    }
+
+    fn label(&mut self) -> CodeLabel {
+        self.code.create_label()
+    }
+
+    /// `label` is here. Several may be, so each stands before nothing.
+    fn set(&mut self, mut label: CodeLabel) -> Result<(), HandlerError> {
+        self.code.set_label(&mut label)?;
+        Ok(self.code.zero_bytes()?)
+    }
+}
+
+/// Whether any rule asks about the current task.
+fn needs_task(spec: &Spec<'_>) -> bool {
+    spec.bound.is_some() || spec.rules().any(|(_, rule)| asks_task(rule))
+}
+
+fn asks_task(rule: &Resolved) -> bool {
+    match rule {
+        Resolved::Not(rule) => asks_task(rule),
+        Resolved::All(rules) | Resolved::Any(rules) => rules.iter().any(asks_task),
+        Resolved::Check(check) => match check {
+            Check::Order { value, .. } | Check::In { value, .. } | Check::InSet { value, .. } => {
+                value.from == Source::Task
+            }
+            Check::Comm { .. } | Check::Kthread { .. } => true,
+            _ => false,
+        },
+    }
+}
+
+/// The lower half of a key's register.
+fn half(key: AsmRegister64) -> AsmRegister32 {
+    let known = ARGUMENTS.iter().find(|(whole, ..)| *whole == key);
+    match known {
+        Some((_, half, ..)) => *half,
+        None if key == r11 => r11d,
+        None => eax,
+    }
+}

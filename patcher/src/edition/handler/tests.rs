@@ -1,0 +1,632 @@
+//! Handlers, run: each call's choice is what asking the rules directly gives, and nothing else changes.
+
+use std::collections::BTreeMap;
+
+use super::{Assembled, Bound, Choice, Frame, HandlerError, Owner, Region, Spec, assemble};
+use crate::addr::Gva;
+use crate::edition::link::Returns;
+use crate::edition::set::{Keys, Set};
+use crate::rule::Order;
+use crate::rule::resolve::{Check, KERNEL_THREAD, PerCpu, Resolved, Source, Span, Value};
+use crate::rule::tune;
+use crate::x86::run::Run;
+use iced_x86::Register;
+
+const CODE: u64 = 0xffff_ffff_ff80_0040;
+const HANDLER: u64 = 0xffff_ffff_ff80_0800;
+const CELLS: u64 = 0xffff_ffff_ffa0_1000;
+const SETS: u64 = 0xffff_ffff_ffa1_0000;
+pub(super) const COUNTERS: u64 = 0xffff_ffff_ffa2_0000;
+pub(super) const EDITION: u64 = 0xffff_ffff_ff90_0000;
+const PREDICATE: u64 = 0xffff_ffff_ff91_0000;
+pub(super) const THUNK: u64 = 0xffff_ffff_81c0_0000;
+const CALLER: u64 = 0xffff_ffff_8123_4567;
+const STACK: u64 = 0xffff_c900_0000_4000;
+const PER_CPU: u64 = 0xffff_8881_0000_0000;
+const TASK: u64 = 0xffff_8880_1234_5640;
+const CRED: u64 = 0xffff_8880_5555_0000;
+pub(super) const OBJECTS: [u64; 2] = [0xffff_8880_6000_0000, 0xffff_8880_6000_1000];
+pub(super) const VSYSCALL: u64 = 0xffff_ffff_ff60_0000;
+pub(super) const CPUS: u32 = 4;
+/// Where a task has what rules ask for.
+pub(super) const PID: u32 = 0x10;
+pub(super) const TGID: u32 = 0x14;
+pub(super) const COMM: u32 = 0x20;
+pub(super) const FLAGS: u32 = 0x30;
+pub(super) const CREDS: u32 = 0x38;
+pub(super) const UID: u32 = 8;
+const ARGUMENTS: [Register; 6] = [
+    Register::RDI,
+    Register::RSI,
+    Register::RDX,
+    Register::RCX,
+    Register::R8,
+    Register::R9,
+];
+const KEPT: [Register; 6] = [
+    Register::RBX,
+    Register::RBP,
+    Register::R12,
+    Register::R13,
+    Register::R14,
+    Register::R15,
+];
+
+/// One call of the function.
+#[derive(Clone, Debug)]
+pub(super) struct Call {
+    pub(super) pid: i32,
+    pub(super) tgid: i32,
+    pub(super) uid: u32,
+    pub(super) cpu: u32,
+    pub(super) comm: [u8; 16],
+    pub(super) kthread: bool,
+    pub(super) arguments: [u64; 6],
+    /// What the objects hold.
+    pub(super) words: [u64; 8],
+    /// What the predicate answers.
+    pub(super) answer: u64,
+}
+
+impl Default for Call {
+    fn default() -> Self {
+        Self {
+            pid: 100,
+            tgid: 100,
+            uid: 0,
+            cpu: 1,
+            comm: *b"nginx\0left over\0",
+            kthread: false,
+            arguments: [OBJECTS[0], 2, 3, 4, 5, 6],
+            words: [0; 8],
+            answer: 0,
+        }
+    }
+}
+
+/// A handler in a guest's memory.
+pub(super) struct World {
+    region: Region,
+    pub(super) handler: Assembled,
+    pub(super) run: Run,
+    choices: Vec<Choice>,
+    bound: Option<Bound>,
+    sets: BTreeMap<String, Set>,
+    /// What the guest wrote to cells, as the model has it: by rule and index.
+    pub(super) model: BTreeMap<(bool, usize, usize), u64>,
+}
+
+/// Choices with these rules, and a last one; editions lie 16 bytes apart from `first` on.
+pub(super) fn choices(rules: &[Resolved], first: u64, counted: bool) -> Vec<Choice> {
+    let rules = rules.iter().cloned().map(Some).chain([None]);
+    let choice = |(index, rule): (usize, Option<Resolved>)| {
+        let at = |base: u64| counted.then(|| Gva(base + index as u64 * 0x1000));
+        Choice {
+            rule,
+            to: Gva(first + index as u64 * 16),
+            counter: at(COUNTERS),
+            rule_counter: at(COUNTERS + 0x400),
+        }
+    };
+    rules.enumerate().map(choice).collect()
+}
+
+fn per_cpu() -> PerCpu {
+    PerCpu {
+        current: 0x100,
+        cpu: 0x108,
+    }
+}
+
+impl World {
+    pub(super) fn new(choices: Vec<Choice>, bound: Option<Vec<Choice>>, returns: Returns) -> Self {
+        let region = Region::new(Gva(CODE), returns).unwrap();
+        assert!(CODE + region.bytes.len() as u64 <= HANDLER);
+        let mut sets = BTreeMap::new();
+        for (index, keys) in [Keys::Narrow, Keys::Wide].into_iter().enumerate() {
+            let at = Gva(SETS + index as u64 * 0x400);
+            let mut set = Set::new(at, 5, keys).unwrap();
+            for key in [1, 2, 100, 0xffff_fffe, !0, OBJECTS[0], TASK] {
+                set.insert(key).unwrap();
+            }
+            sets.insert(format!("{keys:?}"), set);
+        }
+        let bound = bound.map(|choices| Bound {
+            tasks: sets["Wide"].place(),
+            choices,
+        });
+        let places = sets
+            .iter()
+            .map(|(name, set)| (name.clone(), set.place()))
+            .collect();
+        let spec = Spec {
+            region: &region,
+            per_cpu: per_cpu(),
+            cpus: CPUS,
+            bound: bound.as_ref(),
+            choices: &choices,
+            sets: &places,
+            predicates: &BTreeMap::from([("asks".to_owned(), Gva(PREDICATE))]),
+            cells: Gva(CELLS),
+        };
+        let handler = assemble(&spec, Gva(HANDLER)).unwrap();
+        let len = spec.cells_len();
+        assert!(
+            handler
+                .cells
+                .iter()
+                .all(|cell| cell.at.0 + 8 <= CELLS + len)
+        );
+        let mut world = Self {
+            run: Run::default(),
+            region,
+            handler,
+            choices,
+            bound,
+            sets,
+            model: BTreeMap::new(),
+        };
+        world.fill(returns);
+        world
+    }
+
+    fn fill(&mut self, returns: Returns) {
+        let run = &mut self.run;
+        run.code = vec![
+            (CODE, self.region.bytes.clone()),
+            (HANDLER, self.handler.bytes.clone()),
+        ];
+        if returns != Returns::Plain {
+            run.code.push((THUNK, vec![0xc3]));
+        }
+        run.fixups = self
+            .region
+            .fixups
+            .iter()
+            .map(|(insn, fixup)| (insn.0, fixup.0))
+            .collect();
+        run.gs = PER_CPU;
+        for (index, cell) in self.handler.cells.iter().enumerate() {
+            run.store(cell.at.0, 8, cell.initial);
+            let Owner { bound, choice } = cell.of;
+            self.model.insert((bound, choice, index), cell.initial);
+        }
+        for set in self.sets.values() {
+            for (at, byte) in set.bytes().into_iter().enumerate() {
+                run.memory.insert(set.place().at.0 + at as u64, byte);
+            }
+        }
+        (0..0x5000).for_each(|at| run.store(COUNTERS + at, 1, 0));
+        // What must not be tried is there, so that trying it is seen.
+        for at in [VSYSCALL - 8, VSYSCALL, 0x1000, u64::MAX - 15, u64::MAX - 7] {
+            run.store(at, 8, 1);
+        }
+    }
+
+    fn place(&mut self, call: &Call) {
+        let run = &mut self.run;
+        run.store(PER_CPU + 0x100, 8, TASK);
+        run.store(PER_CPU + 0x108, 4, call.cpu.into());
+        let at = |offset: u32| TASK + u64::from(offset);
+        run.store(at(PID), 4, u64::from(call.pid.cast_unsigned()));
+        run.store(at(TGID), 4, u64::from(call.tgid.cast_unsigned()));
+        for (index, byte) in call.comm.into_iter().enumerate() {
+            run.store(at(COMM) + index as u64, 1, byte.into());
+        }
+        let thread = if call.kthread { KERNEL_THREAD } else { 0 };
+        run.store(at(FLAGS), 4, u64::from(thread | 0x40));
+        run.store(at(CREDS), 8, CRED);
+        run.store(CRED + u64::from(UID), 4, call.uid.into());
+        for (index, word) in call.words.into_iter().enumerate() {
+            let at = OBJECTS[index / 4] + (index % 4) as u64 * 8;
+            run.store(at, 8, word);
+        }
+    }
+
+    /// Makes `call`: the edition that it gets to, and the instructions before its last jump.
+    pub(super) fn call(&mut self, call: &Call) -> (Gva, usize) {
+        self.place(call);
+        let run = &mut self.run;
+        run.set(Register::RSP, STACK);
+        run.push(CALLER);
+        for (register, value) in ARGUMENTS.iter().zip(call.arguments) {
+            run.set(*register, value);
+        }
+        for (index, register) in KEPT.iter().enumerate() {
+            run.set(*register, 0x1111 * index as u64);
+        }
+        for register in [Register::RAX, Register::R10, Register::R11] {
+            run.set(register, 0xdead_beef_dead_beef);
+        }
+        (run.rip, run.steps) = (HANDLER, 0);
+        let rules = [self.region.orc.clone(), self.handler.orc.clone()].concat();
+        let own = [CODE..CODE + 0x800, HANDLER..HANDLER + 0x10_0000];
+        loop {
+            run.run(4000, |run| interrupted(run, &rules, &own));
+            if run.rip != PREDICATE {
+                break;
+            }
+            assert_eq!(run.get(Register::RSP) % 16, 8, "the stack is aligned");
+            for (register, value) in ARGUMENTS.iter().zip(call.arguments) {
+                assert_eq!(run.get(*register), value);
+                run.set(*register, 0xbad);
+            }
+            run.set(Register::R10, 0xbad);
+            run.set(Register::R11, 0xbad);
+            run.set(Register::RAX, call.answer);
+            run.rip = run.pop();
+        }
+        for (register, value) in ARGUMENTS.iter().zip(call.arguments) {
+            assert_eq!(run.get(*register), value, "{register:?}");
+        }
+        for (index, register) in KEPT.iter().enumerate() {
+            assert_eq!(run.get(*register), 0x1111 * index as u64, "{register:?}");
+        }
+        assert_eq!(run.get(Register::RSP), STACK - 8);
+        assert_eq!(run.load(STACK - 8, 8), Some(CALLER));
+        (Gva(run.rip), run.steps - 1)
+    }
+
+    /// What `call` should get to, asked directly.
+    pub(super) fn want(&mut self, call: &Call) -> Gva {
+        self.place(call);
+        let tasks = "Wide";
+        let bound = self.bound.as_ref().map(|bound| bound.choices.clone());
+        let bound = bound.filter(|_| self.sets[tasks].contains(TASK));
+        let (is_bound, choices) = match bound {
+            Some(choices) => (true, choices),
+            None => (false, self.choices.clone()),
+        };
+        for (index, choice) in choices.iter().enumerate() {
+            let Some(rule) = &choice.rule else {
+                return choice.to;
+            };
+            let owner = Owner {
+                bound: is_bound,
+                choice: index,
+            };
+            let first = self.handler.cells.iter().position(|cell| cell.of == owner);
+            let mut cell = first.unwrap_or(0);
+            if self.ask(rule, call, owner, &mut cell) == Some(true) {
+                return choice.to;
+            }
+        }
+        unreachable!("the last choice has no rule")
+    }
+
+    /// Whether `rule` is true of `call`; `None` when that cannot be told. `cell` is the next one of the rule.
+    fn ask(&mut self, rule: &Resolved, call: &Call, of: Owner, cell: &mut usize) -> Option<bool> {
+        let mut answer = |any: bool, rules: &[Resolved]| {
+            let mut cells = *cell;
+            let mut result = Some(!any);
+            for rule in rules {
+                let mut own = cells;
+                cells += tune::cells(rule).len();
+                if result == Some(!any) {
+                    result = self.ask(rule, call, of, &mut own);
+                }
+            }
+            *cell = cells;
+            result
+        };
+        match rule {
+            Resolved::Not(rule) => self.ask(rule, call, of, cell).map(|answer| !answer),
+            Resolved::All(rules) => answer(false, rules),
+            Resolved::Any(rules) => answer(true, rules),
+            Resolved::Check(check) => self.ask_one(check, call, of, *cell),
+        }
+    }
+
+    fn ask_one(&mut self, check: &Check, call: &Call, of: Owner, cell: usize) -> Option<bool> {
+        let mut counter = |index: usize, by: i64| {
+            let key = (of.bound, of.choice, index);
+            let count = self.model.get_mut(&key).unwrap();
+            let before = *count;
+            *count = count.wrapping_add_signed(by);
+            before
+        };
+        Some(match check {
+            Check::Order { value, order, with } => {
+                let (is, with) = (self.value(value, call)?, number(value, *with));
+                match order {
+                    Order::Equal => is == with,
+                    Order::NotEqual => is != with,
+                    Order::Below => is < with,
+                    Order::AtMost => is <= with,
+                    Order::Above => is > with,
+                    Order::AtLeast => is >= with,
+                }
+            }
+            Check::In { value, spans } => {
+                let is = self.value(value, call)?;
+                spans.iter().any(|span| match span {
+                    Span::One(one) => is == number(value, *one),
+                    Span::Range(low, high) => {
+                        (number(value, *low)..=number(value, *high)).contains(&is)
+                    }
+                })
+            }
+            Check::Comm { bytes, .. } => call.comm.starts_with(bytes),
+            Check::Kthread { .. } => call.kthread,
+            Check::InSet { value, set } => {
+                let bits = value
+                    .bits
+                    .map_or(u32::from(value.size) * 8, |(_, count)| count.into());
+                let key = self.value(value, call)? & ((1_i128 << bits) - 1);
+                self.sets[set].contains(u64::try_from(key).unwrap())
+            }
+            Check::Share { last } => {
+                counter(cell + 1, 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) <= *last
+            }
+            Check::First { limit } => {
+                counter(cell + 1, 0) < *limit && counter(cell + 1, 1) < *limit
+            }
+            Check::Rate { .. } => {
+                counter(cell, 0).cast_signed() > 0 && counter(cell, -1).cast_signed() > 0
+            }
+            Check::During(_) => counter(cell, 0) != 0,
+            Check::Predicate { size, .. } => call.answer << (64 - 8 * u32::from(*size)) != 0,
+        })
+    }
+
+    /// The value of `of` as a number.
+    fn value(&self, of: &Value, call: &Call) -> Option<i128> {
+        let mut at = match of.from {
+            Source::Task => TASK,
+            Source::Cpu => call.cpu.into(),
+            Source::Argument(number) => call.arguments[usize::from(number)],
+        };
+        if let Some((last, before)) = of.loads.split_last() {
+            let read = |at: u64, size: u8| {
+                let kernel = (0xff00_0000_0000_0000..=VSYSCALL - 8).contains(&at);
+                self.run.load(at, size.into()).filter(|_| kernel)
+            };
+            for offset in before {
+                at = read(at.wrapping_add(u64::from(*offset)), 8)?;
+            }
+            at = read(at.wrapping_add(u64::from(*last)), of.size)?;
+        }
+        let (first, count) = of.bits.unwrap_or((0, of.size * 8));
+        let bits = (u128::from(at) >> first) & ((1 << count) - 1);
+        let bits = i128::try_from(bits).unwrap();
+        let negative = of.signed && bits >> (count - 1) != 0;
+        Some(if negative { bits - (1 << count) } else { bits })
+    }
+}
+
+/// A constant as the number that it is for `value`.
+pub(super) fn number(value: &Value, constant: u64) -> i128 {
+    if value.signed {
+        constant.cast_signed().into()
+    } else {
+        constant.into()
+    }
+}
+
+/// What an interrupt does to what is below the stack pointer; and the caller is found where the rules say, frame by frame.
+fn interrupted(run: &mut Run, rules: &[(Gva, Frame)], own: &[std::ops::Range<u64>]) {
+    let sp = run.get(Register::RSP);
+    (1..9).for_each(|word| run.store(sp - 8 * word, 8, 0x6666_6666_6666_6666));
+    if run.rip == THUNK {
+        return;
+    }
+    let (mut ip, mut sp) = (run.rip, sp);
+    for _ in 0..3 {
+        let rule = rules.iter().rfind(|(at, _)| at.0 <= ip).unwrap();
+        sp += u64::from(rule.1.sp_offset);
+        ip = run.load(sp - 8, 8).unwrap();
+        if ip == CALLER {
+            assert_eq!(sp, STACK);
+            return;
+        }
+        assert!(own.iter().any(|range| range.contains(&ip)), "{ip:#x}");
+    }
+    panic!("the caller is not found");
+}
+
+pub(super) fn task(loads: &[u32], size: u8, signed: bool) -> Value {
+    Value {
+        from: Source::Task,
+        loads: loads.to_vec(),
+        size,
+        signed,
+        bits: None,
+    }
+}
+
+pub(super) fn argument(number: u8, loads: &[u32], size: u8, signed: bool) -> Value {
+    Value {
+        from: Source::Argument(number),
+        ..task(loads, size, signed)
+    }
+}
+
+pub(super) fn cpu() -> Value {
+    Value {
+        from: Source::Cpu,
+        ..task(&[], 4, false)
+    }
+}
+
+fn is(value: Value, with: u64) -> Resolved {
+    let order = Order::Equal;
+    Resolved::Check(Check::Order { value, order, with })
+}
+
+fn within(value: Value, low: u64, high: u64) -> Resolved {
+    let spans = vec![Span::Range(low, high)];
+    Resolved::Check(Check::In { value, spans })
+}
+
+fn in_set(value: Value, keys: Keys) -> Resolved {
+    let set = format!("{keys:?}");
+    Resolved::Check(Check::InSet { value, set })
+}
+
+/// Most instructions before the last jump, over calls that match each rule and none.
+fn longest(rules: &[Resolved]) -> usize {
+    let mut world = World::new(choices(rules, EDITION, false), None, Returns::Plain);
+    let calls = [
+        Call::default(),
+        Call {
+            pid: 7,
+            ..Call::default()
+        },
+        Call {
+            cpu: 3,
+            ..Call::default()
+        },
+        Call {
+            arguments: [9, 5, 0, 0, 0, 0],
+            ..Call::default()
+        },
+        Call {
+            arguments: [1, 99, 0, 0, 0, 0],
+            ..Call::default()
+        },
+        Call {
+            arguments: [0x777, 99, 0, 0, 0, 0],
+            ..Call::default()
+        },
+    ];
+    let steps = calls.iter().map(|call| {
+        let want = world.want(call);
+        let (got, steps) = world.call(call);
+        assert_eq!(got, want);
+        steps
+    });
+    steps.max().unwrap()
+}
+
+#[test]
+fn common_rules_cost_few_instructions() {
+    let pid = is(task(&[PID], 4, true), 7);
+    let four = [
+        pid.clone(),
+        is(cpu(), 3),
+        within(argument(1, &[], 4, false), 5, 9),
+        in_set(argument(0, &[], 8, false), Keys::Narrow),
+    ];
+    for (what, rules, most) in [
+        ("none", &[][..], 0),
+        ("pid", &four[..1], 4),
+        ("cpu", &four[1..2], 3),
+        ("argument", &[is(argument(1, &[], 4, false), 5)], 2),
+        ("set", &four[3..], 8),
+        (
+            "task in a set",
+            &[in_set(task(&[], 8, false), Keys::Wide)],
+            10,
+        ),
+        ("four", &four, 19),
+    ] {
+        let steps = longest(rules);
+        assert!(steps <= most, "{what}: {steps}");
+    }
+}
+
+#[test]
+fn bound_tasks_go_by_their_own_choices() {
+    let old = choices(&[is(cpu(), 1)], EDITION + 0x1000, true);
+    let new = choices(&[is(cpu(), 1)], EDITION, true);
+    let mut world = World::new(new, Some(old), Returns::Plain);
+    let call = Call::default();
+    assert_eq!(world.call(&call).0, Gva(EDITION + 0x1000));
+    let set = world.sets.get_mut("Wide").unwrap();
+    let store = set.remove(TASK).unwrap();
+    world.run.store(store.at.0, 8, store.value);
+    assert_eq!(world.call(&call).0, Gva(EDITION));
+    let other = Call { cpu: 0, ..call };
+    assert_eq!(world.call(&other).0, Gva(EDITION + 16));
+}
+
+#[test]
+fn calls_are_counted_where_they_run_and_nowhere_else() {
+    let mut world = World::new(
+        choices(&[is(cpu(), 1)], EDITION, true),
+        None,
+        Returns::Plain,
+    );
+    for cpu in [1, 1, 1, 0, 2, 3, 4, u32::MAX, 0x400_0001] {
+        world.call(&Call {
+            cpu,
+            ..Call::default()
+        });
+    }
+    let cells =
+        |base: u64| [0, 1, 2, 3, 4, 5].map(|cpu| world.run.load(base + cpu * 64, 8).unwrap());
+    for base in [COUNTERS, COUNTERS + 0x400] {
+        assert_eq!(cells(base), [0, 3, 0, 0, 0, 0]);
+        assert_eq!(cells(base + 0x1000), [1, 0, 1, 1, 0, 0]);
+    }
+}
+
+#[test]
+fn shares_firsts_and_rates_are_exact() {
+    let half = Resolved::Check(Check::Share {
+        last: u64::MAX / 10,
+    });
+    let first = Resolved::Check(Check::First { limit: 3 });
+    let rate = Resolved::Check(Check::Rate { calls: 5 });
+    for (rule, calls, want) in [
+        (half, 1000, 99..=101),
+        (first, 50, 3..=3),
+        (rate, 50, 5..=5),
+    ] {
+        let mut world = World::new(choices(&[rule], EDITION, false), None, Returns::Plain);
+        let hits = (0..calls).filter(|_| world.call(&Call::default()).0 == Gva(EDITION));
+        let hits = hits.count();
+        assert!(want.contains(&hits), "{hits}");
+    }
+}
+
+#[test]
+fn what_cannot_be_reached_or_found_is_an_error() {
+    let region = Region::new(Gva(CODE), Returns::Plain).unwrap();
+    let check = |choices: &[Choice], at: u64, want: &str| {
+        let none = BTreeMap::new();
+        let spec = Spec {
+            region: &region,
+            per_cpu: per_cpu(),
+            cpus: CPUS,
+            bound: None,
+            choices,
+            sets: &BTreeMap::new(),
+            predicates: &none,
+            cells: Gva(CELLS),
+        };
+        let error = assemble(&spec, Gva(at)).unwrap_err().to_string();
+        assert!(error.contains(want), "{error}");
+    };
+    let rules = |rule| choices(&[rule], EDITION, false);
+    let default = choices(&[], EDITION, false);
+    check(&[], HANDLER, "no edition to choose");
+    check(&rules(is(cpu(), 1))[..1], HANDLER, "has a rule");
+    check(
+        &[default.clone(), default.clone()].concat(),
+        HANDLER,
+        "never made",
+    );
+    check(&default, 0x1000, "out of a handler's reach");
+    check(
+        &choices(&[], 0x1000, false),
+        HANDLER,
+        "an edition at 0x1000",
+    );
+    check(
+        &rules(in_set(cpu(), Keys::Wide)),
+        HANDLER,
+        "no set is called Wide",
+    );
+    let predicate = Check::Predicate {
+        name: "asks".to_owned(),
+        size: 4,
+    };
+    check(
+        &rules(Resolved::Check(predicate)),
+        HANDLER,
+        "no function called asks",
+    );
+    let far = Region::new(Gva(CODE), Returns::Thunk(Gva(8)));
+    assert!(matches!(far, Err(HandlerError::OutOfReach { .. })));
+}
