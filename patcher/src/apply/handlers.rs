@@ -17,10 +17,14 @@ use crate::kernel::locate::Kernel;
 use crate::kernel::orc::{Orc, OrcError, OrcTable};
 use crate::kernel::unwind::OtherCode;
 use crate::plan::target::Target;
+use crate::publish::{Fixup, NAME, Symbol, Unit};
 use crate::rule::resolve::{Function, PerCpu};
 
 /// Alignment of handlers in bytes: that of the kernel's own functions.
 const ALIGN: u64 = 16;
+/// The kernel's word for an instruction that, when it faults, goes on elsewhere, whatever the fault (`EX_TYPE_DEFAULT` of kernel
+/// `arch/x86/include/asm/extable_fixup_types.h`): a macro, so no type tells it.
+const FIXUP_DEFAULT: u32 = 1;
 
 /// What handlers of one kernel are made with.
 #[derive(Clone, Debug)]
@@ -74,6 +78,39 @@ impl Workshop {
             cpus,
         };
         Ok((workshop, placed))
+    }
+
+    /// All of the handlers' part of the arena, `range`, as the kernel is to know it: whatever handlers there will be, they are unwound alike.
+    ///
+    /// # Errors
+    /// When the kernel's unwind table has no words for it.
+    pub fn unit(&self, kernel: &Kernel, range: Range<Gva>) -> Result<Unit, OrcError> {
+        let region = &self.region;
+        let symbol = |(at, size, name): &(Gva, u64, String)| Symbol {
+            at: *at,
+            size: *size,
+            name: name.clone(),
+        };
+        let behind = Gva(region.at.0.saturating_add(region.bytes.len() as u64));
+        let handlers = Symbol {
+            at: behind,
+            size: range.end.0.saturating_sub(behind.0),
+            name: "exopatch_handler".to_owned(),
+        };
+        let fixup = |(insn, fixup): &(Gva, Gva)| Fixup {
+            insn: *insn,
+            fixup: *fixup,
+            data: FIXUP_DEFAULT,
+        };
+        let code = region.at..range.end;
+        Ok(Unit {
+            name: NAME.to_owned(),
+            orc: self::code(kernel, self, std::iter::empty(), code.clone())?.table,
+            code,
+            symbols: region.symbols.iter().map(symbol).chain([handlers]).collect(),
+            fixups: region.fixups.iter().map(fixup).collect(),
+            bugs: None,
+        })
     }
 
     /// Bytes of one counter.

@@ -22,6 +22,7 @@ use crate::kernel::locate::{Kernel, KernelError};
 use crate::plan::binding::{Bind, Binding};
 use crate::plan::target::Target;
 use crate::plan::{ArenaMap, Lead, Plan, PlanError, Purpose};
+use crate::publish;
 
 /// Sizes of sets of bound tasks, as powers of two.
 const SET_BITS: std::ops::RangeInclusive<u8> = 6..=17;
@@ -374,6 +375,11 @@ fn workshop<G: Guest>(
     let returns = returns(guest, kernel)?;
     let (workshop, placed) = Workshop::new(kernel, returns, cpus, &mut draft.space)?;
     plan.place(Purpose::Arena, &placed, map)?;
+    let unit = workshop.unit(kernel, draft.space.handlers.range())?;
+    if let Some((tables, publication)) = publish::place(&unit, kernel, &mut draft.space)? {
+        plan.place(Purpose::Publication, &tables, map)?;
+        plan.publish.push(publication);
+    }
     let workshop = Arc::new(workshop);
     draft.workshop = Some(Arc::clone(&workshop));
     Ok(workshop)
