@@ -11,6 +11,7 @@ pub mod passing;
 mod settle;
 mod switch;
 pub mod tries;
+pub mod tune;
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -32,7 +33,7 @@ use crate::edition::object::Package;
 use crate::edition::resident::Resident;
 use crate::edition::set::SetError;
 use crate::edition::space::Full;
-use crate::guest::Guest;
+use crate::guest::{Guest, GuestError};
 use crate::kernel::alternatives::Alternatives;
 use crate::kernel::arena::ArenaError;
 use crate::kernel::boot::BootState;
@@ -91,6 +92,17 @@ pub enum ApplyError {
     /// No handler can be made.
     #[error(transparent)]
     Handler(#[from] HandlerError),
+    /// A rule goes by a switch that there is not.
+    #[error(
+        "no switch is called {name}, so there is no `during {name}`; a rule can go by the clock (for, until, after), or by a set"
+    )]
+    NoSwitch {
+        /// Its name.
+        name: String,
+    },
+    /// The arena cannot be stored into.
+    #[error("a rule could not be changed: {0}")]
+    Store(GuestError),
     /// There is no room for handlers, or what they look into.
     #[error(transparent)]
     Full(#[from] Full),
@@ -202,7 +214,7 @@ pub fn revert<G: Guest>(
     turn.switch(guest, kernel, arena, model, options)
 }
 
-/// Uses the editions of an update in effect in another way: for other calls, or counted.
+/// Uses the editions of an update in effect in another way: for other calls, or counted. Where one store does that, the guest is not paused.
 ///
 /// # Errors
 /// [`ApplyError`]; they are used as before then, unless that [is broken](ApplyError::is_broken).
@@ -214,6 +226,9 @@ pub fn reuse<G: Guest>(
     how: Use,
     options: &ApplyOptions<'_>,
 ) -> Result<Report, ApplyError> {
+    if tune::retune(guest, kernel, arena, update, &how)? {
+        return Ok(Report::default());
+    }
     let mut turn = Turn::new(arena, update, true);
     turn.map(guest, kernel, arena)?;
     match turn.draft.uses.get_mut(&update) {

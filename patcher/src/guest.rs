@@ -115,6 +115,12 @@ pub trait Guest: ReadPhys {
     /// The guest-physical memory that was added for editions: never the guest's to allocate.
     fn arena(&self) -> Range<Gpa>;
 
+    /// Stores an aligned word into the arena, at once for every vCPU, while the guest runs.
+    ///
+    /// # Errors
+    /// [`GuestError::NoMemory`] when `at` is not in the arena or not aligned to 8 bytes.
+    fn store(&mut self, at: Gpa, value: u64) -> Result<(), GuestError>;
+
     /// Stops every vCPU and device before `deadline`.
     ///
     /// # Errors

@@ -196,6 +196,28 @@ pub enum Literal {
 }
 
 impl Rule {
+    /// The first switch of the host's that it goes by.
+    #[must_use]
+    pub fn switch(&self) -> Option<&str> {
+        match self {
+            Self::Test(Test::During(During::Named(name))) => Some(name),
+            Self::Test(_) => None,
+            Self::Not(rule) => rule.switch(),
+            Self::All(rules) | Self::Any(rules) => rules.iter().find_map(Self::switch),
+        }
+    }
+
+    /// Whether it asks for the set of this name.
+    #[must_use]
+    pub fn asks_for(&self, set: &str) -> bool {
+        match self {
+            Self::Test(Test::InSet { set: asked, .. }) => asked == set,
+            Self::Test(_) => false,
+            Self::Not(rule) => rule.asks_for(set),
+            Self::All(rules) | Self::Any(rules) => rules.iter().any(|rule| rule.asks_for(set)),
+        }
+    }
+
     /// Reads a rule.
     ///
     /// # Errors

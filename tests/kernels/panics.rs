@@ -106,6 +106,10 @@ impl<'c, G: Guest> Guest for Counted<'c, G> {
         self.guest.arena()
     }
 
+    fn store(&mut self, at: Gpa, value: u64) -> Result<(), GuestError> {
+        self.guest.store(at, value)
+    }
+
     fn pause(&mut self, deadline: Instant) -> Result<Self::Paused<'_>, GuestError> {
         self.calls.call(Kind::Pause);
         let (guest, calls) = (self.guest.pause(deadline)?, self.calls);

@@ -72,6 +72,10 @@ impl Guest for KvmGuest {
         self.machine.memory.arena()
     }
 
+    fn store(&mut self, at: Gpa, value: u64) -> Result<(), GuestError> {
+        self.machine.memory.store(at, value)
+    }
+
     fn pause(&mut self, deadline: Instant) -> Result<KvmPaused<'_>, GuestError> {
         let (stopped, stats) =
             self.machine

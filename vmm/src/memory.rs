@@ -6,6 +6,7 @@
 use std::io;
 use std::ops::Range;
 use std::ptr::{NonNull, null_mut};
+use std::sync::atomic::Ordering;
 
 use patcher::addr::Gpa;
 use patcher::guest::{GuestError, ReadPhys};
@@ -176,6 +177,23 @@ impl Memory {
     #[must_use]
     pub fn arena(&self) -> Range<Gpa> {
         self.layout.arena.clone()
+    }
+
+    /// Stores an aligned word into the arena, at once for every vCPU.
+    ///
+    /// # Errors
+    /// [`GuestError::NoMemory`] when `at` is not in the arena or not aligned.
+    pub fn store(&self, at: Gpa, value: u64) -> Result<(), GuestError> {
+        let missing = || GuestError::NoMemory { at, len: 8 };
+        let end = at.checked_add(8).ok_or_else(missing)?;
+        let arena = self.arena();
+        if at < arena.start || end > arena.end || !at.0.is_multiple_of(8) {
+            return Err(missing());
+        }
+        let stored = self
+            .regions
+            .store(value, GuestAddress(at.0), Ordering::SeqCst);
+        stored.map_err(|_| missing())
     }
 
     /// Copies `bytes` to guest-physical `at`: all of them, or none.

@@ -305,6 +305,46 @@ impl Patcher for KernelPatcher {
         }
     }
 
+    fn change_set(&mut self, name: &str, add: &[u64], remove: &[u64]) -> Result<usize, Problem> {
+        let image = self.image(&|_| {})?;
+        let mut guest = self.guest()?;
+        let deadline = Instant::now() + LONGEST_WAIT;
+        self.find(&mut guest, &image, deadline, &|_| {})?;
+        let Some(Found { arena, .. }) = &mut self.found else {
+            return Err(problem::gone());
+        };
+        let changed = apply::tune::change_set(&mut guest, arena, name, add, remove);
+        changed.map_err(|error| problem::sets(&error))
+    }
+
+    fn drop_set(&mut self, name: &str) -> Result<(), Problem> {
+        let Some(Found { arena, .. }) = &mut self.found else {
+            return Err(problem::gone());
+        };
+        apply::tune::drop_set(arena, name).map_err(|error| problem::sets(&error))
+    }
+
+    fn sets(&self) -> Vec<(String, Vec<u64>)> {
+        let holds = self.found.iter().map(|found| &found.arena.holds);
+        let sets = holds.flat_map(|holds| &holds.sets);
+        sets.map(|(name, set)| (name.clone(), set.keys().collect()))
+            .collect()
+    }
+
+    fn has_clocks(&self) -> bool {
+        let found = self.found.as_ref();
+        found.is_some_and(|found| found.arena.holds.has_clocks())
+    }
+
+    fn tick(&mut self) -> Result<(), Problem> {
+        let mut guest = self.guest()?;
+        let Some(Found { arena, .. }) = &mut self.found else {
+            return Ok(());
+        };
+        let ticked = apply::tune::tick(&mut guest, arena, Instant::now());
+        ticked.map_err(|error| problem::sets(&error))
+    }
+
     fn passing(&self, update: u64) -> Option<Passing> {
         let Found { kernel, arena } = self.found.as_ref()?;
         let mut passing = arena.holds.passing.iter();

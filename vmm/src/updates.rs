@@ -65,6 +65,9 @@ enum Job {
     Reuse(u64, Use, Instant, Done<Update>),
     Force(u64, Instant, Done<Update>),
     Calls(Done<Vec<Calls>>),
+    ChangeSet(String, Vec<u64>, Vec<u64>, Done<usize>),
+    DropSet(String, Done<()>),
+    Sets(Done<Vec<(String, Vec<u64>)>>),
     Verify(u64, Instant, Done<Verified>),
     Kernel(Instant, Done<KernelInfo>),
     View(Asked, Instant, Done<Seen<View>>),
@@ -85,6 +88,9 @@ impl std::fmt::Debug for Job {
             Self::Reuse(..) => "Reuse",
             Self::Force(..) => "Force",
             Self::Calls(..) => "Calls",
+            Self::ChangeSet(..) => "ChangeSet",
+            Self::DropSet(..) => "DropSet",
+            Self::Sets(..) => "Sets",
             Self::Verify(..) => "Verify",
             Self::Kernel(..) => "Kernel",
             Self::View(..) => "View",
@@ -180,6 +186,36 @@ impl Session {
     /// When too many operations wait.
     pub fn calls(&self, done: Done<Vec<Calls>>) -> Result<(), Problem> {
         self.hand_in(Job::Calls(done))
+    }
+
+    /// Puts keys into a set and takes others out; `done` gets how many it then has.
+    ///
+    /// # Errors
+    /// When too many operations wait.
+    pub fn change_set(
+        &self,
+        name: String,
+        add: Vec<u64>,
+        remove: Vec<u64>,
+        done: Done<usize>,
+    ) -> Result<(), Problem> {
+        self.hand_in(Job::ChangeSet(name, add, remove, done))
+    }
+
+    /// Does away with a set.
+    ///
+    /// # Errors
+    /// When too many operations wait.
+    pub fn drop_set(&self, name: String, done: Done<()>) -> Result<(), Problem> {
+        self.hand_in(Job::DropSet(name, done))
+    }
+
+    /// Asks for all sets, with their keys.
+    ///
+    /// # Errors
+    /// When too many operations wait.
+    pub fn sets(&self, done: Done<Vec<(String, Vec<u64>)>>) -> Result<(), Problem> {
+        self.hand_in(Job::Sets(done))
     }
 
     /// Asks whether the guest still holds what an update wrote.

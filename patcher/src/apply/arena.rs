@@ -7,10 +7,12 @@ use std::sync::Arc;
 use super::handlers::{self, Counters, Made, Workshop};
 use super::live::Inhabited;
 use super::passing::Passing;
+use super::tune::Clocks;
 use crate::addr::Gva;
 use crate::edition::link::{self, Linked};
 use crate::edition::list::{Functions, UpdateId, Use};
 use crate::edition::resident::Resident;
+use crate::edition::set::{Set, SetPlace};
 use crate::edition::space::ArenaSpace;
 use crate::guest::Guest;
 use crate::kernel::arena::{ArenaError, ArenaLayout, ArenaPart, SLOT_SIZE};
@@ -20,6 +22,7 @@ use crate::kernel::stack::Watched;
 use crate::kernel::unwind::OtherCode;
 use crate::plan::{ArenaMap, Entry, Plan, Write};
 use crate::publish::{Grace, Publication};
+use crate::rule::Rule;
 
 /// What an update has brought, and where it is.
 #[derive(Clone, Debug)]
@@ -95,6 +98,10 @@ pub struct Holdings {
     pub counters: Counters,
     /// Switches that some tasks have yet to make.
     pub passing: Vec<Passing>,
+    /// Sets that rules ask for, by name.
+    pub sets: BTreeMap<String, Set>,
+    /// What the clocks of handlers have shown.
+    pub(super) clocks: Clocks,
 }
 
 /// Handlers that go together, and the memory that they look into.
@@ -136,6 +143,8 @@ impl Arena {
             worn: Vec::new(),
             counters: Counters::new(),
             passing: Vec::new(),
+            sets: BTreeMap::new(),
+            clocks: Clocks::default(),
         };
         Ok(Self { layout, holds })
     }
@@ -232,6 +241,38 @@ impl Holdings {
     pub fn all_made(&self) -> impl Iterator<Item = &Made> {
         let worn = self.worn.iter().flat_map(|worn| &worn.made);
         self.made.iter().chain(worn).map(|made| &**made)
+    }
+
+    /// Where the sets are, by name.
+    pub(super) fn set_places(&self) -> BTreeMap<String, SetPlace> {
+        let sets = self.sets.iter();
+        sets.map(|(name, set)| (name.clone(), set.place()))
+            .collect()
+    }
+
+    /// Has memory be given back once no handler that is worn now can be looking into it.
+    pub(super) fn wear_out_memory(&mut self, at: Gva, len: u64) {
+        self.worn.push(Worn {
+            made: self
+                .worn
+                .iter()
+                .flat_map(|worn| worn.made.clone())
+                .collect(),
+            data: vec![(at, len)],
+        });
+    }
+
+    /// Notes that handlers go by `rule` for the editions of `update` now.
+    pub(super) fn retuned(&mut self, update: UpdateId, rule: &Rule) {
+        let rule = Arc::new(rule.clone());
+        for made in &mut self.made {
+            let made = Arc::make_mut(made);
+            let mut steps = made.way.iter_mut();
+            if let Some(step) = steps.find(|step| step.update == Some(update)) {
+                step.rule = Some(Arc::clone(&rule));
+            }
+        }
+        self.functions.retuned(update, &rule);
     }
 
     /// Takes the handler that `function` leads to away from it; a thread may be in it.

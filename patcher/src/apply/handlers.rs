@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::ApplyError;
 use crate::addr::Gva;
 use crate::edition::handler::{
-    self, Assembled, Bound, Choice, Frame, HandlerError, LINE, Region, Spec,
+    self, Assembled, Bound, Choice, Frame, HandlerError, LINE, Owner, Region, Spec,
 };
 use crate::edition::link::{Placed, Returns};
 use crate::edition::list::{Step, UpdateId};
@@ -19,6 +19,7 @@ use crate::kernel::unwind::OtherCode;
 use crate::plan::target::Target;
 use crate::publish::{Fixup, NAME, Symbol, Unit};
 use crate::rule::resolve::{Function, PerCpu};
+use crate::rule::tune::Use;
 
 /// Alignment of handlers in bytes: that of the kernel's own functions.
 const ALIGN: u64 = 16;
@@ -39,6 +40,8 @@ pub struct Workshop {
 pub struct Made {
     /// Its function.
     pub function: Gva,
+    /// The editions that it leads to, in the order in which they are asked.
+    pub way: Vec<Step>,
     /// Its code.
     pub code: Range<Gva>,
     /// Its cells: the first byte, and how many.
@@ -107,7 +110,12 @@ impl Workshop {
             name: NAME.to_owned(),
             orc: self::code(kernel, self, std::iter::empty(), code.clone())?.table,
             code,
-            symbols: region.symbols.iter().map(symbol).chain([handlers]).collect(),
+            symbols: region
+                .symbols
+                .iter()
+                .map(symbol)
+                .chain([handlers])
+                .collect(),
             fixups: region.fixups.iter().map(fixup).collect(),
             bugs: None,
         })
@@ -129,6 +137,7 @@ impl Workshop {
         target: &Target,
         way: &[Step],
         bound: Option<(SetPlace, &[Step])>,
+        sets: &BTreeMap<String, SetPlace>,
         space: &mut ArenaSpace,
     ) -> Result<Made, ApplyError> {
         let choices = choices(kernel, target, way)?;
@@ -139,7 +148,7 @@ impl Workshop {
             }),
             None => None,
         };
-        let (sets, predicates) = (BTreeMap::new(), BTreeMap::new());
+        let predicates = BTreeMap::new();
         let anywhere = space.data.range().start;
         let spec = Spec {
             region: &self.region,
@@ -147,7 +156,7 @@ impl Workshop {
             cpus: self.cpus,
             bound: bound.as_ref(),
             choices: &choices,
-            sets: &sets,
+            sets,
             predicates: &predicates,
             cells: anywhere,
         };
@@ -171,6 +180,7 @@ impl Workshop {
         }
         Ok(Made {
             function: target.function,
+            way: way.to_vec(),
             code: at..Gva(at.0.saturating_add(room)),
             cells: (cells, cells_len),
             assembled,
@@ -191,6 +201,10 @@ fn choices(kernel: &Kernel, target: &Target, way: &[Step]) -> Result<Vec<Choice>
         name: &target.name,
     };
     let choice = |step: &Step| {
+        if let Some(name) = step.rule.as_ref().and_then(|rule| rule.switch()) {
+            let name = name.to_owned();
+            return Err(ApplyError::NoSwitch { name });
+        }
         let rule = step.rule.as_ref().map(|rule| function.resolve(rule));
         Ok(Choice {
             rule: rule.transpose()?,
@@ -203,6 +217,27 @@ fn choices(kernel: &Kernel, target: &Target, way: &[Step]) -> Result<Vec<Choice>
 }
 
 impl Made {
+    /// Has the counts of rules go on where those of `old` are, as `read` reads them: of editions that both lead to by the same rule.
+    pub(super) fn go_on(&mut self, old: &Self, read: impl Fn(Gva) -> Option<u64>) {
+        for (nth, step) in self.way.iter().enumerate() {
+            let same = |before: &Step| (before.update, &before.rule) == (step.update, &step.rule);
+            let Some(before) = old.way.iter().position(same) else {
+                continue;
+            };
+            let of = |choice| Owner {
+                bound: false,
+                choice,
+            };
+            let values = old.assembled.cells_of(of(before));
+            let values: Vec<Option<u64>> = values.map(|cell| read(cell.at)).collect();
+            let cells = self.assembled.cells.iter_mut();
+            let cells = cells.filter(|cell| cell.of == of(nth)).zip(values);
+            for (cell, value) in cells.filter(|(cell, _)| cell.what == Use::Calls) {
+                cell.initial = value.unwrap_or(cell.initial);
+            }
+        }
+    }
+
     /// What is to be written: its code and its cells, as they begin.
     #[must_use]
     pub fn placed(&self) -> [Placed; 2] {

@@ -7,7 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 
 use super::arena::{Arena, Holdings, Worn};
-use super::handlers::Workshop;
+use super::handlers::{Made, Workshop};
 use super::passing::{Model, Passing};
 use super::tries::{ApplyOptions, CommitFailed, Report, commit_within};
 use super::{ApplyError, returns};
@@ -269,7 +269,8 @@ impl Turn {
             let head = head_of(&draft, target);
             let (old, new) = (or_original(&function.way, head), or_original(way, head));
             let bound = Some((set.place(), old.as_slice()));
-            let made = workshop.make(kernel, target, &new, bound, &mut draft.space)?;
+            let sets = draft.set_places();
+            let made = workshop.make(kernel, target, &new, bound, &sets, &mut draft.space)?;
             for placed in made.placed() {
                 plan.place(Purpose::Arena, &placed, &map)?;
             }
@@ -403,7 +404,13 @@ pub(super) fn lead<G: Guest>(
             [only] if only.counter.is_none() => Lead::Edition(only.to),
             way => {
                 let workshop = workshop(guest, kernel, draft, plan, map)?;
-                let made = workshop.make(kernel, target, way, None, &mut draft.space)?;
+                let sets = draft.set_places();
+                let space = &mut draft.space;
+                let mut made = workshop.make(kernel, target, way, None, &sets, space)?;
+                let of_it = |old: &&Arc<Made>| old.function == target.function;
+                for old in worn.made.iter().filter(of_it) {
+                    made.go_on(old, |at| kernel.read_u64(guest, at).ok());
+                }
                 for placed in made.placed() {
                     plan.place(Purpose::Arena, &placed, map)?;
                 }

@@ -222,6 +222,15 @@ impl Functions {
         self.by_address.values().filter_map(changed).collect()
     }
 
+    /// Notes that the editions of `update` are by `rule` now, wherever calls get to them.
+    pub(crate) fn retuned(&mut self, update: UpdateId, rule: &Arc<Rule>) {
+        let functions = self.by_address.values_mut();
+        let steps = functions.flat_map(|function| &mut function.way);
+        for step in steps.filter(|step| step.update == Some(update)) {
+            step.rule = Some(Arc::clone(rule));
+        }
+    }
+
     /// Has what the function at `at` leads to be told anew, whatever way it is.
     pub fn unsettle(&mut self, at: Gva) {
         if let Some(function) = self.by_address.get_mut(&at) {

@@ -200,6 +200,16 @@ impl Guest for FakeGuest {
         self.arena.clone()
     }
 
+    fn store(&mut self, at: Gpa, value: u64) -> Result<(), GuestError> {
+        let missing = || GuestError::NoMemory { at, len: 8 };
+        let end = at.checked_add(8).ok_or_else(missing)?;
+        if at < self.arena.start || end > self.arena.end || !at.0.is_multiple_of(8) {
+            return Err(missing());
+        }
+        self.step();
+        self.poke(at, &value.to_le_bytes())
+    }
+
     fn pause(&mut self, _deadline: Instant) -> Result<FakePaused<'_>, GuestError> {
         self.step();
         self.calls.push(Call::Pause);

@@ -3,6 +3,7 @@
 
 use std::error::Error;
 
+use patcher::apply::tune::SetsError;
 use patcher::apply::{ApplyError, CommitFailed};
 use patcher::commit::{Blocked, CommitError};
 use patcher::edition::link::LinkError;
@@ -304,6 +305,8 @@ pub(super) fn apply(cause: &ApplyError) -> Problem {
             error,
             "exopatch kernel types shows a function's arguments and what lies behind them",
         ),
+        ApplyError::NoSwitch { .. } => refused("rule_not_resolvable", cause, "change the rule"),
+        ApplyError::Store(error) => guest(error),
         ApplyError::Handler(error) => refused("cannot_choose", error, "change the rule"),
         ApplyError::Full(error) => refused("arena_full", error, FULL),
         ApplyError::Set(error) => refused("cannot_bind", error, REPORT),
@@ -330,6 +333,35 @@ fn publish(cause: &PublishError) -> Problem {
         PublishError::Symbol(_) | PublishError::Type(_) | PublishError::Far { .. } => {
             refused("kernel_not_understood", cause, REPORT)
         }
+    }
+}
+
+/// A set could not be changed.
+pub(super) fn sets(cause: &SetsError) -> Problem {
+    let problem = |failing, code: &str, hint: &str| {
+        let message = "the set was not changed, or not wholly";
+        Problem::new(failing, code, message, cause.to_string(), hint)
+    };
+    match cause {
+        SetsError::None { .. } => problem(
+            Failing::Unknown,
+            "no_such_set",
+            "exopatch set list shows all sets",
+        ),
+        SetsError::Name { .. } => problem(Failing::Refused, "set_name", "give it another name"),
+        SetsError::Used { .. } => problem(
+            Failing::Conflict,
+            "set_in_use",
+            "exopatch update list shows all updates, exopatch update show their rules",
+        ),
+        SetsError::Set(_) => problem(
+            Failing::Refused,
+            "set_full",
+            "take keys out that are not needed any more, or use several sets: `x in set a or x in set b`",
+        ),
+        SetsError::Full(_) => problem(Failing::Refused, "arena_full", FULL),
+        SetsError::Guest(error) => guest(error),
+        SetsError::Plan(_) => problem(Failing::Failed, "arena_not_mappable", REPORT),
     }
 }
 

@@ -37,6 +37,25 @@ pub trait Patcher: 'static {
     /// # Errors
     /// When the guest cannot be read.
     fn calls(&mut self) -> Result<Vec<Calls>, Problem>;
+    /// Puts keys into a set that rules ask for, which is made if there is none of that name, and takes others out; how many it then has.
+    ///
+    /// # Errors
+    /// When a key finds no room, or the name is none.
+    fn change_set(&mut self, name: &str, add: &[u64], remove: &[u64]) -> Result<usize, Problem>;
+    /// Does away with a set.
+    ///
+    /// # Errors
+    /// When there is none, or a rule asks for it.
+    fn drop_set(&mut self, name: &str) -> Result<(), Problem>;
+    /// The sets that rules may ask for, with their keys.
+    fn sets(&self) -> Vec<(String, Vec<u64>)>;
+    /// Whether a rule goes by a clock.
+    fn has_clocks(&self) -> bool;
+    /// Has the clocks of rules go on.
+    ///
+    /// # Errors
+    /// When the guest cannot be written.
+    fn tick(&mut self) -> Result<(), Problem>;
     /// Whether the guest's memory is known to be sound. If not, the guest stays paused.
     fn is_sound(&self) -> bool;
     /// The editions of an update, and where each stands; none once they are gone.

@@ -124,6 +124,26 @@ impl Patcher for Scripted {
         })
     }
 
+    fn change_set(&mut self, _: &str, add: &[u64], _: &[u64]) -> Result<usize, Problem> {
+        Ok(add.len())
+    }
+
+    fn drop_set(&mut self, _: &str) -> Result<(), Problem> {
+        Err(problem(Failing::Unknown, "no_such_set"))
+    }
+
+    fn sets(&self) -> Vec<(String, Vec<u64>)> {
+        Vec::new()
+    }
+
+    fn has_clocks(&self) -> bool {
+        false
+    }
+
+    fn tick(&mut self) -> Result<(), Problem> {
+        Ok(())
+    }
+
     fn calls(&mut self) -> Result<Vec<Calls>, Problem> {
         Ok(Vec::new())
     }

@@ -23,8 +23,12 @@ pub(super) struct Worker<P: Patcher> {
     present: BTreeSet<u64>,
     /// How long to wait for the guest's threads to go on before they are looked at again.
     wait: Duration,
+    /// When they were looked at last.
+    looked: Instant,
 }
 
+/// How often the clocks of rules go on.
+const TICK: Duration = Duration::from_millis(100);
 /// First wait for the guest's threads to go on; it doubles each time.
 const FIRST_WAIT: Duration = Duration::from_millis(10);
 /// Longest such wait.
@@ -40,32 +44,28 @@ impl<P: Patcher> Worker<P> {
             applied: BTreeMap::new(),
             present: BTreeSet::new(),
             wait: FIRST_WAIT,
+            looked: Instant::now(),
         }
     }
 
     /// Works until nobody can hand in anything any more.
     pub(super) fn run(mut self, queue: &Receiver<Job>) {
         loop {
-            let job = if self.patcher.is_settling() {
-                match queue.recv_timeout(self.wait) {
-                    Err(RecvTimeoutError::Timeout) => {
-                        self.settle();
-                        continue;
-                    }
-                    Err(RecvTimeoutError::Disconnected) => return,
-                    Ok(job) => job,
-                }
-            } else {
-                let Ok(job) = queue.recv() else {
-                    return;
-                };
-                job
+            let job = match self.next(queue) {
+                Ok(job) => job,
+                Err(RecvTimeoutError::Timeout) => continue,
+                Err(RecvTimeoutError::Disconnected) => return,
             };
             match job {
                 Job::Apply(id, order, done) => done(self.apply(id, &order)),
                 Job::Revert(id, deadline, done) => done(self.revert(id, deadline)),
                 Job::Reuse(id, how, deadline, done) => done(self.reuse(id, &how, deadline)),
                 Job::Force(id, deadline, done) => done(self.force(id, deadline)),
+                Job::ChangeSet(name, add, remove, done) => {
+                    done(self.work(|patcher| patcher.change_set(&name, &add, &remove)));
+                }
+                Job::DropSet(name, done) => done(self.work(|patcher| patcher.drop_set(&name))),
+                Job::Sets(done) => done(Ok(self.patcher.sets())),
                 Job::Calls(done) => done(self.work(P::calls)),
                 Job::Verify(id, deadline, done) => done(self.verify(id, deadline)),
                 Job::Kernel(deadline, done) => {
@@ -78,6 +78,25 @@ impl<P: Patcher> Worker<P> {
         }
     }
 
+    /// The next operation; while there is none, clocks go on, and what waits for the guest's threads is looked at.
+    fn next(&mut self, queue: &Receiver<Job>) -> Result<Job, RecvTimeoutError> {
+        let settles = self.patcher.is_settling();
+        let due = settles.then(|| self.looked + self.wait);
+        let ticks = self.patcher.has_clocks();
+        let tick = ticks.then(|| Instant::now() + TICK);
+        let job = match due.into_iter().chain(tick).min() {
+            None => return queue.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            Some(when) => queue.recv_timeout(when.saturating_duration_since(Instant::now())),
+        };
+        if ticks && let Err(problem) = self.work(P::tick) {
+            tracing::debug!(?problem, "the clocks of rules could not go on");
+        }
+        if job.is_err() && due.is_some_and(|due| due <= Instant::now()) {
+            self.settle();
+        }
+        job
+    }
+
     /// Does what has waited for the guest's threads to go on.
     fn settle(&mut self) {
         let deadline = Instant::now() + LOOK;
@@ -85,6 +104,7 @@ impl<P: Patcher> Worker<P> {
             tracing::debug!(?problem, "the guest's threads could not be looked at");
         }
         self.wait = (self.wait * 2).min(LONGEST_WAIT);
+        self.looked = Instant::now();
         self.forget();
         self.refresh();
     }

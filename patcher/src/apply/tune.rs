@@ -1,0 +1,308 @@
+//! What of a handler changes while it is in force, without a pause: by single aligned stores into the arena.
+//!
+//! A number that a rule names is one store; so is a clock's tick, and each key that comes into a set or leaves it. Handlers look at such a word
+//! once, so that every call goes by what was before or by what is after.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use super::ApplyError;
+use super::arena::{Arena, Holdings};
+use super::handlers::Made;
+use crate::addr::{Gpa, Gva};
+use crate::edition::handler::Owner;
+use crate::edition::list::{ListError, UpdateId, Use as How};
+use crate::edition::set::{Keys, Set, SetError, Store};
+use crate::edition::space::Full;
+use crate::guest::{Guest, GuestError};
+use crate::kernel::locate::Kernel;
+use crate::plan::PlanError;
+use crate::rule::resolve::Function;
+use crate::rule::tune::{self, Use};
+use crate::rule::{During, Rule};
+
+/// Slots of a set that nobody gave a size, as a power of two.
+pub const SET_BITS: u8 = 10;
+/// The longest name of a set, in bytes.
+pub const MAX_SET_NAME: usize = 64;
+
+/// What the clocks of handlers have shown so far.
+#[derive(Clone, Debug, Default)]
+pub struct Clocks {
+    /// Since when each update's rule is in effect.
+    since: BTreeMap<UpdateId, Instant>,
+    /// What each cell was last told.
+    told: BTreeMap<Gva, u64>,
+    /// When tokens were last given out.
+    second: Option<Instant>,
+}
+
+/// Why a set cannot be changed. It is as it was.
+#[derive(Debug, thiserror::Error)]
+pub enum SetsError {
+    /// There is none of that name.
+    #[error("no set is called {name}")]
+    None {
+        /// The name.
+        name: String,
+    },
+    /// The name is none that a rule can use.
+    #[error(
+        "`{name}` cannot be a set's name: letters, digits and _ can, at most {MAX_SET_NAME}, the first of them no digit"
+    )]
+    Name {
+        /// The name.
+        name: String,
+    },
+    /// A rule in effect asks for it.
+    #[error("update {update} asks for set {name}; revert it or use it otherwise first")]
+    Used {
+        /// The set.
+        name: String,
+        /// The update.
+        update: UpdateId,
+    },
+    /// A key finds no room, or is none.
+    #[error(transparent)]
+    Set(#[from] SetError),
+    /// No room in the arena.
+    #[error(transparent)]
+    Full(#[from] Full),
+    /// The arena cannot be written.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    /// The set is not in the arena.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+}
+
+fn physical(arena: &Arena, at: Gva) -> Result<Gpa, PlanError> {
+    let outside = PlanError::NotInArena { at, len: 8 };
+    arena.layout.data.physical(at, 8).ok_or(outside)
+}
+
+fn store<G: Guest>(guest: &mut G, arena: &Arena, stores: &[Store]) -> Result<(), SetsError> {
+    for store in stores {
+        guest.store(physical(arena, store.at)?, store.value)?;
+    }
+    Ok(())
+}
+
+/// Changes the rule of an update by one store, if that is all it takes. Whether it was.
+///
+/// # Errors
+/// When the new rule cannot be asked of the functions, or the arena cannot be written.
+pub(super) fn retune<G: Guest>(
+    guest: &mut G,
+    kernel: &Kernel,
+    arena: &mut Arena,
+    update: UpdateId,
+    how: &How,
+) -> Result<bool, ApplyError> {
+    let holds = &arena.holds;
+    let old = holds.uses.get(&update);
+    let old = old.ok_or(ListError::NotInEffect { update })?;
+    let (Some(_), Some(rule)) = (&old.rule, &how.rule) else {
+        return Ok(false);
+    };
+    if old.counted != how.counted || holds.passing.iter().any(|it| it.update == update) {
+        return Ok(false);
+    }
+    let mut stores = Vec::new();
+    for made in &holds.made {
+        let nth = made.way.iter().position(|step| step.update == Some(update));
+        let Some(choice) = nth else { continue };
+        let Some(store) = made.retuned(kernel, holds, choice, rule)? else {
+            return Ok(false);
+        };
+        stores.extend(store);
+    }
+    let [(at, value)] = stores[..] else {
+        return Ok(false);
+    };
+    guest
+        .store(physical(arena, at)?, value)
+        .map_err(ApplyError::Store)?;
+    arena.holds.uses.insert(update, how.clone());
+    arena.holds.retuned(update, rule);
+    Ok(true)
+}
+
+/// Has the clocks go on that rules go by, as far as it is time.
+///
+/// # Errors
+/// When the arena cannot be written.
+pub fn tick<G: Guest>(guest: &mut G, arena: &mut Arena, now: Instant) -> Result<(), SetsError> {
+    let mut clocks = std::mem::take(&mut arena.holds.clocks);
+    clocks
+        .since
+        .retain(|update, _| arena.holds.uses.contains_key(update));
+    for update in arena.holds.uses.keys() {
+        clocks.since.entry(*update).or_insert(now);
+    }
+    let second = clocks
+        .second
+        .is_none_or(|last| now.duration_since(last) >= Duration::from_secs(1));
+    if second {
+        clocks.second = Some(now);
+    }
+    let mut due = Vec::new();
+    for made in &arena.holds.made {
+        for cell in &made.assembled.cells {
+            let value = match &cell.what {
+                Use::Tokens(calls) if second => *calls,
+                Use::During(during) => {
+                    let since = made.update_of(cell.of).and_then(|id| clocks.since.get(&id));
+                    u64::from(is_on(during, since.copied().unwrap_or(now), now))
+                }
+                _ => continue,
+            };
+            // Tokens are taken by calls; what was told of them does not last.
+            let lasts = matches!(cell.what, Use::During(_));
+            if !lasts || clocks.told.insert(cell.at, value) != Some(value) {
+                due.push(Store { at: cell.at, value });
+            }
+        }
+    }
+    let stored = store(guest, arena, &due);
+    arena.holds.clocks = clocks;
+    stored
+}
+
+/// Whether it is time.
+fn is_on(during: &During, since: Instant, now: Instant) -> bool {
+    let clock = || {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        now.map_or(0, |now| now.as_secs())
+    };
+    match during {
+        During::For(ms) => now.duration_since(since) < Duration::from_millis(*ms),
+        During::Until(end) => clock() < end.seconds(),
+        During::After(start) => clock() >= start.seconds(),
+        During::Named(_) => false,
+    }
+}
+
+impl Made {
+    /// The store that makes `rule` that of the choice `nth`; nothing in it if it is the same, `None` if one store does not.
+    fn retuned(
+        &self,
+        kernel: &Kernel,
+        holds: &Holdings,
+        nth: usize,
+        rule: &Rule,
+    ) -> Result<Option<Option<(Gva, u64)>>, ApplyError> {
+        let target = holds.functions.get(self.function).map(|it| &it.target);
+        let old = self.way.get(nth).and_then(|step| step.rule.as_ref());
+        let (Some(target), Some(old)) = (target, old) else {
+            return Ok(None);
+        };
+        let function = Function {
+            image: kernel.image(),
+            types: kernel.image().types(),
+            name: &target.name,
+        };
+        let (old, new) = (function.resolve(old)?, function.resolve(rule)?);
+        let Some(stores) = tune::retune(&old, &new) else {
+            return Ok(None);
+        };
+        let of = Owner {
+            bound: false,
+            choice: nth,
+        };
+        let Some((index, value)) = stores.first() else {
+            return Ok(Some(None));
+        };
+        let cell = self.assembled.cells_of(of).nth(*index);
+        Ok(cell.map(|cell| Some((cell.at, *value))))
+    }
+
+    /// The update whose rule a cell belongs to.
+    fn update_of(&self, of: Owner) -> Option<UpdateId> {
+        let step = if of.bound {
+            None
+        } else {
+            self.way.get(of.choice)
+        };
+        step.and_then(|step| step.update)
+    }
+}
+
+impl Holdings {
+    /// Whether a handler goes by a clock.
+    #[must_use]
+    pub fn has_clocks(&self) -> bool {
+        let cells = self.made.iter().flat_map(|made| &made.assembled.cells);
+        let mut uses = cells.map(|cell| &cell.what);
+        uses.any(|what| matches!(what, Use::Tokens(_) | Use::During(_)))
+    }
+}
+
+/// Puts keys into a set, which is made if there is none of that name, and takes others out. The guest runs on.
+///
+/// # Errors
+/// [`SetsError`]; keys before the one that it is about are in, or out.
+pub fn change_set<G: Guest>(
+    guest: &mut G,
+    arena: &mut Arena,
+    name: &str,
+    add: &[u64],
+    remove: &[u64],
+) -> Result<usize, SetsError> {
+    let mut set = match arena.holds.sets.get(name) {
+        Some(set) => set.clone(),
+        None => {
+            let letter = |c: char| c.is_ascii_alphanumeric() || c == '_';
+            let first = name.chars().next().is_some_and(|c| !c.is_ascii_digit());
+            if !first || !name.chars().all(letter) || name.len() > MAX_SET_NAME {
+                let name = name.to_owned();
+                return Err(SetsError::Name { name });
+            }
+            let at = arena.holds.space.data.take(8 << SET_BITS, 64)?;
+            let set = Set::new(at, SET_BITS, Keys::Wide)?;
+            let words = set.bytes();
+            let words = words.as_chunks::<8>().0.iter().enumerate();
+            let empty = words.map(|(slot, word)| Store {
+                at: Gva(at.0.saturating_add(slot as u64 * 8)),
+                value: u64::from_le_bytes(*word),
+            });
+            store(guest, arena, &empty.collect::<Vec<_>>())?;
+            arena.holds.sets.insert(name.to_owned(), set.clone());
+            set
+        }
+    };
+    let mut changed = Ok(());
+    for key in remove {
+        let gone = set.remove(*key);
+        changed = changed.and(store(guest, arena, gone.as_slice()));
+    }
+    for key in add {
+        changed = changed.and_then(|()| store(guest, arena, &set.insert(*key)?));
+    }
+    let len = set.len();
+    arena.holds.sets.insert(name.to_owned(), set);
+    changed.map(|()| len)
+}
+
+/// Does away with a set that no rule asks for.
+///
+/// # Errors
+/// [`SetsError`].
+pub fn drop_set(arena: &mut Arena, name: &str) -> Result<(), SetsError> {
+    let place = arena.holds.sets.get(name).map(|set| set.place());
+    let Some(place) = place else {
+        let name = name.to_owned();
+        return Err(SetsError::None { name });
+    };
+    let uses = arena.holds.uses.iter();
+    let mut asks =
+        uses.filter(|(_, how)| how.rule.as_ref().is_some_and(|rule| rule.asks_for(name)));
+    if let Some((update, _)) = asks.next() {
+        let (name, update) = (name.to_owned(), *update);
+        return Err(SetsError::Used { name, update });
+    }
+    arena.holds.sets.remove(name);
+    // A worn handler may still be looking into it.
+    arena.holds.wear_out_memory(place.at, 8 << place.bits);
+    Ok(())
+}
