@@ -7,6 +7,7 @@ mod events;
 mod http;
 mod kernel;
 mod progress;
+pub mod set;
 mod show;
 pub mod update;
 pub mod vm;

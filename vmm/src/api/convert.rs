@@ -155,6 +155,30 @@ fn bound(passing: Passing) -> Vec<wire::BoundTask> {
     bound.collect()
 }
 
+/// All sets.
+pub(super) fn sets(sets: Vec<(String, Vec<u64>)>) -> wire::SetList {
+    let set = |(name, mut keys): (String, Vec<u64>)| {
+        keys.sort_unstable();
+        wire::Set {
+            name,
+            len: count(keys.len()),
+            keys: keys.iter().map(|key| format!("{key:#x}")).collect(),
+        }
+    };
+    wire::SetList {
+        sets: sets.into_iter().map(set).collect(),
+    }
+}
+
+/// A set that was changed.
+pub(super) fn changed_set(name: String, len: usize) -> wire::Set {
+    wire::Set {
+        name,
+        len: count(len),
+        keys: Vec::new(),
+    }
+}
+
 /// The calls that were counted, `at` so long after the VM's start.
 pub(super) fn calls(calls: Vec<Calls>, at: Duration) -> wire::CallList {
     let calls = calls.into_iter().map(|calls| wire::Calls {

@@ -10,8 +10,8 @@ use axum::http::StatusCode;
 use super::error::ApiError;
 use super::machine::{Done, Machine};
 use super::wire::{
-    Arena, CallList, Calls, Dump, Kernel, Report, Stop, Update, UpdateState, Verification, Vm,
-    VmState,
+    Arena, CallList, Calls, Dump, Kernel, Report, Set, SetList, Stop, Update, UpdateState,
+    Verification, Vm, VmState,
 };
 use crate::events::Events;
 use crate::updates::{InsteadOf, Order, Use};
@@ -194,6 +194,41 @@ impl Machine for Double {
         let update = self.find(id)?;
         done(Ok(update.clone()));
         Ok(update)
+    }
+
+    fn change_set(
+        &self,
+        name: String,
+        add: Vec<u64>,
+        remove: Vec<u64>,
+        done: Done<Set>,
+    ) -> Result<(), ApiError> {
+        let len = u64::try_from(add.len().saturating_sub(remove.len())).unwrap();
+        done(Ok(Set {
+            name,
+            len,
+            keys: Vec::new(),
+        }));
+        Ok(())
+    }
+
+    fn drop_set(&self, name: String, done: Done<SetList>) -> Result<(), ApiError> {
+        done(match name.as_str() {
+            "none" => Err(ApiError::new(
+                StatusCode::NOT_FOUND,
+                "no_such_set",
+                "m",
+                "c",
+                "h",
+            )),
+            _ => Ok(SetList::default()),
+        });
+        Ok(())
+    }
+
+    fn sets(&self, done: Done<SetList>) -> Result<(), ApiError> {
+        done(Ok(SetList::default()));
+        Ok(())
     }
 
     fn calls(&self, done: Done<CallList>) -> Result<(), ApiError> {

@@ -184,6 +184,29 @@ impl Machine for Live {
             .map_err(convert::error)
     }
 
+    fn change_set(
+        &self,
+        name: String,
+        add: Vec<u64>,
+        remove: Vec<u64>,
+        done: Done<wire::Set>,
+    ) -> Result<(), ApiError> {
+        let of = name.clone();
+        let done = translated(done, move |len| convert::changed_set(of, len));
+        let asked = self.session.change_set(name, add, remove, done);
+        asked.map_err(convert::error)
+    }
+
+    fn drop_set(&self, name: String, done: Done<wire::SetList>) -> Result<(), ApiError> {
+        let done = translated(done, |()| wire::SetList::default());
+        self.session.drop_set(name, done).map_err(convert::error)
+    }
+
+    fn sets(&self, done: Done<wire::SetList>) -> Result<(), ApiError> {
+        let done = translated(done, convert::sets);
+        self.session.sets(done).map_err(convert::error)
+    }
+
     fn calls(&self, done: Done<wire::CallList>) -> Result<(), ApiError> {
         let at = self.events().elapsed();
         let done = translated(done, move |calls| convert::calls(calls, at));

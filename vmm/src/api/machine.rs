@@ -109,6 +109,30 @@ pub trait Machine: Send + Sync + 'static {
         done: Done<wire::Update>,
     ) -> Result<wire::Update, ApiError>;
 
+    /// Puts keys into a set and takes others out; calls `done` with what it then is.
+    ///
+    /// # Errors
+    /// When too many operations wait already.
+    fn change_set(
+        &self,
+        name: String,
+        add: Vec<u64>,
+        remove: Vec<u64>,
+        done: Done<wire::Set>,
+    ) -> Result<(), ApiError>;
+
+    /// Does away with a set; calls `done` with an empty list once it is gone.
+    ///
+    /// # Errors
+    /// When too many operations wait already.
+    fn drop_set(&self, name: String, done: Done<wire::SetList>) -> Result<(), ApiError>;
+
+    /// Asks for all sets; calls `done` with them.
+    ///
+    /// # Errors
+    /// When too many operations wait already.
+    fn sets(&self, done: Done<wire::SetList>) -> Result<(), ApiError>;
+
     /// Asks how often editions were called; calls `done` with the answer.
     ///
     /// # Errors

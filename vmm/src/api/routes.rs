@@ -4,6 +4,7 @@
 //! body as every other failure.
 
 mod kernel;
+mod sets;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -77,6 +78,7 @@ pub(super) fn described() -> OpenApiRouter<Api> {
         .routes(routes!(reuse))
         .routes(routes!(force))
         .routes(routes!(calls))
+        .merge(sets::described())
         .routes(routes!(verify))
         .routes(routes!(openapi))
 }

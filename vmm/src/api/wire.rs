@@ -368,6 +368,37 @@ pub struct Calls {
     pub calls: u64,
 }
 
+/// A set that rules ask for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Set {
+    /// Its name.
+    pub name: String,
+    /// How many keys are in it.
+    pub len: u64,
+    /// The keys, hexadecimal; left out by calls that only change some.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub keys: Vec<String>,
+}
+
+/// All sets.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct SetList {
+    /// The sets, by name.
+    pub sets: Vec<Set>,
+}
+
+/// What is to change in a set.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SetChange {
+    /// Keys to put in: decimal, or `0x` and hexadecimal; none is zero.
+    #[serde(default)]
+    pub add: Vec<String>,
+    /// Keys to take out, first.
+    #[serde(default)]
+    pub remove: Vec<String>,
+}
+
 /// All calls that are counted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct CallList {

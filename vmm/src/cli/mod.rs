@@ -15,6 +15,7 @@ use std::process::ExitCode;
 use clap::{ArgAction, CommandFactory, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
+use crate::client::set::SetCommand;
 use crate::client::update::UpdateCommand;
 use crate::client::vm::VmCommand;
 use crate::client::{self, Client};
@@ -63,6 +64,9 @@ pub enum Command {
     /// Apply, check, list, show, revert and verify updates of a running kernel
     #[command(subcommand)]
     Update(UpdateCommand),
+    /// Fill and empty the sets that rules ask for
+    #[command(subcommand)]
+    Set(SetCommand),
     /// Show the kernel of a running virtual machine, or all of a recorded guest's kernel
     Kernel(kernel::KernelArgs),
     /// Compile an edition into an update package
@@ -87,6 +91,7 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::main(args, &cli.global),
         Command::Vm(command) => call(&cli.global, |client| client.vm(command)),
         Command::Update(command) => call(&cli.global, |client| client.update(command)),
+        Command::Set(command) => call(&cli.global, |client| client.set(command)),
         Command::Kernel(args) => kernel::main(&args, &cli.global),
         Command::Build(args) => build::main(&args, &cli.global),
         Command::Openapi => match api::openapi::json().map(output::text) {

@@ -50,6 +50,13 @@ impl Call {
         }
     }
 
+    pub(super) fn delete(target: impl Into<String>) -> Self {
+        Self {
+            method: Method::DELETE,
+            ..Self::get(target)
+        }
+    }
+
     /// Options with a value, as the query.
     pub(super) fn query(mut self, options: &[(&str, Option<String>)]) -> Self {
         for (name, value) in options {
@@ -81,7 +88,7 @@ impl Call {
 }
 
 /// RFC 3986, section 2.1: everything but the unreserved characters.
-fn percent_encode(text: &str) -> String {
+pub(super) fn percent_encode(text: &str) -> String {
     let mut encoded = String::with_capacity(text.len());
     for byte in text.bytes() {
         if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {

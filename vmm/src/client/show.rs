@@ -2,8 +2,8 @@
 
 use super::clean;
 use crate::api::wire::{
-    CallList, Dump, EditionState, Event, EventBody, Kernel, PowerButton, Report, Transition,
-    Update, UpdateList, UpdateState, Verification, Vm, VmState,
+    CallList, Dump, EditionState, Event, EventBody, Kernel, PowerButton, Report, SetList,
+    Transition, Update, UpdateList, UpdateState, Verification, Vm, VmState,
 };
 
 /// Appends a line of a name and its value.
@@ -240,6 +240,15 @@ fn report(table: &mut String, what: &str, report: &Report) {
         format_args!("{} words of {} tasks", report.stack_words, report.tasks),
     );
     row(table, "  in all", format_args!("{} µs", report.total_us));
+}
+
+pub(super) fn sets(list: &SetList) -> String {
+    let mut table = format!("{:<24}{:>8}  {}\n", "SET", "NUMBERS", "WHICH");
+    for set in &list.sets {
+        let (name, keys) = (clean(&set.name), clean(&set.keys.join(" ")));
+        table.push_str(&format!("{name:<24}{:>8}  {keys}\n", set.len));
+    }
+    table
 }
 
 pub(super) fn calls(list: &CallList) -> String {
