@@ -305,4 +305,6 @@ fn place<G: Guest>(
 #[cfg(test)]
 mod published_tests;
 #[cfg(test)]
+mod tune_tests;
+#[cfg(test)]
 mod whole_tests;

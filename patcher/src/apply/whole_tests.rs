@@ -75,7 +75,7 @@ pub(super) fn apply_it(
     apply(guest, kernel, arena, &request, &options(check_only))
 }
 
-fn options<'a>(check_only: bool) -> ApplyOptions<'a> {
+pub(super) fn options<'a>(check_only: bool) -> ApplyOptions<'a> {
     ApplyOptions {
         deadline: Instant::now() + Duration::from_millis(200),
         check_only,

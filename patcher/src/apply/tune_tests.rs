@@ -1,0 +1,215 @@
+//! Rules, clocks and sets that change while their handler is in force, on a fake guest: by stores, and without a pause.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::tune::{SetsError, change_set, drop_set, tick};
+use super::whole_tests::{booted, options, package};
+use super::{ApplyError, Arena, Request, apply, reuse, revert};
+use crate::addr::Gva;
+use crate::apply::Model;
+use crate::edition::list::Use;
+use crate::guest::fake::{Call, FakeGuest};
+use crate::kernel::locate::Kernel;
+use crate::kernel::testing::{BUILD_ID, Form};
+use crate::plan::Lead;
+use crate::rule::Rule;
+use crate::rule::tune;
+
+fn how(rule: &str) -> Use {
+    Use {
+        rule: Some(Arc::new(Rule::parse(rule).unwrap())),
+        counted: false,
+    }
+}
+
+/// A guest with an update whose editions are for these calls.
+fn ruled(rule: &str) -> (FakeGuest, Kernel, Arena) {
+    let (mut guest, kernel, mut arena) = booted(Form::New);
+    let package = package("patient", 0, &BUILD_ID);
+    let request = Request {
+        how: how(rule),
+        ..Request::new(1, &package)
+    };
+    apply(&mut guest, &kernel, &mut arena, &request, &options(false)).unwrap();
+    guest.calls.clear();
+    (guest, kernel, arena)
+}
+
+/// The cells of the only handler: what each is, and what it holds.
+fn cells(guest: &FakeGuest, kernel: &Kernel, arena: &Arena) -> Vec<(tune::Use, u64)> {
+    let cells = arena
+        .holds
+        .made
+        .iter()
+        .flat_map(|made| &made.assembled.cells);
+    let read = |at: Gva| kernel.read_u64(guest, at).unwrap();
+    cells
+        .map(|cell| (cell.what.clone(), read(cell.at)))
+        .collect()
+}
+
+#[test]
+fn a_number_of_a_rule_changes_by_one_store() {
+    let (mut guest, kernel, mut arena) = ruled("pid = 7 and cpu < 2");
+    let lead = |arena: &Arena| arena.holds.functions.iter().next().unwrap().lead;
+    let first = lead(&arena);
+    let values = |guest: &FakeGuest, arena: &Arena| -> Vec<u64> {
+        let cells = cells(guest, &kernel, arena).into_iter();
+        cells.map(|(_, value)| value).collect()
+    };
+    let before = values(&guest, &arena);
+    let report = reuse(
+        &mut guest,
+        &kernel,
+        &mut arena,
+        1,
+        how("pid = 8 and cpu < 2"),
+        &options(false),
+    );
+    assert_eq!(report.unwrap().pauses, 0);
+    assert!(!guest.calls.contains(&Call::Pause) && lead(&arena) == first);
+    let after = values(&guest, &arena);
+    assert_eq!(before.len(), after.len());
+    let changed = before
+        .iter()
+        .zip(&after)
+        .filter(|(before, after)| before != after);
+    assert_eq!(changed.count(), 1);
+    assert_eq!(arena.holds.uses[&1], how("pid = 8 and cpu < 2"));
+    let way = &arena.holds.functions.iter().next().unwrap().way;
+    assert_eq!(way[0].rule, how("pid = 8 and cpu < 2").rule);
+    // Two numbers, or another test, need another handler.
+    let report = reuse(
+        &mut guest,
+        &kernel,
+        &mut arena,
+        1,
+        how("pid = 9 and cpu < 3"),
+        &options(false),
+    );
+    assert_eq!(report.unwrap().pauses, 1);
+    assert!(matches!(lead(&arena), Lead::Handler(at) if Some(at) != first.address()));
+}
+
+#[test]
+fn what_a_rule_has_counted_goes_on_in_the_next_handler() {
+    let (mut guest, kernel, mut arena) = ruled("first 5");
+    let calls = |arena: &Arena| {
+        let mut cells = arena.holds.made[0].assembled.cells.iter();
+        cells.find(|cell| cell.what == tune::Use::Calls).unwrap().at
+    };
+    let at = kernel.translate(&guest, calls(&arena)).unwrap();
+    guest.poke(at, &3_u64.to_le_bytes()).unwrap();
+    let counted = Use {
+        counted: true,
+        ..how("first 5")
+    };
+    reuse(&mut guest, &kernel, &mut arena, 1, counted, &options(false)).unwrap();
+    assert_eq!(kernel.read_u64(&guest, calls(&arena)).unwrap(), 3);
+}
+
+#[test]
+fn clocks_go_on_by_stores() {
+    let (mut guest, kernel, mut arena) = ruled("for 2s or rate 5/s");
+    let start = Instant::now();
+    let mut at = |ms: u64, spend: u64| {
+        tick(&mut guest, &mut arena, start + Duration::from_millis(ms)).unwrap();
+        let cells = cells(&guest, &kernel, &arena);
+        let value = |during: bool| {
+            let mut of = cells
+                .iter()
+                .filter(|(what, _)| matches!(what, tune::Use::During(_)) == during);
+            of.next().unwrap().1
+        };
+        let shown = (value(true), value(false));
+        // Calls that took tokens.
+        let tokens = arena.holds.made[0].assembled.cells.iter();
+        let mut tokens = tokens.filter(|cell| matches!(cell.what, tune::Use::Tokens(_)));
+        let token = kernel.translate(&guest, tokens.next().unwrap().at).unwrap();
+        guest
+            .poke(token, &shown.1.wrapping_sub(spend).to_le_bytes())
+            .unwrap();
+        shown
+    };
+    assert_eq!(at(0, 4), (1, 5));
+    assert_eq!(at(500, 0), (1, 1), "the second is not over");
+    assert_eq!(at(1100, 9), (1, 5));
+    assert_eq!(at(1900, 0), (1, 5_u64.wrapping_sub(9)));
+    assert_eq!(at(2100, 0), (0, 5));
+    assert!(arena.holds.has_clocks());
+    assert!(!guest.calls.contains(&Call::Pause));
+    let named = reuse(
+        &mut guest,
+        &kernel,
+        &mut arena,
+        1,
+        how("during lunch"),
+        &options(false),
+    );
+    assert!(matches!(named, Err(ApplyError::NoSwitch { name }) if name == "lunch"));
+}
+
+#[test]
+fn sets_are_made_filled_and_done_away_with() {
+    let (mut guest, kernel, mut arena) = ruled("pid = 1");
+    let asks = how("pid in set chosen");
+    let none = reuse(
+        &mut guest,
+        &kernel,
+        &mut arena,
+        1,
+        asks.clone(),
+        &options(false),
+    );
+    assert!(
+        none.unwrap_err()
+            .to_string()
+            .contains("no set is called chosen")
+    );
+    let used = arena.holds.space.used();
+    let mut change = |arena: &mut Arena, name: &str, add: &[u64], remove: &[u64]| {
+        change_set(&mut guest, arena, name, add, remove).map_err(|error| error.to_string())
+    };
+    assert_eq!(change(&mut arena, "chosen", &[5, 6, 7], &[]), Ok(3));
+    assert_eq!(change(&mut arena, "chosen", &[8], &[6, 99]), Ok(3));
+    let wrong = change(&mut arena, "chosen", &[9, 0], &[]).unwrap_err();
+    assert!(wrong.contains("zero cannot be in a set"), "{wrong}");
+    let wrong = change(&mut arena, "2nd", &[], &[]).unwrap_err();
+    assert!(wrong.contains("`2nd` cannot be a set's name"), "{wrong}");
+    let set = arena.holds.sets["chosen"].clone();
+    let mut keys: Vec<u64> = set.keys().collect();
+    keys.sort_unstable();
+    assert_eq!(
+        keys,
+        [5, 7, 8, 9],
+        "those before the one that was wrong are in"
+    );
+    let mut memory = vec![0; set.bytes().len()];
+    kernel.read(&guest, set.place().at, &mut memory).unwrap();
+    assert_eq!(memory, set.bytes());
+    reuse(&mut guest, &kernel, &mut arena, 1, asks, &options(false)).unwrap();
+    assert!(matches!(
+        drop_set(&mut arena, "chosen"),
+        Err(SetsError::Used { update: 1, .. })
+    ));
+    assert!(matches!(
+        drop_set(&mut arena, "other"),
+        Err(SetsError::None { .. })
+    ));
+    revert(
+        &mut guest,
+        &kernel,
+        &mut arena,
+        &[1],
+        Model::Immediate,
+        &options(false),
+    )
+    .unwrap();
+    drop_set(&mut arena, "chosen").unwrap();
+    assert!(arena.holds.sets.is_empty() && arena.holds.space.used() >= used);
+    while arena.holds.is_settling() {
+        super::settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
+    }
+    assert!(arena.holds.space.used() < used, "its memory is free");
+}
