@@ -168,7 +168,11 @@ pub(super) fn update(update: &Update) -> String {
         );
         for task in bound {
             let frames = clean(&task.frames.join(" < "));
-            row(&mut table, &format!("  {}", clean(&task.who)), frames);
+            row(
+                &mut table,
+                "",
+                format_args!("{}: {frames}", clean(&task.who)),
+            );
         }
     }
     row(&mut table, "functions", clean(&update.functions.join(", ")));
@@ -184,8 +188,8 @@ pub(super) fn update(update: &Update) -> String {
         let at = clean(&edition.at);
         row(
             &mut table,
-            &format!("  {}", clean(&edition.function)),
-            format_args!("{state} at {at}{why}"),
+            &format!("  {state}"),
+            format_args!("{} at {at}{why}", clean(&edition.function)),
         );
     }
     if let Some(applied) = &update.applied {
