@@ -51,6 +51,74 @@ fn the_guest_traces_a_redirected_function() {
     }
 }
 
+/// Tracers, return probes and entry probes are set before and after a rule makes the jump lead to a handler: all of them see every call, and
+/// every call gets its edition.
+#[test]
+fn the_guest_traces_a_function_whose_editions_are_chosen() {
+    let tracing = "cd /sys/kernel/tracing";
+    for stock in stock::ALL {
+        let mut guest = Guest::boot(&Options::new(stock));
+        let old = ask(&mut guest);
+        let probes = "echo 'p:entry unix_ioctl' >kprobe_events; echo 'r:back unix_ioctl $retval' >>kprobe_events; \
+                      echo 1 >events/kprobes/enable";
+        let graph = "echo unix_ioctl >set_graph_function && echo function_graph >current_tracer";
+        one_line(&mut guest, &format!("{tracing} && {probes}"));
+        let package = stock.edition("unix_ioctl_notty");
+        let package = package.to_str().expect("UTF-8");
+        let chosen = [
+            "update",
+            "apply",
+            package,
+            "--when",
+            "cmd = 0x8905",
+            "--count",
+        ];
+        let update = guest.client.call(&chosen).expect("the apply");
+        assert_eq!(update["state"], "applied", "{update:#}");
+        assert_eq!(ask(&mut guest), "ENOTTY", "{stock:?}: probed before");
+        one_line(&mut guest, &format!("{tracing} && {graph}"));
+        assert_eq!(ask(&mut guest), "ENOTTY", "{stock:?}: traced since");
+        let calls = |guest: &Guest| {
+            let told = guest.client.call(&["update", "calls"]).expect("the calls");
+            let told = told["calls"].as_array().expect("calls").iter();
+            told.map(|of| of["calls"].as_u64().expect("a count"))
+                .sum::<u64>()
+        };
+        let before = calls(&guest);
+        let seen = one_line(
+            &mut guest,
+            &format!(
+                "{tracing} && echo >trace; probe siocatmark 20 1 >/dev/null; \
+                 echo $(grep -c entry: trace) $(grep -c back: trace) $(grep -c 'unix_ioctl' trace)"
+            ),
+        );
+        let seen: Vec<u64> = seen
+            .split_whitespace()
+            .filter_map(|count| count.parse().ok())
+            .collect();
+        println!(
+            "{stock:?}: {seen:?} lines of {} calls",
+            calls(&guest) - before
+        );
+        assert_eq!(calls(&guest) - before, 20, "{stock:?}: counted");
+        assert_eq!(seen.get(..2), Some(&[20, 20][..]), "{stock:?}: probed");
+        assert!(seen[2] >= 40, "{stock:?}: traced");
+        let other = ["update", "use", "1", "--when", "cmd = 1"];
+        let used = guest.client.call(&other).expect("the use");
+        assert_eq!(used["state"], "applied", "{used:#}");
+        assert_eq!(ask(&mut guest), old, "{stock:?}: for other calls");
+        one_line(
+            &mut guest,
+            &format!(
+                "{tracing} && echo nop >current_tracer; echo 0 >events/kprobes/enable; echo >kprobe_events"
+            ),
+        );
+        revert(&guest, 1);
+        assert_eq!(ask(&mut guest), old, "{stock:?}: reverted");
+        assert_clean(&mut guest);
+    }
+}
+
 #[test]
 fn a_kprobe_inside_the_displaced_bytes_is_refused_and_nothing_has_changed() {
     for stock in stock::ALL {

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 
 use super::http::Call;
 use super::{Client, EXIT_CODES, Failure, parse_time, show};
@@ -33,6 +33,10 @@ pub enum UpdateCommand {
         /// Who may be where at the switch; by default `immediate` for an update of one function, `per-task` for one of several
         #[arg(long, value_enum)]
         model: Option<Model>,
+        /// What to do when some tasks have not made the switch by the deadline: `keep` leaves them time, `revert` takes the update
+        /// back, `force` ends the switch for them too, who may then run old code of one function beneath new code of another
+        #[arg(long, value_enum, default_value = "keep")]
+        on_deadline: OnDeadline,
         /// Which calls its editions are for, and whether they are counted
         #[command(flatten)]
         how: How,
@@ -101,6 +105,17 @@ pub enum UpdateCommand {
     },
 }
 
+/// What to do about tasks that have not made a switch by the deadline.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OnDeadline {
+    /// The switch goes on.
+    Keep,
+    /// The update is taken back.
+    Revert,
+    /// The switch ends for them too.
+    Force,
+}
+
 /// How editions are to be used.
 #[derive(Args, Clone, Debug)]
 pub struct How {
@@ -146,15 +161,18 @@ impl Client {
                     no_wait,
                     instead_of,
                     model,
+                    on_deadline,
                     how,
                 } => {
                     let model = model.map(|model| model.name().to_owned());
                     let [rule, count] = how.query();
                     let options = [("instead_of", instead_of), ("model", model), rule, count];
-                    self.apply(package, check, no_wait, options.into()).await
+                    self.apply(package, check, no_wait, options.into(), on_deadline)
+                        .await
                 }
                 UpdateCommand::Check { package } => {
-                    self.apply(package, true, false, Vec::new()).await
+                    let keep = OnDeadline::Keep;
+                    self.apply(package, true, false, Vec::new(), keep).await
                 }
                 UpdateCommand::Use { id, how, deadline } => {
                     let call = Call::post(format!("/v1/updates/{id}/use"))
@@ -216,6 +234,7 @@ impl Client {
         check: bool,
         no_wait: bool,
         options: Vec<(&'static str, Option<String>)>,
+        on_deadline: OnDeadline,
     ) -> Result<(), Failure> {
         let Package { file, deadline } = package;
         let body = std::fs::read(&file).map_err(|cause| Failure::File {
@@ -234,7 +253,21 @@ impl Client {
             .body("application/octet-stream", body);
         let what = if check { "checking" } else { "applying" };
         let update: Update = self.with_progress(what, self.call(call)).await?;
-        let update = self.switched(update, began + deadline, no_wait).await?;
+        let mut update = self.switched(update, began + deadline, no_wait).await?;
+        if update.state == UpdateState::Switching && !no_wait {
+            let call = match on_deadline {
+                OnDeadline::Keep => None,
+                OnDeadline::Revert => Some("revert"),
+                OnDeadline::Force => Some("force"),
+            };
+            if let Some(call) = call {
+                let call = Call::post(format!("/v1/updates/{}/{call}", update.id));
+                update = self.call(call.deadline(deadline)).await?;
+                update = self
+                    .switched(update, Instant::now() + deadline, false)
+                    .await?;
+            }
+        }
         self.print(&update, show::update)
     }
 
