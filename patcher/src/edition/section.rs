@@ -271,9 +271,7 @@ mod tests {
         check(".altinstr_aux", "code");
         check("__dyndbg", "data");
         check("__dyndbg_classes", "data");
-        for name in ["__jump_table"] {
-            check(name, "refused");
-        }
+        check("__jump_table", "refused");
         for name in [
             ".static_call.text",
             ".static_call_tramp_key",

@@ -43,8 +43,9 @@ impl Space {
     #[must_use]
     pub fn new(half: &'static str, range: Range<Gva>, reserved: u64) -> Self {
         let start = range.start.0.saturating_add(reserved).min(range.end.0);
-        let mut free = vec![start..range.end.0];
-        free.retain(|piece| !piece.is_empty());
+        let all = start..range.end.0;
+        let free = Some(all).filter(|all| !all.is_empty());
+        let free = free.into_iter().collect();
         Self { half, range, free }
     }
 
