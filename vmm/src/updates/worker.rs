@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::patcher::{Patcher, Task, Undo, Verified};
 use super::record::{BROKEN, Cost, Failing, Problem, State, Update};
-use super::{Book, InsteadOf, Job, Order, Use};
+use super::{Book, Counted, InsteadOf, Job, Order, Use};
 use crate::views::{Asked, Seen, View};
 
 /// The session's thread.
@@ -66,7 +66,7 @@ impl<P: Patcher> Worker<P> {
                 Job::Revert(id, deadline, done) => done(self.revert(id, deadline)),
                 Job::Reuse(id, how, deadline, done) => done(self.reuse(id, &how, deadline)),
                 Job::Force(id, deadline, done) => done(self.force(id, deadline)),
-                Job::Calls(done) => done(self.work(P::calls)),
+                Job::Count => self.count(),
                 Job::Verify(id, deadline, done) => done(self.verify(id, deadline)),
                 Job::Kernel(deadline, done) => {
                     let known = self.work(|patcher| patcher.kernel(deadline));
@@ -75,6 +75,21 @@ impl<P: Patcher> Worker<P> {
                 }
                 Job::View(asked, deadline, done) => done(self.view(&asked, deadline)),
             }
+        }
+    }
+
+    /// Tells all who have asked what is counted.
+    fn count(&mut self) {
+        // Whoever asks from here on has to wait for the next time.
+        let asking = std::mem::take(&mut *self.book.asking());
+        let at = self.book.events.elapsed();
+        let counted = self.work(|patcher| {
+            let calls = patcher.calls()?;
+            let room = patcher.room();
+            Ok(Counted { at, calls, room })
+        });
+        for done in asking {
+            done(counted.clone());
         }
     }
 
