@@ -10,6 +10,7 @@ mod progress;
 mod show;
 pub mod update;
 pub mod vm;
+mod words;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -184,12 +185,21 @@ impl Client {
         result: &T,
         table: impl FnOnce(&T) -> String,
     ) -> Result<(), Failure> {
-        if self.json {
-            output::line(to_json(result)?)?;
+        self.is_read(result, table).map(drop)
+    }
+
+    /// Prints one result of many; whether anybody still reads them.
+    fn is_read<T: Serialize>(
+        &self,
+        result: &T,
+        table: impl FnOnce(&T) -> String,
+    ) -> Result<bool, Failure> {
+        let text = if self.json {
+            to_json(result)? + "\n"
         } else {
-            output::text(table(result))?;
-        }
-        Ok(())
+            table(result)
+        };
+        Ok(output::is_read(text)?)
     }
 }
 
