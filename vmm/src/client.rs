@@ -1,4 +1,4 @@
-//! The client side of the command: `exopatch vm`, `update`, `kernel` speak to a running exopatch over its API socket.
+//! The client side of the command: `exopatch vm`, `update`, `kernel`, `top` speak to a running exopatch over its API socket.
 //!
 //! A result is printed as a table, or as the API's own JSON with `--json`; failures go to standard error in the same
 //! two forms. The exit code tells kinds of failure apart.
@@ -7,7 +7,9 @@ mod events;
 mod http;
 mod kernel;
 mod progress;
+mod screen;
 mod show;
+pub mod top;
 pub mod update;
 pub mod vm;
 mod words;
