@@ -25,4 +25,5 @@ mod stacking;
 mod stops;
 mod sysrq;
 mod types;
+mod watch;
 mod witness;

@@ -36,11 +36,20 @@ impl Api {
     /// # Errors
     /// When the answer is a failure, with all of it, or does not come.
     pub fn call(&mut self, call: &str, body: &[u8]) -> Result<Value, String> {
+        let text = self.text(call, body)?;
+        serde_json::from_str(&text).map_err(|error| format!("{call}: {error} in {text}"))
+    }
+
+    /// Makes a call and gives its answer as text.
+    ///
+    /// # Errors
+    /// As [`Api::call`].
+    pub fn text(&mut self, call: &str, body: &[u8]) -> Result<String, String> {
         self.exchange(call, body)
             .map_err(|error| format!("{call}: {error}"))
     }
 
-    fn exchange(&mut self, call: &str, body: &[u8]) -> Result<Value, String> {
+    fn exchange(&mut self, call: &str, body: &[u8]) -> Result<String, String> {
         let failed = |error: std::io::Error| error.to_string();
         let mut request = format!(
             "{call} HTTP/1.1\r\nHost: exopatch\r\nContent-Type: application/octet-stream\r\nContent-Length: {}\r\n\r\n",
@@ -62,12 +71,12 @@ impl Api {
         }
         let mut answer = vec![0; length];
         self.0.read_exact(&mut answer).map_err(failed)?;
-        let text = String::from_utf8_lossy(&answer);
+        let text = String::from_utf8_lossy(&answer).into_owned();
         let code = status.split(' ').nth(1).unwrap_or_default();
         if !code.starts_with('2') {
             return Err(format!("{status}: {text}"));
         }
-        serde_json::from_str(&text).map_err(|error| format!("{error} in {text}"))
+        Ok(text)
     }
 
     fn line(&mut self) -> Result<String, String> {

@@ -4,12 +4,13 @@ mod convert;
 #[cfg(test)]
 mod damaged;
 #[cfg(test)]
-mod double;
+pub(crate) mod double;
 pub mod error;
 mod events;
 mod extract;
 pub mod live;
 pub mod machine;
+mod metrics;
 pub mod openapi;
 mod routes;
 pub mod server;

@@ -1,4 +1,4 @@
-//! The client side of the command: `exopatch vm`, `update`, `kernel` speak to a running exopatch over its API socket.
+//! The client side of the command: `exopatch vm`, `update`, `kernel`, `top` speak to a running exopatch over its API socket.
 //!
 //! A result is printed as a table, or as the API's own JSON with `--json`; failures go to standard error in the same
 //! two forms. The exit code tells kinds of failure apart.
@@ -7,10 +7,13 @@ mod events;
 mod http;
 mod kernel;
 mod progress;
+mod screen;
 pub mod set;
 mod show;
+pub mod top;
 pub mod update;
 pub mod vm;
+mod words;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -185,12 +188,21 @@ impl Client {
         result: &T,
         table: impl FnOnce(&T) -> String,
     ) -> Result<(), Failure> {
-        if self.json {
-            output::line(to_json(result)?)?;
+        self.is_read(result, table).map(drop)
+    }
+
+    /// Prints one result of many; whether anybody still reads them.
+    fn is_read<T: Serialize>(
+        &self,
+        result: &T,
+        table: impl FnOnce(&T) -> String,
+    ) -> Result<bool, Failure> {
+        let text = if self.json {
+            to_json(result)? + "\n"
         } else {
-            output::text(table(result))?;
-        }
-        Ok(())
+            table(result)
+        };
+        Ok(output::is_read(text)?)
     }
 }
 

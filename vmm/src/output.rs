@@ -8,7 +8,7 @@ use std::io::{self, Write};
 /// # Errors
 /// Whatever else kept the text from being written.
 pub fn line(text: impl Display) -> io::Result<()> {
-    ignore_closed(writeln!(io::stdout().lock(), "{text}"))
+    is_read(format_args!("{text}\n")).map(drop)
 }
 
 /// Writes `text` to standard output as it is.
@@ -16,8 +16,19 @@ pub fn line(text: impl Display) -> io::Result<()> {
 /// # Errors
 /// As [`line()`].
 pub fn text(text: impl Display) -> io::Result<()> {
+    is_read(text).map(drop)
+}
+
+/// Writes `text` to standard output as it is; whether anybody still reads there, for those who write without end.
+///
+/// # Errors
+/// As [`line()`].
+pub fn is_read(text: impl Display) -> io::Result<bool> {
     let mut out = io::stdout().lock();
-    ignore_closed(write!(out, "{text}").and_then(|()| out.flush()))
+    match write!(out, "{text}").and_then(|()| out.flush()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+        other => other.map(|()| true),
+    }
 }
 
 /// Tells the person at the terminal something that is neither result nor log.
@@ -46,13 +57,6 @@ pub fn error(error: &dyn std::error::Error) {
         cause = inner.source();
     }
     drop(writeln!(io::stderr().lock(), "{text}"));
-}
-
-fn ignore_closed(result: io::Result<()>) -> io::Result<()> {
-    match result {
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        other => other,
-    }
 }
 
 /// Text from outside, made harmless for a terminal: control characters become escapes.

@@ -26,7 +26,7 @@ use patcher::observe;
 use crate::guest::KvmGuest;
 use crate::kernel_index;
 use crate::updates::{
-    KernelInfo, Passing, Patcher, Problem, Running, Straggler, Task, Undo, Verified,
+    KernelInfo, Passing, Patcher, Problem, Room, Running, Straggler, Task, Undo, Verified,
 };
 use crate::views::{self, Asked, Seen, View};
 use crate::vm::{State, Vm};
@@ -403,6 +403,16 @@ impl Patcher for KernelPatcher {
         }
     }
 
+    fn room(&self) -> Room {
+        let arena = self.vm.0.memory.arena();
+        let found = self.found.as_ref();
+        Room {
+            start: arena.start.0,
+            bytes: arena.end.0.saturating_sub(arena.start.0),
+            used: found.map_or(0, |found| found.arena.holds.space.used()),
+        }
+    }
+
     fn is_sound(&self) -> bool {
         !matches!(self.vm.status().state, State::Paused { unsound: true, .. })
     }
@@ -451,17 +461,11 @@ impl Patcher for KernelPatcher {
                 Err(problem) => Err(problem.cause),
             },
         };
-        let arena = guest.arena();
         Ok(KernelInfo {
             build_id: image.build_id().to_vec(),
             symbols: image.symbols().iter().count(),
             running,
-            arena: arena.start.0,
-            arena_bytes: arena.end.0 - arena.start.0,
-            arena_used: self
-                .found
-                .as_ref()
-                .map_or(0, |found| found.arena.holds.space.used()),
+            arena: self.room(),
         })
     }
 

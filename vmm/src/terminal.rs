@@ -1,7 +1,8 @@
-//! The terminal in raw mode while a guest's console has it, and back again on every way out.
+//! The terminal in raw mode while a guest's console or a view has it, and on its other screen for a view; and back again on every way out.
 //!
 //! Back means: when the guard is dropped, when any thread panics, and when the process crashes by a signal. Only an
-//! uncatchable kill leaves it raw (`reset` or `stty sane` helps then).
+//! uncatchable kill leaves it as it is (`reset` or `stty sane` helps then). The other screen and the cursor are those of xterm's control sequences
+//! (DECSET 1049 and 25), which terminals share.
 #![expect(
     unsafe_code,
     reason = "restores the default action of a signal inside its handler"
@@ -9,17 +10,29 @@
 
 use std::io;
 use std::panic;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Once, OnceLock};
 
-use rustix::stdio::stdin;
+use rustix::stdio::{stdin, stdout};
 use rustix::termios::{OptionalActions, OutputModes, Termios, isatty, tcgetattr, tcsetattr};
 use vmm_sys_util::signal::register_signal_handler;
+
+use crate::output;
 
 /// How the terminal was; there is one terminal in a process.
 static ORIGINAL: OnceLock<Termios> = OnceLock::new();
 
-/// Signals by which a program crashes.
-const CRASHES: [libc::c_int; 5] = [
+/// Whether the terminal is on its other screen.
+static OTHER_SCREEN: AtomicBool = AtomicBool::new(false);
+
+/// To the other screen, without a cursor.
+const TO_OTHER_SCREEN: &str = "\x1b[?1049h\x1b[?25l";
+/// Back, with the cursor.
+const TO_OWN_SCREEN: &[u8] = b"\x1b[?25h\x1b[?1049l";
+
+/// Signals by which a program crashes, or is made to.
+const CRASHES: [libc::c_int; 6] = [
+    libc::SIGQUIT,
     libc::SIGSEGV,
     libc::SIGBUS,
     libc::SIGILL,
@@ -58,10 +71,37 @@ impl Drop for RawMode {
     }
 }
 
-/// Puts the terminal back as it was, if it was ever changed. Safe to call from a signal handler: one system call.
+/// The terminal's other screen; dropping this ends it.
+#[derive(Debug)]
+pub struct OtherScreen(());
+
+impl OtherScreen {
+    /// Changes to the other screen of the terminal that standard output is.
+    ///
+    /// # Errors
+    /// When it cannot be written to.
+    pub fn enter() -> io::Result<Self> {
+        restore_on_crash()?;
+        OTHER_SCREEN.store(true, Ordering::SeqCst);
+        let screen = Self(());
+        output::text(TO_OTHER_SCREEN)?;
+        Ok(screen)
+    }
+}
+
+impl Drop for OtherScreen {
+    fn drop(&mut self) {
+        restore();
+    }
+}
+
+/// Puts the terminal back as it was, if it was ever changed. Safe to call from a signal handler: two system calls at most.
 pub fn restore() {
+    // Nobody could be told of a failure, and no other way is left.
+    if OTHER_SCREEN.swap(false, Ordering::SeqCst) {
+        let _ = rustix::io::write(stdout(), TO_OWN_SCREEN);
+    }
     if let Some(original) = ORIGINAL.get() {
-        // Nobody could be told of a failure, and no other way is left.
         let _ = tcsetattr(stdin(), OptionalActions::Now, original);
     }
 }

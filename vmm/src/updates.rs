@@ -11,9 +11,9 @@ mod worker;
 use std::io;
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-pub use self::patcher::{KernelInfo, Patcher, Running, Task, Undo, Verified};
+pub use self::patcher::{KernelInfo, Patcher, Room, Running, Task, Undo, Verified};
 pub use self::record::{BROKEN, Cost, Failing, Passing, Problem, State, Straggler, Update};
 use self::worker::Worker;
 use crate::events::{EventKind, Events};
@@ -23,6 +23,8 @@ pub use ::patcher::edition::list::Use;
 
 /// Operations that may wait behind the one under way.
 const QUEUE: usize = 16;
+/// Who may ask at the same time what is counted. They take one place among the operations.
+const ASKING: usize = 256;
 /// Updates that are kept to be shown; the oldest that are over give way.
 const KEPT: usize = 1024;
 /// Stack of the session's thread, in bytes.
@@ -59,15 +61,26 @@ pub enum InsteadOf {
     All,
 }
 
+/// What is counted in the guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Counted {
+    /// When it was read, since the VM's start.
+    pub at: Duration,
+    /// How often editions were called.
+    pub calls: Vec<Calls>,
+    /// The memory for editions.
+    pub room: Room,
+}
+
 enum Job {
     Apply(u64, Order, Done<Update>),
     Revert(u64, Instant, Done<Update>),
     Reuse(u64, Use, Instant, Done<Update>),
     Force(u64, Instant, Done<Update>),
-    Calls(Done<Vec<Calls>>),
     ChangeSet(String, Vec<u64>, Vec<u64>, Done<usize>),
     DropSet(String, Done<()>),
     Sets(Done<Vec<(String, Vec<u64>)>>),
+    Count,
     Verify(u64, Instant, Done<Verified>),
     Kernel(Instant, Done<KernelInfo>),
     View(Asked, Instant, Done<Seen<View>>),
@@ -87,10 +100,10 @@ impl std::fmt::Debug for Job {
             Self::Revert(..) => "Revert",
             Self::Reuse(..) => "Reuse",
             Self::Force(..) => "Force",
-            Self::Calls(..) => "Calls",
             Self::ChangeSet(..) => "ChangeSet",
             Self::DropSet(..) => "DropSet",
             Self::Sets(..) => "Sets",
+            Self::Count => "Count",
             Self::Verify(..) => "Verify",
             Self::Kernel(..) => "Kernel",
             Self::View(..) => "View",
@@ -111,6 +124,7 @@ impl Session {
         let book = Arc::new(Book {
             events,
             updates: Mutex::default(),
+            asking: Mutex::default(),
         });
         let worker_book = Arc::clone(&book);
         std::thread::Builder::new()
@@ -180,12 +194,21 @@ impl Session {
         Ok(update)
     }
 
-    /// Asks how often editions were called.
+    /// Asks what is counted. Those who watch ask again and again, and may not keep operations out: all who ask before it is their turn
+    /// get one answer.
     ///
     /// # Errors
-    /// When too many operations wait.
-    pub fn calls(&self, done: Done<Vec<Calls>>) -> Result<(), Problem> {
-        self.hand_in(Job::Calls(done))
+    /// When too many operations, or too many who ask, wait.
+    pub fn counted(&self, done: Done<Counted>) -> Result<(), Problem> {
+        let mut asking = self.book.asking();
+        if asking.len() >= ASKING {
+            return Err(busy(format!("{ASKING} who ask for counts wait already")));
+        }
+        if asking.is_empty() {
+            self.hand_in(Job::Count)?;
+        }
+        asking.push(done);
+        Ok(())
     }
 
     /// Puts keys into a set and takes others out; `done` gets how many it then has.
@@ -262,24 +285,41 @@ impl Session {
                 ));
             }
         };
-        Err(Problem::new(
-            Failing::Busy,
-            "busy",
-            "the operation was not taken",
-            cause,
-            "try again when those before it are done (exopatch update list)",
-        ))
+        Err(busy(cause))
     }
 }
 
-/// The updates as they are shown.
-#[derive(Debug)]
+fn busy(cause: String) -> Problem {
+    Problem::new(
+        Failing::Busy,
+        "busy",
+        "the operation was not taken",
+        cause,
+        "try again when those before it are done (exopatch update list)",
+    )
+}
+
+/// The updates as they are shown, and who waits to be told what is counted.
 struct Book {
     events: Arc<Events>,
     updates: Mutex<Vec<Update>>,
+    asking: Mutex<Vec<Done<Counted>>>,
+}
+
+impl std::fmt::Debug for Book {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut shown = f.debug_struct("Book");
+        shown
+            .field("updates", &self.updates)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Book {
+    fn asking(&self) -> MutexGuard<'_, Vec<Done<Counted>>> {
+        self.asking.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn lock(&self) -> MutexGuard<'_, Vec<Update>> {
         self.updates.lock().unwrap_or_else(PoisonError::into_inner)
     }

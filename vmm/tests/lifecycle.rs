@@ -181,6 +181,12 @@ fn a_guest_stands_still_while_anybody_holds_it_and_runs_when_nobody_does() {
         paused.resume().expect("resumed");
         runs(&guest);
     }
+    let pauses = vm.status().pauses;
+    assert_eq!((pauses.by_user, pauses.by_patcher), (0, 100));
+    assert!(
+        pauses.last.iter().map(|it| it.length).sum::<Duration>() < pauses.total,
+        "{pauses:?}"
+    );
     vm.pause(deadline()).expect("paused by the user");
     let before = counter(&guest);
     guest
@@ -200,6 +206,10 @@ fn a_guest_stands_still_while_anybody_holds_it_and_runs_when_nobody_does() {
     assert_eq!(counter(&paused), before);
     drop(paused);
     runs(&guest);
+    // Those of the patcher stopped nothing that ran.
+    let later = vm.status().pauses;
+    assert_eq!((later.by_user, later.by_patcher), (1, 100));
+    assert_eq!(later.last, pauses.last);
     vm.kill("the test's end");
 }
 

@@ -5,14 +5,15 @@ use std::time::Duration;
 use axum::http::StatusCode;
 
 use super::error::ApiError;
+use super::machine::Counted;
 use super::wire;
 use crate::events::{Event, EventKind};
 use crate::updates::{
-    Calls, Cost, Edition, Failing, KernelInfo, Life, Model, Passing, Problem, State, Update,
+    self, Cost, Edition, Failing, KernelInfo, Life, Model, Passing, Problem, Room, State, Update,
     Verified,
 };
 use crate::views::ViewError;
-use crate::vm::{self, PauseStats, Status};
+use crate::vm::{self, PauseStats, Pauses, Status};
 
 /// Whole milliseconds.
 pub(super) fn ms(time: Duration) -> u64 {
@@ -52,6 +53,20 @@ pub(super) fn vm(status: Status) -> wire::Vm {
         cmdline: status.cmdline,
         console: status.pty.map(|pty| pty.display().to_string()),
         panic: status.panic,
+        pauses: pauses(status.pauses),
+    }
+}
+
+fn pauses(pauses: Pauses) -> wire::Pauses {
+    let last = pauses.last.into_iter().map(|pause| wire::Pause {
+        at_ms: ms(pause.ended),
+        pause_us: us(pause.length),
+    });
+    wire::Pauses {
+        by_user: pauses.by_user,
+        by_exopatch: pauses.by_patcher,
+        total_us: us(pauses.total),
+        last: last.collect(),
     }
 }
 
@@ -179,16 +194,19 @@ pub(super) fn changed_set(name: String, len: usize) -> wire::Set {
     }
 }
 
-/// The calls that were counted, `at` so long after the VM's start.
-pub(super) fn calls(calls: Vec<Calls>, at: Duration) -> wire::CallList {
-    let calls = calls.into_iter().map(|calls| wire::Calls {
+/// What was counted.
+pub(super) fn counted(counted: updates::Counted) -> Counted {
+    let calls = counted.calls.into_iter().map(|calls| wire::Calls {
         function: calls.function,
         update: calls.update,
         calls: calls.calls,
     });
-    wire::CallList {
-        at_ms: ms(at),
-        calls: calls.collect(),
+    Counted {
+        calls: wire::CallList {
+            at_ms: ms(counted.at),
+            calls: calls.collect(),
+        },
+        arena: arena(counted.room),
     }
 }
 
@@ -293,10 +311,14 @@ pub(super) fn kernel(file: String, info: KernelInfo) -> wire::Kernel {
             boot_phase: running.boot,
         }),
         not_running,
-        arena: wire::Arena {
-            guest_physical: format!("{:#x}", info.arena),
-            bytes: info.arena_bytes,
-            used_bytes: info.arena_used,
-        },
+        arena: arena(info.arena),
+    }
+}
+
+fn arena(room: Room) -> wire::Arena {
+    wire::Arena {
+        guest_physical: format!("{:#x}", room.start),
+        bytes: room.bytes,
+        used_bytes: room.used,
     }
 }

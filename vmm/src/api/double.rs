@@ -1,6 +1,7 @@
 //! A machine for the tests of the API: it answers as it is told, and says what it was asked.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -8,10 +9,10 @@ use std::time::{Duration, Instant};
 use axum::http::StatusCode;
 
 use super::error::ApiError;
-use super::machine::{Done, Machine};
+use super::machine::{Counted, Done, Machine};
 use super::wire::{
-    Arena, CallList, Calls, Dump, Kernel, Report, Set, SetList, Stop, Update, UpdateState,
-    Verification, Vm, VmState,
+    Arena, CallList, Calls, Dump, Kernel, Pause, Pauses, Report, Set, SetList, Stop, Update,
+    UpdateState, Verification, Vm, VmState,
 };
 use crate::events::Events;
 use crate::updates::{InsteadOf, Order, Use};
@@ -19,10 +20,12 @@ use crate::views::{Asked, Seen, View, disasm, log, modules, stack, symbols, task
 
 /// The double. A package that starts with `refuse`, `late` or `panic` meets that end.
 #[derive(Debug, Default)]
-pub(super) struct Double {
+pub(crate) struct Double {
     events: Events,
     paused: AtomicBool,
-    pub(super) ended: AtomicBool,
+    pub(crate) ended: AtomicBool,
+    /// While this is true, nobody is told any counts.
+    pub(crate) busy: Arc<AtomicBool>,
     updates: Mutex<Vec<Update>>,
 }
 
@@ -69,6 +72,15 @@ impl Machine for Double {
             cmdline: "quiet".to_owned(),
             console: None,
             panic: None,
+            pauses: Pauses {
+                by_user: 1,
+                by_exopatch: 2,
+                total_us: 1_000_300,
+                last: vec![Pause {
+                    at_ms: 5,
+                    pause_us: 300,
+                }],
+            },
         }
     }
 
@@ -106,11 +118,7 @@ impl Machine for Double {
             symbols: 1,
             running: None,
             not_running: Some("not yet".to_owned()),
-            arena: Arena {
-                guest_physical: "0x110000000".to_owned(),
-                bytes: 3 << 21,
-                used_bytes: 0,
-            },
+            arena: arena(),
         }));
         Ok(())
     }
@@ -231,16 +239,27 @@ impl Machine for Double {
         Ok(())
     }
 
-    fn calls(&self, done: Done<CallList>) -> Result<(), ApiError> {
+    fn counted(&self, done: Done<Counted>) -> Result<(), ApiError> {
+        self.alive()?;
         let calls = |update| Calls {
             function: "f".to_owned(),
             update,
             calls: 7,
         };
-        done(Ok(CallList {
-            at_ms: 1,
-            calls: vec![calls(None), calls(Some(1))],
-        }));
+        let counted = Counted {
+            calls: CallList {
+                at_ms: 1,
+                calls: vec![calls(None), calls(Some(1))],
+            },
+            arena: arena(),
+        };
+        let busy = Arc::clone(&self.busy);
+        std::thread::spawn(move || {
+            while busy.load(Ordering::Relaxed) {
+                std::thread::yield_now();
+            }
+            done(Ok(counted));
+        });
         Ok(())
     }
 
@@ -262,6 +281,14 @@ impl Machine for Double {
             differences: Vec::new(),
         }));
         Ok(())
+    }
+}
+
+fn arena() -> Arena {
+    Arena {
+        guest_physical: "0x110000000".to_owned(),
+        bytes: 3 << 21,
+        used_bytes: 64,
     }
 }
 

@@ -11,7 +11,7 @@ use patcher::guest::{Guest, GuestError, PausedGuest, dump};
 
 use super::convert;
 use super::error::ApiError;
-use super::machine::{Done, Machine};
+use super::machine::{Counted, Done, Machine};
 use super::wire;
 use crate::events::Events;
 use crate::guest::KvmGuest;
@@ -207,10 +207,9 @@ impl Machine for Live {
         self.session.sets(done).map_err(convert::error)
     }
 
-    fn calls(&self, done: Done<wire::CallList>) -> Result<(), ApiError> {
-        let at = self.events().elapsed();
-        let done = translated(done, move |calls| convert::calls(calls, at));
-        self.session.calls(done).map_err(convert::error)
+    fn counted(&self, done: Done<Counted>) -> Result<(), ApiError> {
+        let done = translated(done, convert::counted);
+        self.session.counted(done).map_err(convert::error)
     }
 
     fn verify(

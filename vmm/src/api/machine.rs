@@ -14,6 +14,15 @@ use crate::views::{Asked, Seen, View};
 /// Called once, from any thread, when an operation has come to its end.
 pub type Done<T> = Box<dyn FnOnce(Result<T, ApiError>) + Send>;
 
+/// What is counted in the guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Counted {
+    /// The calls of editions.
+    pub calls: wire::CallList,
+    /// The memory for editions.
+    pub arena: wire::Arena,
+}
+
 /// The machine. `vm`, `pause`, `resume`, `power_button`, `kill` and `dump` may block, for as long as a pause may take; the
 /// others answer at once and come back later. None needs an async runtime.
 pub trait Machine: Send + Sync + 'static {
@@ -133,11 +142,11 @@ pub trait Machine: Send + Sync + 'static {
     /// When too many operations wait already.
     fn sets(&self, done: Done<wire::SetList>) -> Result<(), ApiError>;
 
-    /// Asks how often editions were called; calls `done` with the answer.
+    /// Asks what is counted; calls `done` with the answer.
     ///
     /// # Errors
-    /// When too many operations wait already.
-    fn calls(&self, done: Done<wire::CallList>) -> Result<(), ApiError>;
+    /// When too many operations, or too many who ask, wait already.
+    fn counted(&self, done: Done<Counted>) -> Result<(), ApiError>;
 
     /// Asks whether the guest's memory still holds what an update wrote; calls `done` with the answer.
     ///

@@ -24,6 +24,7 @@ use super::error::ApiError;
 use super::events;
 use super::extract::{Id, JsonBody, Octets, Options, deadline};
 use super::machine::{Done, Machine};
+use super::metrics;
 use super::wire::{
     ApplyQuery, CallList, DeadlineQuery, Dump, DumpRequest, ErrorBody, Event, EventsQuery, Health,
     Kernel, PowerButton, RevertQuery, Stop, Transition, Update, UpdateList, UseQuery, Verification,
@@ -31,6 +32,8 @@ use super::wire::{
 };
 use crate::updates::{InsteadOf, Order, Use};
 
+/// How long those who collect metrics wait for what is counted in the guest: they come again.
+const COUNTS_WITHIN: Duration = Duration::from_secs(1);
 /// Longest name of an update, in bytes.
 const NAME_LIMIT: usize = 128;
 
@@ -79,6 +82,7 @@ pub(super) fn described() -> OpenApiRouter<Api> {
         .routes(routes!(force))
         .routes(routes!(calls))
         .merge(sets::described())
+        .routes(routes!(metrics_page))
         .routes(routes!(verify))
         .routes(routes!(openapi))
 }
@@ -402,8 +406,32 @@ async fn force(
 #[utoipa::path(get, path = "/v1/calls", tag = "updates", responses((status = OK, body = CallList)))]
 async fn calls(State(api): State<Api>) -> Result<Json<CallList>, ApiError> {
     let (done, answer) = reply();
-    api.machine.calls(done)?;
-    answer.await.map_err(ApiError::internal)?.map(Json)
+    api.machine.counted(done)?;
+    let counted = answer.await.map_err(ApiError::internal)??;
+    Ok(Json(counted.calls))
+}
+
+/// What is worth watching, in Prometheus' text format; what is not known within a second is left out, and a comment says why
+#[utoipa::path(get, path = "/metrics", tag = "server", responses((status = OK,
+    description = "Calls by function and edition, updates and editions by state, bound tasks by update, pauses, the arena, vCPUs, uptime",
+    content_type = "text/plain; version=0.0.4; charset=utf-8", body = String)))]
+async fn metrics_page(State(api): State<Api>) -> Result<Response, ApiError> {
+    let (done, answer) = reply();
+    let counted = match api.machine.counted(done) {
+        Err(error) => Err(error.body.cause),
+        Ok(()) => match tokio::time::timeout(COUNTS_WITHIN, answer).await {
+            Err(_elapsed) => Err("an operation is under way".to_owned()),
+            Ok(Err(died)) => Err(died.to_string()),
+            Ok(Ok(counted)) => counted.map_err(|error| error.body.cause),
+        },
+    };
+    let text = api.call(move |machine| {
+        let (vm, updates) = (machine.vm(), machine.updates());
+        let counted = counted.as_ref().map_err(String::as_str);
+        Ok(metrics::page(&vm, &updates, counted))
+    });
+    let content_type = [(header::CONTENT_TYPE, metrics::CONTENT_TYPE)];
+    Ok((content_type, text.await?).into_response())
 }
 
 /// Undoes an applied update

@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -161,6 +161,7 @@ fn every_call_has_its_status_and_body() {
     );
     api.check("GET /v1/updates", "", b"", 200, "", "a.xpu");
     api.check("GET /v1/updates/1", "", b"", 200, "applied", "");
+    api.check("GET /v1/calls", "", b"", 200, "", "\"calls\":7");
     api.check(
         "POST /v1/updates/1/verify",
         "",
@@ -189,6 +190,51 @@ fn every_call_has_its_status_and_body() {
     api.check("POST /v1/vm/kill", "", b"", 202, "running", "");
     let head = api.call("HEAD /v1/vm", &[], b"");
     assert_eq!((head.0, head.2.as_str()), (200, ""));
+}
+
+#[test]
+fn metrics_are_text_that_tells_what_is_not_known() {
+    let api = Served::new();
+    let _ = api.call(
+        "POST /v1/updates",
+        &["Content-Type: application/octet-stream"],
+        b"good",
+    );
+    let (status, head, text) = api.call("GET /metrics", &[], b"");
+    assert_eq!(status, 200, "{text}");
+    let kind = "content-type: text/plain; version=0.0.4; charset=utf-8";
+    assert!(head.contains(kind), "{head}");
+    let known = [
+        "exopatch_calls_total{function=\"f\",edition=\"original\"} 7",
+        "exopatch_arena_used_bytes 64",
+    ];
+    let always = [
+        "exopatch_updates{state=\"applied\"} 1",
+        "exopatch_updates{state=\"broken\"} 0",
+        "exopatch_editions{state=\"draining\"} 0",
+        "exopatch_pauses_total{by=\"user\"} 1",
+        "exopatch_pause_seconds_sum 1.000300",
+        "exopatch_pause_seconds_count 2",
+        "exopatch_last_pause_seconds 0.000300",
+        "exopatch_vcpus 2",
+        "exopatch_uptime_seconds 0.007000",
+    ];
+    let has = |text: &str, line: &str| text.lines().any(|it| it == line);
+    for line in always.iter().chain(&known) {
+        assert!(has(&text, line), "no {line} in {text}");
+    }
+    let unknown = |flag: &AtomicBool, why: &str| {
+        flag.store(true, Ordering::Relaxed);
+        let (status, _, text) = api.call("GET /metrics", &[], b"");
+        flag.store(false, Ordering::Relaxed);
+        assert_eq!(status, 200, "{text}");
+        assert!(always.iter().all(|line| has(&text, line)), "{text}");
+        assert!(!known.iter().any(|line| has(&text, line)), "{text}");
+        let why = format!("# calls and the arena are not known now: {why}");
+        assert!(has(&text, &why), "{text}");
+    };
+    unknown(&api.double.busy, "an operation is under way");
+    unknown(&api.double.ended, "c");
 }
 
 #[test]

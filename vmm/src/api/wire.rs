@@ -67,6 +67,31 @@ pub struct Vm {
     /// What the guest's kernel said when it panicked, if it did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub panic: Option<String>,
+    /// How often it was stopped, and for how long.
+    #[serde(default)]
+    pub pauses: Pauses,
+}
+
+/// The pauses of a virtual machine since its start.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Pauses {
+    /// How many a user asked for.
+    pub by_user: u64,
+    /// How many exopatch made, to change the kernel or to look at it.
+    pub by_exopatch: u64,
+    /// How long the guest stood still in those of exopatch, all together.
+    pub total_us: u64,
+    /// The newest of those, oldest first.
+    pub last: Vec<Pause>,
+}
+
+/// One pause that is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Pause {
+    /// When the guest ran again.
+    pub at_ms: u64,
+    /// How long it stood still.
+    pub pause_us: u64,
 }
 
 /// Answer to a press of the power button.
@@ -255,6 +280,39 @@ pub enum UpdateState {
 }
 
 impl UpdateState {
+    /// All of them, in the order in which an update can come to them.
+    pub const ALL: [Self; 11] = [
+        Self::Queued,
+        Self::Checking,
+        Self::Checked,
+        Self::Switching,
+        Self::Applied,
+        Self::Reverting,
+        Self::Reverted,
+        Self::Replaced,
+        Self::Refused,
+        Self::Lost,
+        Self::Broken,
+    ];
+
+    /// Its name, as in the JSON.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Queued => "queued",
+            Self::Checking => "checking",
+            Self::Checked => "checked",
+            Self::Switching => "switching",
+            Self::Applied => "applied",
+            Self::Reverting => "reverting",
+            Self::Reverted => "reverted",
+            Self::Replaced => "replaced",
+            Self::Refused => "refused",
+            Self::Lost => "lost",
+            Self::Broken => "broken",
+        }
+    }
+
     /// Whether nothing more happens to the update by itself.
     #[must_use]
     pub fn is_settled(self) -> bool {
@@ -328,6 +386,22 @@ pub enum EditionState {
     Draining,
     /// Nothing leads to it, but it stays: an address of it may be known to the guest.
     Kept,
+}
+
+impl EditionState {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Placed, Self::Active, Self::Draining, Self::Kept];
+
+    /// Its name, as in the JSON.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Placed => "placed",
+            Self::Active => "active",
+            Self::Draining => "draining",
+            Self::Kept => "kept",
+        }
+    }
 }
 
 /// One edition of an update.

@@ -16,6 +16,7 @@ use clap::{ArgAction, CommandFactory, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use crate::client::set::SetCommand;
+use crate::client::top::TopArgs;
 use crate::client::update::UpdateCommand;
 use crate::client::vm::VmCommand;
 use crate::client::{self, Client};
@@ -61,12 +62,14 @@ pub enum Command {
     /// Show and control a running virtual machine
     #[command(subcommand)]
     Vm(VmCommand),
-    /// Apply, check, list, show, revert and verify updates of a running kernel
+    /// Apply updates to a running kernel, use them for some calls or all, count calls, revert and verify
     #[command(subcommand)]
     Update(UpdateCommand),
     /// Fill and empty the sets that rules ask for
     #[command(subcommand)]
     Set(SetCommand),
+    /// Watch functions and their editions: calls a second, what drains, who is waited for, pauses
+    Top(TopArgs),
     /// Show the kernel of a running virtual machine, or all of a recorded guest's kernel
     Kernel(kernel::KernelArgs),
     /// Compile an edition into an update package
@@ -92,6 +95,7 @@ pub fn main() -> ExitCode {
         Command::Vm(command) => call(&cli.global, |client| client.vm(command)),
         Command::Update(command) => call(&cli.global, |client| client.update(command)),
         Command::Set(command) => call(&cli.global, |client| client.set(command)),
+        Command::Top(args) => call(&cli.global, |client| client.top(args)),
         Command::Kernel(args) => kernel::main(&args, &cli.global),
         Command::Build(args) => build::main(&args, &cli.global),
         Command::Openapi => match api::openapi::json().map(output::text) {
@@ -135,12 +139,38 @@ fn start_log(verbose: u8) {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
+    use clap::{CommandFactory, ValueEnum};
 
     use super::Cli;
 
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_shell_completes_what_is_about_editions() {
+        for shell in clap_complete::Shell::value_variants() {
+            let mut script = Vec::new();
+            clap_complete::generate(*shell, &mut Cli::command(), super::NAME, &mut script);
+            let script = String::from_utf8(script).unwrap();
+            for word in [
+                "top",
+                "once",
+                "interval",
+                "use",
+                "force",
+                "calls",
+                "when",
+                "count",
+                "instead-of",
+                "per-task",
+            ] {
+                // PowerShell's and elvish's scripts hold no values of options.
+                let values = ["PowerShell", "Elvish"].contains(&format!("{shell:?}").as_str());
+                let told = script.contains(word) || (word == "per-task" && values);
+                assert!(told, "{shell} does not complete {word}");
+            }
+        }
     }
 }

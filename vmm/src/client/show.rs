@@ -1,9 +1,9 @@
 //! The API's answers as tables for people. Whatever came from the guest or a file is cleaned first.
 
-use super::clean;
+use super::{clean, words};
 use crate::api::wire::{
-    CallList, Dump, EditionState, Event, EventBody, Kernel, PowerButton, Report, SetList,
-    Transition, Update, UpdateList, UpdateState, Verification, Vm, VmState,
+    CallList, Dump, Kernel, PowerButton, Report, SetList, Transition, Update, UpdateList,
+    Verification, Vm, VmState,
 };
 
 /// Appends a line of a name and its value.
@@ -11,7 +11,7 @@ fn row(table: &mut String, name: &str, value: impl std::fmt::Display) {
     table.push_str(&format!("{name:<14}{value}\n"));
 }
 
-fn vm_state(state: VmState) -> &'static str {
+pub(super) fn vm_state(state: VmState) -> &'static str {
     match state {
         VmState::Running => "running",
         VmState::Paused => "paused",
@@ -19,24 +19,8 @@ fn vm_state(state: VmState) -> &'static str {
     }
 }
 
-fn update_state(state: UpdateState) -> &'static str {
-    match state {
-        UpdateState::Queued => "queued",
-        UpdateState::Checking => "checking",
-        UpdateState::Checked => "checked",
-        UpdateState::Switching => "switching",
-        UpdateState::Applied => "applied",
-        UpdateState::Reverting => "reverting",
-        UpdateState::Reverted => "reverted",
-        UpdateState::Replaced => "replaced",
-        UpdateState::Refused => "refused",
-        UpdateState::Lost => "lost",
-        UpdateState::Broken => "broken",
-    }
-}
-
 /// Seconds with three decimals.
-fn seconds(ms: u64) -> String {
+pub(super) fn seconds(ms: u64) -> String {
     format!("{}.{:03}", ms / 1000, ms % 1000)
 }
 
@@ -129,16 +113,16 @@ pub(super) fn kernel(kernel: &Kernel) -> String {
 
 pub(super) fn updates(list: &UpdateList) -> String {
     let mut table = format!(
-        "{:<5}{:<11}{:>10}  {:<24}{}\n",
+        "{:<5}{:<15}{:>10}  {:<24}{}\n",
         "ID", "STATE", "PAUSE µs", "NAME", "FUNCTIONS"
     );
     for update in &list.updates {
         let report = update.reverted.as_ref().or(update.applied.as_ref());
         let pause = report.map_or_else(|| "-".to_owned(), |report| report.pause_us.to_string());
         let functions = clean(&update.functions.join(","));
-        let (id, state, name) = (update.id, update_state(update.state), clean(&update.name));
+        let (id, state, name) = (update.id, words::state(update), clean(&update.name));
         table.push_str(&format!(
-            "{id:<5}{state:<11}{pause:>10}  {name:<24}{functions}\n"
+            "{id:<5}{state:<15}{pause:>10}  {name:<24}{functions}\n"
         ));
     }
     table
@@ -148,7 +132,7 @@ pub(super) fn update(update: &Update) -> String {
     let mut table = String::new();
     row(&mut table, "update", update.id);
     row(&mut table, "name", clean(&update.name));
-    row(&mut table, "state", update_state(update.state));
+    row(&mut table, "state", update.state.name());
     if let Some(doing) = &update.doing {
         row(&mut table, "doing", clean(doing));
     }
@@ -177,12 +161,7 @@ pub(super) fn update(update: &Update) -> String {
     }
     row(&mut table, "functions", clean(&update.functions.join(", ")));
     for edition in &update.editions {
-        let state = match edition.state {
-            EditionState::Placed => "placed",
-            EditionState::Active => "active",
-            EditionState::Draining => "draining",
-            EditionState::Kept => "kept",
-        };
+        let state = edition.state.name();
         let why = edition.why.as_ref();
         let why = why.map_or_else(String::new, |why| format!(" ({})", clean(why)));
         let at = clean(&edition.at);
@@ -279,42 +258,4 @@ pub(super) fn verification(found: &Verification) -> String {
         row(&mut table, &clean(&difference.at), clean(&difference.what));
     }
     table
-}
-
-pub(super) fn event(event: &Event) -> String {
-    let what = match &event.body {
-        EventBody::Started => "the guest runs".to_owned(),
-        EventBody::Paused { stop_us } => format!("paused after {stop_us} µs"),
-        EventBody::Resumed { paused_us } => format!("resumed after a pause of {paused_us} µs"),
-        EventBody::PowerButton => "the power button was pressed".to_owned(),
-        EventBody::Panic { line } => format!("the guest's kernel panicked: {}", clean(line)),
-        EventBody::LeftPaused => {
-            "the guest is kept paused: its memory is not known to be sound".to_owned()
-        }
-        EventBody::Ended { message, .. } => clean(message),
-        EventBody::Update { update } => one_line(update),
-        EventBody::Missed { count } => format!("{count} events were missed"),
-        EventBody::Other { message, .. } => clean(message),
-    };
-    format!("{:>10} {:>5} {what}", seconds(event.at_ms), event.id)
-}
-
-/// An update in the event list.
-fn one_line(update: &Update) -> String {
-    let mut line = format!("update {} {}", update.id, update_state(update.state));
-    if !update.name.is_empty() {
-        line.push_str(&format!(" ({})", clean(&update.name)));
-    }
-    let detail = match (&update.error, &update.doing) {
-        (Some(error), _) => Some(format!(
-            "{}: {}",
-            clean(&error.message),
-            clean(&error.cause)
-        )),
-        (None, doing) => doing.as_deref().map(clean),
-    };
-    if let Some(detail) = detail {
-        line.push_str(&format!(": {detail}"));
-    }
-    line
 }

@@ -1,4 +1,4 @@
-//! `exopatch update ...`: apply, check, list, show, revert and verify updates of the guest's kernel.
+//! `exopatch update ...`: apply updates of the guest's kernel, use them for some calls or all, count calls, revert and verify.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};

@@ -6,9 +6,8 @@ use std::time::Duration;
 use clap::Subcommand;
 
 use super::http::Call;
-use super::{Client, EXIT_CODES, Failure, events, parse_time, show};
+use super::{Client, EXIT_CODES, Failure, events, parse_time, show, words};
 use crate::api::wire::{Dump, DumpRequest, PowerButton, Transition, Vm};
-use crate::output;
 
 /// What to do with the virtual machine.
 #[derive(Clone, Debug, Subcommand)]
@@ -111,11 +110,10 @@ impl Client {
         let after = after.map(|id| id.to_string());
         let call = Call::get("/v1/events").query(&[("after", after)]);
         let mut reader = events::Reader::new(self.open(call).await?);
+        let mut told = words::Told::default();
         while let Some(event) = reader.next(self).await? {
-            if self.json {
-                output::line(super::to_json(&event)?)?;
-            } else {
-                output::line(show::event(&event))?;
+            if !self.is_read(&event, |event| told.event(event) + "\n")? {
+                break;
             }
         }
         Ok(())

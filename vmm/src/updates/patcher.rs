@@ -56,6 +56,8 @@ pub trait Patcher: 'static {
     /// # Errors
     /// When the guest cannot be written.
     fn tick(&mut self) -> Result<(), Problem>;
+    /// The memory for editions.
+    fn room(&self) -> Room;
     /// Whether the guest's memory is known to be sound. If not, the guest stays paused.
     fn is_sound(&self) -> bool;
     /// The editions of an update, and where each stands; none once they are gone.
@@ -140,12 +142,19 @@ pub struct KernelInfo {
     pub symbols: usize,
     /// The running kernel, or why there is none.
     pub running: Result<Running, String>,
-    /// Guest-physical address of the arena.
-    pub arena: u64,
-    /// Length of the arena.
-    pub arena_bytes: u64,
-    /// Bytes of it that were handed out.
-    pub arena_used: u64,
+    /// The memory for editions.
+    pub arena: Room,
+}
+
+/// The memory for editions: the arena.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// Guest-physical address.
+    pub start: u64,
+    /// Its length.
+    pub bytes: u64,
+    /// Bytes of it that are handed out.
+    pub used: u64,
 }
 
 /// The kernel found in the guest.

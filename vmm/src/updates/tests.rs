@@ -10,8 +10,9 @@ use ::patcher::apply::Report;
 use ::patcher::rule::Rule;
 
 use super::{
-    BROKEN, Calls, Done, Edition, Failing, InsteadOf, KernelInfo, Life, Order, Passing, Patcher,
-    Problem, QUEUE, Session, State, Straggler, Task, Undo, Update, Use, Verified,
+    ASKING, BROKEN, Calls, Counted, Done, Edition, Failing, InsteadOf, KernelInfo, Life, Order,
+    Passing, Patcher, Problem, QUEUE, Room, Session, State, Straggler, Task, Undo, Update, Use,
+    Verified,
 };
 use crate::events::{EventKind, Events};
 use crate::views::{Asked, Seen, View};
@@ -146,6 +147,14 @@ impl Patcher for Scripted {
 
     fn calls(&mut self) -> Result<Vec<Calls>, Problem> {
         Ok(Vec::new())
+    }
+
+    fn room(&self) -> Room {
+        Room {
+            start: 1 << 32,
+            bytes: 4096,
+            used: 0,
+        }
     }
 
     fn is_sound(&self) -> bool {
@@ -470,6 +479,39 @@ fn operations_wait_their_turn_and_not_for_ever() {
     for end in waiting {
         assert_eq!(end.recv().unwrap().unwrap().state, State::Applied);
     }
+}
+
+#[test]
+fn all_who_ask_for_counts_take_one_place_and_get_one_answer() {
+    let f = Fixture::new();
+    let ask = || {
+        let (done, answer) = reply();
+        f.session.counted(done).map(|()| answer)
+    };
+    // An operation is under way, and nobody is told anything before its end.
+    let end = f.hand_in(b"good", false, soon());
+    while f.session.updates()[0].state != State::Checking {
+        std::thread::yield_now();
+    }
+    let asked: Vec<_> = (0..ASKING).map(|_| ask().unwrap()).collect();
+    assert_eq!(ask().unwrap_err().failing, Failing::Busy);
+    let others: Vec<_> = (1..QUEUE)
+        .map(|_| f.hand_in(b"good", false, soon()))
+        .collect();
+    assert!(asked.iter().all(|answer| answer.try_recv().is_err()));
+    (0..QUEUE).for_each(|_| f.go.send(()).unwrap());
+    end.recv().unwrap().unwrap();
+    let answers: Vec<Counted> = asked
+        .into_iter()
+        .map(|answer| answer.recv().unwrap().unwrap())
+        .collect();
+    assert_eq!(answers[0].room.bytes, 4096);
+    assert!(answers.iter().all(|answer| *answer == answers[0]));
+    others
+        .into_iter()
+        .for_each(|end| drop(end.recv().unwrap().unwrap()));
+    let later = ask().unwrap().recv().unwrap().unwrap();
+    assert!(later.at > answers[0].at);
 }
 
 #[test]

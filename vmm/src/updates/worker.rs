@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::patcher::{Patcher, Task, Undo, Verified};
 use super::record::{BROKEN, Cost, Failing, Problem, State, Update};
-use super::{Book, InsteadOf, Job, Order, Use};
+use super::{Book, Counted, InsteadOf, Job, Order, Use};
 use crate::views::{Asked, Seen, View};
 
 /// The session's thread.
@@ -66,7 +66,7 @@ impl<P: Patcher> Worker<P> {
                 }
                 Job::DropSet(name, done) => done(self.work(|patcher| patcher.drop_set(&name))),
                 Job::Sets(done) => done(Ok(self.patcher.sets())),
-                Job::Calls(done) => done(self.work(P::calls)),
+                Job::Count => self.count(),
                 Job::Verify(id, deadline, done) => done(self.verify(id, deadline)),
                 Job::Kernel(deadline, done) => {
                     let known = self.work(|patcher| patcher.kernel(deadline));
@@ -95,6 +95,21 @@ impl<P: Patcher> Worker<P> {
             self.settle();
         }
         job
+    }
+
+    /// Tells all who have asked what is counted.
+    fn count(&mut self) {
+        // Whoever asks from here on has to wait for the next time.
+        let asking = std::mem::take(&mut *self.book.asking());
+        let at = self.book.events.elapsed();
+        let counted = self.work(|patcher| {
+            let calls = patcher.calls()?;
+            let room = patcher.room();
+            Ok(Counted { at, calls, room })
+        });
+        for done in asking {
+            done(counted.clone());
+        }
     }
 
     /// Does what has waited for the guest's threads to go on.

@@ -29,7 +29,7 @@ use patcher::addr::Gva;
 use vmm_sys_util::eventfd::EventFd;
 
 pub use breakpoint::BreakpointError;
-pub use pause::{PauseError, PauseStats, ResumeError};
+pub use pause::{Pause, PauseError, PauseStats, Pauses, ResumeError};
 pub use start::StartError;
 
 use crate::config::Config;
@@ -128,6 +128,8 @@ pub struct Status {
     pub pty: Option<PathBuf>,
     /// The guest's kernel said that it panicked.
     pub panic: Option<String>,
+    /// How often it was stopped, and for how long.
+    pub pauses: Pauses,
 }
 
 impl Vm {
@@ -139,10 +141,11 @@ impl Vm {
             let end = inner.end.lock().unwrap_or_else(PoisonError::into_inner);
             (end.reason.clone(), end.panic.clone())
         };
-        let state = match reason {
-            Some(reason) => State::Ended(reason),
-            None => inner.holds().state(),
+        let (state, pauses) = {
+            let holds = inner.holds();
+            (holds.state(), holds.pauses())
         };
+        let state = reason.map_or(state, State::Ended);
         Status {
             state,
             vcpus: inner.config.cpus,
@@ -152,6 +155,7 @@ impl Vm {
             uptime: inner.events.elapsed(),
             pty: inner.devices.pty.clone(),
             panic,
+            pauses,
         }
     }
 

@@ -1,5 +1,6 @@
 //! Stopping and resuming the guest as a whole: devices, then vCPUs; and who holds it.
 
+use std::collections::VecDeque;
 use std::sync::MutexGuard;
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
@@ -12,6 +13,9 @@ use crate::kvm::vcpu::Stopped;
 /// Longer pauses than this are told to the guest's clock, which quiets its watchdogs. Shorter ones must not mute them.
 const TELL_CLOCK_AFTER: Duration = Duration::from_secs(1);
 
+/// Pauses that are remembered one by one.
+const REMEMBERED: usize = 8;
+
 /// Who holds the guest still.
 #[derive(Debug, Default)]
 pub(crate) struct Holds {
@@ -19,7 +23,32 @@ pub(crate) struct Holds {
     patcher: bool,
     unsound: bool,
     since: Option<Instant>,
+    /// Since when, if it would run but for a patcher.
+    patcher_since: Option<Instant>,
     stopped: Vec<Stopped>,
+    pauses: Pauses,
+}
+
+/// The pauses of a machine since its start.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Pauses {
+    /// How many a user asked for.
+    pub by_user: u64,
+    /// How many patchers made, to change the kernel or to look at it; those in a guest that its user had paused stop nothing.
+    pub by_patcher: u64,
+    /// How long the guest stood still in the patchers'.
+    pub total: Duration,
+    /// The newest of the patchers', oldest first.
+    pub last: VecDeque<Pause>,
+}
+
+/// One pause that is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pause {
+    /// When the guest ran again, since the machine's start.
+    pub ended: Duration,
+    /// How long it stood still, from the request on.
+    pub length: Duration,
 }
 
 impl Holds {
@@ -36,6 +65,24 @@ impl Holds {
             by_patcher: self.patcher,
             unsound: self.unsound,
         }
+    }
+
+    pub(crate) fn pauses(&self) -> Pauses {
+        self.pauses.clone()
+    }
+
+    /// Counts a patcher's pause that is over at `now`, the time since the machine's start.
+    fn note_pause(&mut self, now: Duration) {
+        let Some(since) = self.patcher_since.take() else {
+            return;
+        };
+        let (pauses, length) = (&mut self.pauses, since.elapsed());
+        pauses.by_patcher += 1;
+        pauses.total = pauses.total.saturating_add(length);
+        if pauses.last.len() == REMEMBERED {
+            pauses.last.pop_front();
+        }
+        pauses.last.push_back(Pause { ended: now, length });
     }
 }
 
@@ -94,6 +141,7 @@ impl Vm {
         let stats = self.0.stop(&mut holds, deadline)?;
         if !holds.user {
             holds.user = true;
+            holds.pauses.by_user += 1;
             self.0
                 .events
                 .publish(EventKind::Paused { stop: stats.stop });
@@ -180,8 +228,10 @@ impl Inner {
         deadline: Instant,
     ) -> Result<(Vec<Stopped>, PauseStats), PauseError> {
         let mut holds = self.holds();
+        let runs = !holds.any();
         let stats = self.stop(&mut holds, deadline)?;
         holds.patcher = true;
+        holds.patcher_since = holds.since.filter(|_| runs);
         Ok((holds.stopped.clone(), stats))
     }
 
@@ -189,7 +239,9 @@ impl Inner {
     pub(crate) fn release_from_patcher(&self) -> bool {
         let mut holds = self.holds();
         holds.patcher = false;
-        self.go_if_free(&mut holds)
+        let runs = self.go_if_free(&mut holds);
+        holds.note_pause(self.events.elapsed());
+        runs
     }
 
     /// Turns a patcher's hold into one that nothing ends.
@@ -197,6 +249,7 @@ impl Inner {
         let mut holds = self.holds();
         holds.patcher = false;
         holds.unsound = true;
+        holds.note_pause(self.events.elapsed());
         self.events.publish(EventKind::LeftPaused);
     }
 }
