@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{
-    ApplyError, ApplyOptions, Arena, CommitFailed, Life, Model, Report, Request, apply, reuse,
-    revert, settle,
+    ApplyError, ApplyOptions, Arena, CommitFailed, Life, Model, Report, Request, apply, force,
+    reuse, revert, settle,
 };
 use crate::addr::{Gpa, Gva};
 use crate::commit::CommitError;
@@ -418,18 +418,36 @@ fn stacks_lead_through_editions_that_stay() {
     }
 }
 
-/// A sleeper in the function itself goes on by it, everybody else by the edition, until it was seen outside; and back.
+/// A guest in which task 7 sleeps in `patient`; with its `task_struct`, and where it is written where it goes on.
+fn sleeping(form: Form) -> (FakeGuest, Kernel, Arena, u64, Gpa) {
+    let after = |number| TEXT + SLIDE + FUNCTIONS + number * FUNCTION + AFTER_CALL;
+    let in_it = TEXT + SLIDE + 0x440 + 0x10;
+    let mut tiny = TinyGuest::new(form, 4);
+    let first = after(function::FIRST);
+    let sleeper = tiny.task(7, "sleeper", &[0, 0, 0, 0, 0, 0, in_it, first]);
+    let task = tiny.tasks[sleeper];
+    let slot = tiny.get(task + task::SP) + 8 * 6;
+    let (guest, kernel, arena) = started(tiny);
+    let at = kernel.translate(&guest, Gva(slot)).unwrap();
+    (guest, kernel, arena, task, at)
+}
+
+/// Where a task goes on that has left `patient`.
+const ELSEWHERE: u64 = TEXT + SLIDE + FUNCTIONS + function::OTHERS * FUNCTION + AFTER_CALL;
+
+/// The tasks that are bound, of each switch under way.
+fn bound(arena: &Arena) -> Vec<Vec<u64>> {
+    let passing = arena.holds.passing.iter();
+    passing
+        .map(|passing| passing.set.keys().collect())
+        .collect()
+}
+
+/// A sleeper in the function itself goes on by it, everybody else by the edition, until it was seen outside.
 #[test]
 fn a_task_in_the_old_side_is_bound_to_it_until_it_has_left() {
     for form in FORMS {
-        let after = |number| TEXT + SLIDE + FUNCTIONS + number * FUNCTION + AFTER_CALL;
-        let in_it = TEXT + SLIDE + 0x440 + 0x10;
-        let first = after(function::FIRST);
-        let mut tiny = TinyGuest::new(form, 4);
-        let sleeper = tiny.task(7, "sleeper", &[0, 0, 0, 0, 0, 0, in_it, first]);
-        let task = tiny.tasks[sleeper];
-        let slot = tiny.get(task + task::SP) + 8 * 6;
-        let (mut guest, kernel, mut arena) = started(tiny);
+        let (mut guest, kernel, mut arena, task, at) = sleeping(form);
         let before = live(&guest, &kernel);
         let package = calling(form);
         let request = Request {
@@ -444,37 +462,21 @@ fn a_task_in_the_old_side_is_bound_to_it_until_it_has_left() {
             ..request
         };
         apply(&mut guest, &kernel, &mut arena, &request, &options(false)).unwrap();
-        let bound = |arena: &Arena| -> Vec<Vec<u64>> {
-            let passing = arena.holds.passing.iter();
-            passing
-                .map(|passing| passing.set.keys().collect())
-                .collect()
-        };
         assert_eq!(bound(&arena), [[task]], "{form:?}");
-        assert_eq!(
-            arena.holds.passing[0].inside[0].who.to_string(),
-            "task 7 (sleeper)"
-        );
-        let mut memory = vec![0; arena.holds.passing[0].set.bytes().len()];
-        let place = arena.holds.passing[0].set.place().at;
-        kernel.read(&guest, place, &mut memory).unwrap();
-        assert_eq!(
-            memory,
-            arena.holds.passing[0].set.bytes(),
-            "as handlers see it"
-        );
-        let lead = arena.holds.functions.iter().next().unwrap().lead;
-        assert!(matches!(lead, Lead::Handler(_)), "{lead:?}");
+        let passing = arena.holds.passing[0].clone();
+        assert_eq!(passing.inside[0].who.to_string(), "task 7 (sleeper)");
+        let mut memory = vec![0; passing.set.bytes().len()];
+        kernel
+            .read(&guest, passing.set.place().at, &mut memory)
+            .unwrap();
+        assert_eq!(memory, passing.set.bytes(), "as handlers see it");
+        let lead = |arena: &Arena| arena.holds.functions.iter().next().unwrap().lead;
+        assert!(matches!(lead(&arena), Lead::Handler(_)));
         let observed = verify(&guest, &kernel, &arena.holds, 1);
         assert!(observed.differences.is_empty(), "{observed:?}");
         // Others have to wait, or this one be taken back.
-        let second = apply(
-            &mut guest,
-            &kernel,
-            &mut arena,
-            &Request::new(2, &package),
-            &options(false),
-        );
+        let request = Request::new(2, &package);
+        let second = apply(&mut guest, &kernel, &mut arena, &request, &options(false));
         let second = second.unwrap_err().to_string();
         assert!(
             second.contains("is still being switched by update 1"),
@@ -483,46 +485,60 @@ fn a_task_in_the_old_side_is_bound_to_it_until_it_has_left() {
         settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
         assert_eq!(bound(&arena), [[task]]);
         // It wakes, and is seen elsewhere.
-        let at = kernel.translate(&guest, Gva(slot)).unwrap();
-        let move_to = |guest: &mut FakeGuest, to: u64| guest.poke(at, &to.to_le_bytes()).unwrap();
-        move_to(&mut guest, after(function::OTHERS));
+        guest.poke(at, &ELSEWHERE.to_le_bytes()).unwrap();
         settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
         assert!(bound(&arena).is_empty());
         let edition = arena.holds.placed[&1].linked.redirections[0].edition;
-        let lead = arena.holds.functions.iter().next().unwrap().lead;
-        assert_eq!(lead, Lead::Edition(edition), "a jump and nothing else");
+        assert_eq!(
+            lead(&arena),
+            Lead::Edition(edition),
+            "a jump and nothing else"
+        );
         assert!(
             verify(&guest, &kernel, &arena.holds, 1)
                 .differences
                 .is_empty()
         );
+    }
+}
 
-        move_to(&mut guest, edition.0 + 10);
+/// The same the other way: a sleeper in the edition keeps it when it is taken back, until that is forced; its room, until it has left.
+#[test]
+fn a_task_in_an_edition_keeps_it_until_that_is_forced() {
+    for form in FORMS {
+        let (mut guest, kernel, mut arena, task, at) = sleeping(form);
+        let before = live(&guest, &kernel);
+        guest.poke(at, &ELSEWHERE.to_le_bytes()).unwrap();
+        let package = calling(form);
+        let request = Request::new(1, &package);
+        apply(&mut guest, &kernel, &mut arena, &request, &options(false)).unwrap();
+        let edition = arena.holds.placed[&1].linked.redirections[0].edition;
+        let inside = edition.0 + 10;
+        guest.poke(at, &inside.to_le_bytes()).unwrap();
+        let model = Model::PerTask;
         revert(
             &mut guest,
             &kernel,
             &mut arena,
             &[1],
-            Model::PerTask,
+            model,
             &options(false),
         )
         .unwrap();
         assert_eq!(bound(&arena), [[task]], "it is in the edition");
-        let forced = crate::apply::force(&mut guest, &kernel, &mut arena, 1, &options(false));
-        forced.unwrap();
+        force(&mut guest, &kernel, &mut arena, 1, &options(false)).unwrap();
         assert_eq!(live(&guest, &kernel), before);
         settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
         let by = Some("task 7 (sleeper)".to_owned());
         assert_eq!(arena.holds.editions(1)[0].life, Life::Draining { by });
-        move_to(&mut guest, after(function::OTHERS));
+        guest.poke(at, &ELSEWHERE.to_le_bytes()).unwrap();
         settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
         assert!(arena.holds.placed.is_empty() && !arena.holds.is_settling());
         // What all handlers call stays.
-        assert!(
-            arena.holds.space.used() < 4096,
-            "{}",
-            arena.holds.space.used()
-        );
+        let used = arena.holds.space.used();
+        assert!(used < 4096, "{used}");
+        let again = force(&mut guest, &kernel, &mut arena, 1, &options(false));
+        assert!(again.unwrap_err().to_string().contains("nothing to force"));
     }
 }
 
