@@ -10,7 +10,7 @@ use super::passing::Passing;
 use super::tune::Clocks;
 use crate::addr::Gva;
 use crate::edition::link::{self, Linked};
-use crate::edition::list::{Functions, UpdateId, Use};
+use crate::edition::list::{Functions, Step, UpdateId, Use};
 use crate::edition::resident::Resident;
 use crate::edition::set::{Set, SetPlace};
 use crate::edition::space::ArenaSpace;
@@ -20,6 +20,7 @@ use crate::kernel::locate::Kernel;
 use crate::kernel::orc::OrcError;
 use crate::kernel::stack::Watched;
 use crate::kernel::unwind::OtherCode;
+use crate::plan::target::Target;
 use crate::plan::{ArenaMap, Entry, Plan, Write};
 use crate::publish::{Grace, Publication};
 use crate::rule::Rule;
@@ -241,6 +242,27 @@ impl Holdings {
     pub fn all_made(&self) -> impl Iterator<Item = &Made> {
         let worn = self.worn.iter().flat_map(|worn| &worn.made);
         self.made.iter().chain(worn).map(|made| &**made)
+    }
+
+    /// The functions whose lists ask for another way than the one that is in effect, with that.
+    pub(super) fn changes(&self) -> Vec<(Target, Vec<Step>)> {
+        let uses = |update| self.uses.get(&update).cloned().unwrap_or_default();
+        let counter = |function, update| self.counters.get(&(function, update)).copied();
+        self.functions.changes(uses, counter)
+    }
+
+    /// The code of the handlers that these functions lead to.
+    pub(super) fn handlers_of(&self, functions: &[Gva]) -> impl Iterator<Item = Range<Gva>> {
+        let of_them = self.made.iter();
+        let of_them = of_them.filter(|made| functions.contains(&made.function));
+        of_them.map(|made| made.code.clone())
+    }
+
+    /// Keeps handlers that nothing leads to any more until no thread is in them.
+    pub(super) fn put_by(&mut self, worn: Worn) {
+        if !worn.made.is_empty() {
+            self.worn.push(worn);
+        }
     }
 
     /// Where the sets are, by name.

@@ -193,13 +193,18 @@ impl Workshop {
     }
 }
 
-/// The editions of a way as a handler knows them.
-fn choices(kernel: &Kernel, target: &Target, way: &[Step]) -> Result<Vec<Choice>, ApplyError> {
-    let function = Function {
+/// `target` as rules are asked of it.
+pub(super) fn asked_of<'a>(kernel: &'a Kernel, target: &'a Target) -> Function<'a> {
+    Function {
         image: kernel.image(),
         types: kernel.image().types(),
         name: &target.name,
-    };
+    }
+}
+
+/// The editions of a way as a handler knows them.
+fn choices(kernel: &Kernel, target: &Target, way: &[Step]) -> Result<Vec<Choice>, ApplyError> {
+    let function = asked_of(kernel, target);
     let choice = |step: &Step| {
         if let Some(name) = step.rule.as_ref().and_then(|rule| rule.switch()) {
             let name = name.to_owned();

@@ -100,9 +100,7 @@ fn shrink<G: Guest>(
         return Ok(false);
     };
     let mut plan = Plan::default();
-    let handlers = draft.made.iter();
-    let handlers = handlers.filter(|made| passing.functions.contains(&made.function));
-    passing.shrink(&mut plan, handlers.map(|made| made.code.clone()));
+    passing.shrink(&mut plan, draft.handlers_of(&passing.functions));
     let binding = plan.binding.clone();
     let (_, scanned) = keep(guest, kernel, arena, draft, plan, u64::MAX, options)?;
     let mut passing = arena.holds.passing.iter_mut();
@@ -128,9 +126,7 @@ fn finish<G: Guest>(
     let functions = end_passing(&mut draft, update);
     let mut plan = Plan::default();
     let map = arena.map(guest, kernel)?;
-    let uses = |update| draft.uses.get(&update).cloned().unwrap_or_default();
-    let counter = |function, update| draft.counters.get(&(function, update)).copied();
-    let mut changes = draft.functions.changes(uses, counter);
+    let mut changes = draft.changes();
     changes.retain(|(target, _)| functions.contains(&target.function));
     lead(guest, kernel, &mut draft, &mut plan, &map, &changes)?;
     keep(guest, kernel, arena, draft, plan, u64::MAX, options)?;

@@ -132,11 +132,8 @@ impl Turn {
             self.apart.extend(passing.set.keys());
             let functions = end_passing(&mut self.draft, passing.update);
             // In the handler it may be decided already where to go.
-            let handlers = arena.holds.made.iter();
-            let handlers = handlers.filter(|made| functions.contains(&made.function));
-            self.plan
-                .forbidden
-                .extend(handlers.map(|made| made.code.clone()));
+            let handlers = arena.holds.handlers_of(&functions);
+            self.plan.forbidden.extend(handlers);
         }
         Ok(())
     }
@@ -154,15 +151,10 @@ impl Turn {
     /// The functions that are to be led elsewhere.
     fn changes<G: Guest>(&mut self, guest: &G, kernel: &Kernel) -> Result<Vec<Change>, ApplyError> {
         self.make_counters(guest, kernel)?;
-        let draft = &self.draft;
-        let uses = |update| draft.uses.get(&update).cloned().unwrap_or_default();
-        let counter = |function, update| draft.counters.get(&(function, update)).copied();
-        let changes = draft.functions.changes(uses, counter);
+        let changes = self.draft.changes();
         for (target, _) in &changes {
-            let by = draft
-                .passing
-                .iter()
-                .find(|passing| passing.functions.contains(&target.function));
+            let mut passing = self.draft.passing.iter();
+            let by = passing.find(|passing| passing.functions.contains(&target.function));
             if let Some(passing) = by {
                 return Err(ListError::Passing {
                     function: target.name.clone(),
@@ -208,11 +200,8 @@ impl Turn {
 
     /// The code of the old side of `changes`: of a thread in it the next call must still get there.
     fn old_side(&self, kernel: &Kernel, before: &Holdings, changes: &[Change]) -> Vec<Range<Gva>> {
-        let mut old = Vec::new();
         let functions: Vec<Gva> = changes.iter().map(|(target, _)| target.function).collect();
-        let handlers = before.made.iter();
-        let handlers = handlers.filter(|made| functions.contains(&made.function));
-        old.extend(handlers.map(|made| made.code.clone()));
+        let mut old: Vec<Range<Gva>> = before.handlers_of(&functions).collect();
         let shares = |update: &UpdateId| {
             before
                 .functions
@@ -298,7 +287,7 @@ impl Turn {
             draft.functions.led(target.function, to, way.clone());
             draft.made.push(Arc::new(made));
         }
-        draft.worn.extend((!worn.made.is_empty()).then_some(worn));
+        draft.put_by(worn);
         let binding = Binding {
             set,
             at: physical,
@@ -374,7 +363,7 @@ pub(super) fn end_passing(draft: &mut Holdings, update: UpdateId) -> Vec<Gva> {
         draft.wear_out(*function, &mut worn);
         draft.functions.unsettle(*function);
     }
-    draft.worn.extend((!worn.made.is_empty()).then_some(worn));
+    draft.put_by(worn);
     functions
 }
 
@@ -447,7 +436,7 @@ pub(super) fn lead<G: Guest>(
         )?;
         draft.functions.led(target.function, to, way.clone());
     }
-    draft.worn.extend((!worn.made.is_empty()).then_some(worn));
+    draft.put_by(worn);
     Ok(())
 }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::ApplyError;
 use super::arena::{Arena, Holdings};
-use super::handlers::Made;
+use super::handlers::{Made, asked_of};
 use crate::addr::{Gpa, Gva};
 use crate::edition::handler::Owner;
 use crate::edition::list::{ListError, UpdateId, Use as How};
@@ -17,7 +17,6 @@ use crate::edition::space::Full;
 use crate::guest::{Guest, GuestError};
 use crate::kernel::locate::Kernel;
 use crate::plan::PlanError;
-use crate::rule::resolve::Function;
 use crate::rule::tune::{self, Use};
 use crate::rule::{During, Rule};
 
@@ -31,8 +30,6 @@ pub const MAX_SET_NAME: usize = 64;
 pub struct Clocks {
     /// Since when each update's rule is in effect.
     since: BTreeMap<UpdateId, Instant>,
-    /// What each cell was last told.
-    told: BTreeMap<Gva, u64>,
     /// When tokens were last given out.
     second: Option<Instant>,
 }
@@ -157,11 +154,8 @@ pub fn tick<G: Guest>(guest: &mut G, arena: &mut Arena, now: Instant) -> Result<
                 }
                 _ => continue,
             };
-            // Tokens are taken by calls; what was told of them does not last.
-            let lasts = matches!(cell.what, Use::During(_));
-            if !lasts || clocks.told.insert(cell.at, value) != Some(value) {
-                due.push(Store { at: cell.at, value });
-            }
+            // Told each time: a handler that has just been made may have the cell of one before it.
+            due.push(Store { at: cell.at, value });
         }
     }
     let stored = store(guest, arena, &due);
@@ -197,11 +191,7 @@ impl Made {
         let (Some(target), Some(old)) = (target, old) else {
             return Ok(None);
         };
-        let function = Function {
-            image: kernel.image(),
-            types: kernel.image().types(),
-            name: &target.name,
-        };
+        let function = asked_of(kernel, target);
         let (old, new) = (function.resolve(old)?, function.resolve(rule)?);
         let Some(stores) = tune::retune(&old, &new) else {
             return Ok(None);

@@ -137,6 +137,15 @@ fn clocks_go_on_by_stores() {
     assert_eq!(at(1100, 9), (1, 5));
     assert_eq!(at(1900, 0), (1, 5_u64.wrapping_sub(9)));
     assert_eq!(at(2100, 0), (0, 5));
+    // A handler that is made anew begins as if it were time, maybe in the same cell.
+    let mut cell = arena.holds.made[0].assembled.cells.iter();
+    let cell = cell.find(|cell| matches!(cell.what, tune::Use::During(_)));
+    let cell = cell.unwrap().at;
+    let during = kernel.translate(&guest, cell).unwrap();
+    guest.poke(during, &1_u64.to_le_bytes()).unwrap();
+    let later = start + Duration::from_millis(2200);
+    tick(&mut guest, &mut arena, later).unwrap();
+    assert_eq!(kernel.read_u64(&guest, cell).unwrap(), 0);
     assert!(arena.holds.has_clocks());
     assert!(!guest.calls.contains(&Call::Pause));
     let named = reuse(
