@@ -42,6 +42,7 @@ use crate::kernel::text::{ReturnError, ReturnForm};
 use crate::plan::target::{Target, TargetError};
 use crate::plan::{PlanError, Purpose};
 use crate::publish::{self, PublishError, Unit};
+use crate::rule;
 use crate::rule::resolve::ResolveError;
 
 /// Why an update was not applied.
@@ -88,6 +89,14 @@ pub enum ApplyError {
     /// A rule cannot be asked of a function.
     #[error(transparent)]
     Rule(#[from] ResolveError),
+    /// A rule has a test that only the host could keep true.
+    #[error(
+        "`{test}` is a test that the host has to keep true while calls come, which it does not: of time and rates there are no rules"
+    )]
+    Undriven {
+        /// The test.
+        test: rule::Test,
+    },
     /// No handler can be made.
     #[error(transparent)]
     Handler(#[from] HandlerError),

@@ -17,7 +17,9 @@ use crate::kernel::locate::Kernel;
 use crate::kernel::orc::{Orc, OrcError, OrcTable};
 use crate::kernel::unwind::OtherCode;
 use crate::plan::target::Target;
-use crate::rule::resolve::{Function, PerCpu};
+use crate::rule::Test;
+use crate::rule::resolve::{Function, PerCpu, Resolved};
+use crate::rule::tune::{self, Use as Cell};
 
 /// Alignment of handlers in bytes: that of the kernel's own functions.
 const ALIGN: u64 = 16;
@@ -155,14 +157,28 @@ fn choices(kernel: &Kernel, target: &Target, way: &[Step]) -> Result<Vec<Choice>
     };
     let choice = |step: &Step| {
         let rule = step.rule.as_ref().map(|rule| function.resolve(rule));
+        let rule = rule.transpose()?;
+        if let Some(test) = rule.as_ref().and_then(host_kept) {
+            return Err(ApplyError::Undriven { test });
+        }
         Ok(Choice {
-            rule: rule.transpose()?,
+            rule,
             to: step.to,
             counter: step.counter,
             rule_counter: None,
         })
     };
     way.iter().map(choice).collect()
+}
+
+/// The first test of `rule` whose cell the host has to write again and again while the rule is in effect, which nothing here does.
+fn host_kept(rule: &Resolved) -> Option<Test> {
+    let mut uses = tune::cells(rule).into_iter();
+    uses.find_map(|(used, _)| match used {
+        Cell::During(during) => Some(Test::During(during)),
+        Cell::Tokens(calls) => Some(Test::Rate(calls)),
+        Cell::Constant | Cell::Calls => None,
+    })
 }
 
 impl Made {

@@ -624,6 +624,18 @@ fn editions_are_used_by_rules_and_counted() {
     assert!(matches!(counted, Lead::Handler(_)) && way.len() == 1 && way[0].counter.is_some());
     let (plain, _) = again(Use::default());
     assert!(matches!(plain, Lead::Edition(_)), "{plain:?}");
+    for (text, why) in [
+        ("pid = 1 or rate 5/s", "`rate 5/s`"),
+        ("not for 10s", "`for 10s`"),
+    ] {
+        let how = Use {
+            rule: rule(text),
+            counted: false,
+        };
+        let refused = reuse(&mut guest, &kernel, &mut arena, 1, how, &options(false));
+        let said = refused.unwrap_err().to_string();
+        assert!(said.contains(why), "{said}");
+    }
     let none = reuse(
         &mut guest,
         &kernel,

@@ -304,6 +304,11 @@ pub(super) fn apply(cause: &ApplyError) -> Problem {
             error,
             "exopatch kernel types shows a function's arguments and what lies behind them",
         ),
+        ApplyError::Undriven { .. } => refused(
+            "rule_not_driven",
+            cause,
+            "choose the calls by `first` or `share`, or change the rule with exopatch update use when it is time",
+        ),
         ApplyError::Handler(error) => refused("cannot_choose", error, "change the rule"),
         ApplyError::Full(error) => refused("arena_full", error, FULL),
         ApplyError::Set(error) => refused("cannot_bind", error, REPORT),
