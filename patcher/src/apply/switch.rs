@@ -37,6 +37,8 @@ pub(super) struct Turn {
     coming: bool,
     /// Updates that go.
     going: BTreeSet<UpdateId>,
+    /// Tasks that are on the side that everybody goes to already.
+    apart: BTreeSet<u64>,
     /// Who will hold what.
     pub(super) draft: Holdings,
     /// What is to be written before anything leads there.
@@ -54,6 +56,7 @@ impl Turn {
             update,
             coming,
             going: BTreeSet::new(),
+            apart: BTreeSet::new(),
             draft: arena.holds.clone(),
             plan: Plan::default(),
             map: ArenaMap::default(),
@@ -89,7 +92,7 @@ impl Turn {
         model: Model,
         options: &ApplyOptions<'_>,
     ) -> Result<Report, ApplyError> {
-        self.end_own_passing(arena);
+        self.end_own_passing(arena)?;
         let changes = self.changes(guest, kernel)?;
         let old = self.old_side(kernel, &arena.holds, &changes);
         let at_once = self.at_once(guest, kernel, &changes)?;
@@ -109,18 +112,24 @@ impl Turn {
         }
     }
 
-    /// A switch of this very update that is under way ends with this one: whoever was bound is on the side that all go to now.
-    fn end_own_passing(&mut self, arena: &Arena) {
-        let own = |passing: &&Passing| self.going.contains(&passing.update);
-        let ends: Vec<UpdateId> = arena
-            .holds
-            .passing
-            .iter()
-            .filter(own)
-            .map(|it| it.update)
-            .collect();
-        for update in ends {
-            let functions = end_passing(&mut self.draft, update);
+    /// A switch of this very update that is under way ends with this one: whoever is bound is on the side that all go to now. That is not so
+    /// when it took the place of others, which do not come back.
+    fn end_own_passing(&mut self, arena: &Arena) -> Result<(), ListError> {
+        let passing = arena.holds.passing.iter();
+        for passing in passing.filter(|passing| self.going.contains(&passing.update)) {
+            if self.bound_to_gone(passing) {
+                let functions = passing.functions.iter();
+                let mut functions = functions.filter_map(|at| arena.holds.functions.get(*at));
+                let name = functions
+                    .next()
+                    .map(|function| function.target.name.clone());
+                return Err(ListError::Passing {
+                    function: name.unwrap_or_default(),
+                    by: passing.update,
+                });
+            }
+            self.apart.extend(passing.set.keys());
+            let functions = end_passing(&mut self.draft, passing.update);
             // In the handler it may be decided already where to go.
             let handlers = arena.holds.made.iter();
             let handlers = handlers.filter(|made| functions.contains(&made.function));
@@ -128,6 +137,17 @@ impl Turn {
                 .forbidden
                 .extend(handlers.map(|made| made.code.clone()));
         }
+        Ok(())
+    }
+
+    /// Whether the old side of a switch has code of updates that are on no list any more.
+    fn bound_to_gone(&self, passing: &Passing) -> bool {
+        let gone = |update: &UpdateId| {
+            !self.going.contains(update) && self.draft.functions.of(*update).next().is_none()
+        };
+        let placed = self.draft.placed.iter();
+        let mut gone = placed.filter(|(update, _)| gone(update));
+        gone.any(|(_, placed)| passing.old.contains(&placed.resident.code.range))
     }
 
     /// The functions that are to be led elsewhere.
@@ -208,11 +228,8 @@ impl Turn {
                 old.push(placed.resident.code.range.clone());
             }
         }
-        if self.coming {
-            for (target, _) in changes {
-                old.extend(target.code(kernel));
-            }
-        }
+        // An edition may jump to its original and leave no frame behind: who is in that then goes on for the edition.
+        old.extend(changes.iter().flat_map(|(target, _)| target.code(kernel)));
         old
     }
 
@@ -248,6 +265,7 @@ impl Turn {
         let Self {
             update,
             coming,
+            apart,
             mut draft,
             mut plan,
             map,
@@ -282,7 +300,7 @@ impl Turn {
         let binding = Binding {
             set,
             at: physical,
-            bind: Bind::Fill,
+            bind: Bind::Fill { but: apart },
         };
         plan.group.clone_from(&old);
         plan.binding = Some(binding.clone());

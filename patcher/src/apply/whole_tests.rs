@@ -580,6 +580,71 @@ fn a_task_in_the_old_side_is_bound_to_it_until_it_has_left() {
     }
 }
 
+/// An edition may jump to its original: whoever is in that when the edition goes is on its side. One who is bound to the original is not.
+#[test]
+fn who_goes_on_for_an_edition_is_told_from_who_never_came_to_it() {
+    for form in FORMS {
+        let after = |number| TEXT + SLIDE + FUNCTIONS + number * FUNCTION + AFTER_CALL;
+        let in_it = TEXT + SLIDE + 0x440 + 0x10;
+        let first = after(function::FIRST);
+        let mut tiny = TinyGuest::new(form, 4);
+        let one = tiny.task(7, "one", &[0, 0, 0, 0, 0, 0, in_it, first]);
+        let other = after(function::OTHERS);
+        let two = tiny.task(8, "two", &[0, 0, 0, 0, 0, 0, other, first]);
+        let tasks = [one, two].map(|task| tiny.tasks[task]);
+        let slots = tasks.map(|task| tiny.get(task + task::SP) + 8 * 6);
+        let (mut guest, kernel, mut arena) = started(tiny);
+        let [at_one, at_two] = slots.map(|slot| kernel.translate(&guest, Gva(slot)).unwrap());
+        let package = calling(form);
+        let request = |id, instead_of| Request {
+            instead_of,
+            model: Model::PerTask,
+            ..Request::new(id, &package)
+        };
+        let options = options(false);
+        let bound = |arena: &Arena, task: u64| {
+            let mut passing = arena.holds.passing.iter();
+            passing.any(|passing| passing.set.contains(task))
+        };
+        apply(&mut guest, &kernel, &mut arena, &request(1, &[]), &options).unwrap();
+        assert!(
+            bound(&arena, tasks[0]) && !bound(&arena, tasks[1]),
+            "{form:?}"
+        );
+        guest.poke(at_two, &in_it.to_le_bytes()).unwrap();
+        let back = |guest: &mut FakeGuest, arena: &mut Arena, id| {
+            revert(guest, &kernel, arena, &[id], Model::PerTask, &options)
+        };
+        back(&mut guest, &mut arena, 1).unwrap();
+        assert!(
+            !bound(&arena, tasks[0]) && bound(&arena, tasks[1]),
+            "{form:?}"
+        );
+
+        for at in [at_one, at_two] {
+            guest.poke(at, &other.to_le_bytes()).unwrap();
+        }
+        settle(&mut guest, &kernel, &mut arena, &options).unwrap();
+        apply(&mut guest, &kernel, &mut arena, &request(2, &[]), &options).unwrap();
+        assert!(arena.holds.passing.is_empty());
+        // Who is bound to what is replaced cannot go on by it once the other one goes, too.
+        let edition = arena.holds.placed[&2].linked.redirections[0].edition;
+        let inside = (edition.0 + 10).to_le_bytes();
+        guest.poke(at_one, &inside).unwrap();
+        apply(&mut guest, &kernel, &mut arena, &request(3, &[2]), &options).unwrap();
+        assert!(bound(&arena, tasks[0]));
+        let refused = back(&mut guest, &mut arena, 3).unwrap_err().to_string();
+        assert!(
+            refused.contains("still being switched by update 3"),
+            "{refused}"
+        );
+        guest.poke(at_one, &other.to_le_bytes()).unwrap();
+        settle(&mut guest, &kernel, &mut arena, &options).unwrap();
+        back(&mut guest, &mut arena, 3).unwrap();
+        assert!(arena.holds.passing.is_empty());
+    }
+}
+
 /// A rule or a count makes a handler of the jump; without them it is a jump again.
 #[test]
 fn editions_are_used_by_rules_and_counted() {

@@ -3,6 +3,8 @@
 //! A task that is in the group's old code, or may be, goes on by the old side until it has been seen outside; all others go by the new one at
 //! once. The set that handlers look into is written before any of them can be reached, and a task only ever leaves it.
 
+use std::collections::BTreeSet;
+
 use super::{Purpose, Write};
 use crate::addr::{Gpa, Gva};
 use crate::commit::Blocked;
@@ -10,10 +12,13 @@ use crate::edition::set::{Set, SetError};
 use crate::kernel::quiescence::Inside;
 
 /// What is done about the set.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Bind {
     /// Whoever is inside is put into it: nobody is in it yet.
-    Fill,
+    Fill {
+        /// Tasks that are on the side that everybody goes to, wherever they are.
+        but: BTreeSet<u64>,
+    },
     /// Whoever is no longer inside is taken out.
     Keep,
 }
@@ -46,9 +51,9 @@ impl Binding {
             })?;
             tasks.push(task.0);
         }
-        match self.bind {
-            Bind::Fill => {
-                for task in tasks {
+        match &self.bind {
+            Bind::Fill { but } => {
+                for task in tasks.into_iter().filter(|task| !but.contains(task)) {
                     set.insert(task).map_err(|error: SetError| Blocked::Busy {
                         cause: format!("more tasks are in the group than can be bound: {error}"),
                     })?;
