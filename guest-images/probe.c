@@ -6,6 +6,9 @@
  *   siocatmark-loop SECONDS THREADS   the same without pause from threads pinned to CPUs; counts each answer and its changes
  *   answers THREADS                   the same for ever; a line "answer ERRNONAME at SEQ thread T" for a thread's first answer
  *                                     and whenever its answer changes (SEQ: that thread's calls so far)
+ *   tally COUNT THREADS [TYPE [REST]] the same COUNT times a thread (0: until SIGUSR2) of a socket of that type (default 2, datagrams), with a rest of so many
+ *                                     microseconds after each, on threads pinned to CPUs, or without any (THREADS 0); "tally: thread T: ERRNONAME N ERRNONAME N ..." a thread
+ *   as UID COMMAND...                 run a command as another user
  *   heartbeat SECONDS                 a thread on each CPU wakes every millisecond; "heartbeat: cpu C wakes N largest_gap_us G"
  *   clock                             "clock: realtime NS monotonic NS boottime NS"
  *   kexec KERNEL INITRD CMDLINE       load a kernel with kexec_file_load and start it
@@ -59,7 +62,7 @@ _Noreturn void fail(const char *what)
 
 static _Noreturn void usage(void)
 {
-	fprintf(stderr, "usage: probe siocatmark|siocatmark-loop|answers|heartbeat|clock|kexec|devmem|busy|churn|bpf|sleepers|steps|breakpoint|power-button ...\n");
+	fprintf(stderr, "usage: probe siocatmark|siocatmark-loop|answers|tally|as|heartbeat|clock|kexec|devmem|busy|churn|bpf|sleepers|steps|breakpoint|power-button ...\n");
 	exit(2);
 }
 
@@ -110,12 +113,17 @@ static int ask(int socket_fd)
 	return ioctl(socket_fd, SIOCATMARK, &mark) ? errno : 0;
 }
 
-static int dgram_socket(void)
+static int unix_socket(int type)
 {
-	int fd = socket(AF_UNIX, SOCK_DGRAM, 0);
+	int fd = socket(AF_UNIX, type, 0);
 	if (fd < 0)
 		fail("socket");
 	return fd;
+}
+
+static int dgram_socket(void)
+{
+	return unix_socket(SOCK_DGRAM);
 }
 
 static const char *answer_name(int answer)
@@ -185,6 +193,74 @@ static void *answers(void *index)
 		last = answer;
 	}
 	return NULL;
+}
+
+static void on_signal(int signal)
+{
+	(void)signal;
+}
+
+static uint64_t tally_count;
+static int tally_type = SOCK_DGRAM;
+static useconds_t tally_rest;
+static volatile sig_atomic_t tally_over;
+
+static void end_tally(int signal)
+{
+	(void)signal;
+	tally_over = 1;
+}
+
+static void *tally_calls(void *index)
+{
+	uint64_t *counts = calloc(ERRNO_MAX, sizeof *counts);
+	int fd = unix_socket(tally_type);
+	if (!counts)
+		fail("calloc");
+	for (uint64_t n = 0; !tally_over && (!tally_count || n < tally_count); n++) {
+		counts[ask(fd)]++;
+		if (tally_rest)
+			usleep(tally_rest);
+	}
+	flockfile(stdout);
+	printf("tally: thread %lu:", (unsigned long)index);
+	for (int i = 0; i < ERRNO_MAX; i++)
+		if (counts[i])
+			printf(" %s %lu", answer_name(i), counts[i]);
+	printf("\n");
+	funlockfile(stdout);
+	free(counts);
+	return NULL;
+}
+
+static void *tally_pinned(void *index)
+{
+	pin((unsigned long)index);
+	return tally_calls(index);
+}
+
+static int tally(unsigned long count, unsigned long threads, unsigned long type, unsigned long rest)
+{
+	tally_count = count;
+	tally_type = (int)type;
+	tally_rest = (useconds_t)rest;
+	/* One that comes in the middle of a call has it answer, not start anew. */
+	struct sigaction end = { .sa_handler = end_tally }, wake = { .sa_handler = on_signal };
+	if (sigaction(SIGUSR2, &end, NULL) || sigaction(SIGUSR1, &wake, NULL))
+		fail("sigaction");
+	if (threads)
+		on_threads(threads, tally_pinned);
+	else
+		tally_calls(NULL);
+	return 0;
+}
+
+static _Noreturn void run_as(unsigned long user, char **command)
+{
+	if (setuid((uid_t)user))
+		fail("setuid");
+	execvp(command[0], command);
+	fail(command[0]);
 }
 
 struct beats {
@@ -270,11 +346,6 @@ static void *busy(void *index)
 	for (volatile uint64_t n = 0;; n++)
 		;
 	return NULL;
-}
-
-static void on_signal(int signal)
-{
-	(void)signal;
 }
 
 /* A child that ends at once. */
@@ -562,6 +633,11 @@ int main(int argc, char **argv)
 		return report_loop(number(arg[0], 1000000), number(arg[1], MAX_THREADS));
 	if (!strcmp(name, "answers") && args == 1)
 		return on_threads(number(arg[0], MAX_THREADS), answers), 0;
+	if (!strcmp(name, "tally") && args >= 2 && args <= 4)
+		return tally(number(arg[0], -1UL), number(arg[1], MAX_THREADS), args > 2 ? number(arg[2], 255) : SOCK_DGRAM,
+			     args > 3 ? number(arg[3], 1000000) : 0);
+	if (!strcmp(name, "as") && args >= 2)
+		run_as(number(arg[0], UINT32_MAX), arg + 1);
 	if (!strcmp(name, "heartbeat") && args == 1)
 		return report_heartbeat(number(arg[0], 1000000));
 	if (!strcmp(name, "clock") && args == 0)

@@ -3,6 +3,7 @@
 //! `scripts/test kernels [FILTER]` runs them where a KVM that carries a kernel is.
 #![expect(clippy::print_stdout, reason = "a test prints the figures that it saw")]
 
+mod adaptive;
 mod asleep;
 mod at;
 mod boot;
@@ -20,6 +21,7 @@ mod pause;
 mod processes;
 mod recover;
 mod residents;
+mod rules;
 mod see;
 mod stacking;
 mod stops;

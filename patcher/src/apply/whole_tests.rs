@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{
-    ApplyError, ApplyOptions, Arena, CommitFailed, Life, Model, Report, Request, apply, force,
-    reuse, revert, settle,
+    ApplyError, ApplyOptions, Arena, CommitFailed, Life, Model, Report, Request, apply, reuse,
+    revert, settle,
 };
 use crate::addr::{Gpa, Gva};
 use crate::commit::CommitError;
@@ -96,7 +96,7 @@ fn undo(
 }
 
 /// What the kernel sees at `JUMP`, 6 bytes.
-fn live(guest: &FakeGuest, kernel: &Kernel) -> Vec<u8> {
+pub(super) fn live(guest: &FakeGuest, kernel: &Kernel) -> Vec<u8> {
     let mut bytes = vec![0; 6];
     let at = Gva(JUMP + SLIDE);
     kernel.read(guest, at, &mut bytes).unwrap();
@@ -152,7 +152,7 @@ fn a_package_reaches_the_guest_and_leaves_it() {
 }
 
 /// A package whose edition of `patient` calls the original, and goes on behind that 10 bytes into it.
-fn calling(form: Form) -> Package {
+pub(super) fn calling(form: Form) -> Package {
     let mut maker = Maker::for_kernel(&[0xe8, 0, 0, 0, 0, 0xe8, 0, 0, 0, 0, 0xc3], &BUILD_ID);
     maker.relocate_text(1, 4, "__fentry__", -4);
     maker.relocate_text(6, 4, "exopatch_original_patient", -4);
@@ -415,195 +415,6 @@ fn stacks_lead_through_editions_that_stay() {
         settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
         assert_eq!(arena.holds.space.used(), 64);
         assert!(arena.holds.editions(1).is_empty());
-    }
-}
-
-/// A guest in which task 7 sleeps in `patient`; with its `task_struct`, and where it is written where it goes on.
-fn sleeping(form: Form) -> (FakeGuest, Kernel, Arena, u64, Gpa) {
-    let after = |number| TEXT + SLIDE + FUNCTIONS + number * FUNCTION + AFTER_CALL;
-    let in_it = TEXT + SLIDE + 0x440 + 0x10;
-    let mut tiny = TinyGuest::new(form, 4);
-    let first = after(function::FIRST);
-    let sleeper = tiny.task(7, "sleeper", &[0, 0, 0, 0, 0, 0, in_it, first]);
-    let task = tiny.tasks[sleeper];
-    let slot = tiny.get(task + task::SP) + 8 * 6;
-    let (guest, kernel, arena) = started(tiny);
-    let at = kernel.translate(&guest, Gva(slot)).unwrap();
-    (guest, kernel, arena, task, at)
-}
-
-/// Where a task goes on that has left `patient`.
-const ELSEWHERE: u64 = TEXT + SLIDE + FUNCTIONS + function::OTHERS * FUNCTION + AFTER_CALL;
-
-/// The tasks that are bound, of each switch under way.
-fn bound(arena: &Arena) -> Vec<Vec<u64>> {
-    let passing = arena.holds.passing.iter();
-    passing
-        .map(|passing| passing.set.keys().collect())
-        .collect()
-}
-
-/// A sleeper in the function itself goes on by it, everybody else by the edition, until it was seen outside.
-#[test]
-fn a_task_in_the_old_side_is_bound_to_it_until_it_has_left() {
-    for form in FORMS {
-        let (mut guest, kernel, mut arena, task, at) = sleeping(form);
-        let before = live(&guest, &kernel);
-        let package = calling(form);
-        let request = Request {
-            model: Model::Quiescent,
-            ..Request::new(1, &package)
-        };
-        let busy = apply(&mut guest, &kernel, &mut arena, &request, &options(false)).unwrap_err();
-        assert!(busy.to_string().contains("task 7 (sleeper)"), "{busy}");
-        assert_eq!(live(&guest, &kernel), before);
-        let request = Request {
-            model: Model::PerTask,
-            ..request
-        };
-        apply(&mut guest, &kernel, &mut arena, &request, &options(false)).unwrap();
-        assert_eq!(bound(&arena), [[task]], "{form:?}");
-        let passing = arena.holds.passing[0].clone();
-        assert_eq!(passing.inside[0].who.to_string(), "task 7 (sleeper)");
-        let mut memory = vec![0; passing.set.bytes().len()];
-        kernel
-            .read(&guest, passing.set.place().at, &mut memory)
-            .unwrap();
-        assert_eq!(memory, passing.set.bytes(), "as handlers see it");
-        let lead = |arena: &Arena| arena.holds.functions.iter().next().unwrap().lead;
-        assert!(matches!(lead(&arena), Lead::Handler(_)));
-        let observed = verify(&guest, &kernel, &arena.holds, 1);
-        assert!(observed.differences.is_empty(), "{observed:?}");
-        // Others have to wait, or this one be taken back.
-        let request = Request::new(2, &package);
-        let second = apply(&mut guest, &kernel, &mut arena, &request, &options(false));
-        let second = second.unwrap_err().to_string();
-        assert!(
-            second.contains("is still being switched by update 1"),
-            "{second}"
-        );
-        settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
-        assert_eq!(bound(&arena), [[task]]);
-        // It wakes, and is seen elsewhere.
-        guest.poke(at, &ELSEWHERE.to_le_bytes()).unwrap();
-        settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
-        assert!(bound(&arena).is_empty());
-        let edition = arena.holds.placed[&1].linked.redirections[0].edition;
-        assert_eq!(
-            lead(&arena),
-            Lead::Edition(edition),
-            "a jump and nothing else"
-        );
-        assert!(
-            verify(&guest, &kernel, &arena.holds, 1)
-                .differences
-                .is_empty()
-        );
-    }
-}
-
-/// The same the other way: a sleeper in the edition keeps it when it is taken back, until that is forced; its room, until it has left.
-#[test]
-fn a_task_in_an_edition_keeps_it_until_that_is_forced() {
-    for form in FORMS {
-        let (mut guest, kernel, mut arena, task, at) = sleeping(form);
-        let before = live(&guest, &kernel);
-        guest.poke(at, &ELSEWHERE.to_le_bytes()).unwrap();
-        let package = calling(form);
-        let request = Request::new(1, &package);
-        apply(&mut guest, &kernel, &mut arena, &request, &options(false)).unwrap();
-        let edition = arena.holds.placed[&1].linked.redirections[0].edition;
-        let inside = edition.0 + 10;
-        guest.poke(at, &inside.to_le_bytes()).unwrap();
-        let model = Model::PerTask;
-        revert(
-            &mut guest,
-            &kernel,
-            &mut arena,
-            &[1],
-            model,
-            &options(false),
-        )
-        .unwrap();
-        assert_eq!(bound(&arena), [[task]], "it is in the edition");
-        force(&mut guest, &kernel, &mut arena, 1, &options(false)).unwrap();
-        assert_eq!(live(&guest, &kernel), before);
-        settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
-        let by = Some("task 7 (sleeper)".to_owned());
-        assert_eq!(arena.holds.editions(1)[0].life, Life::Draining { by });
-        guest.poke(at, &ELSEWHERE.to_le_bytes()).unwrap();
-        settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
-        assert!(arena.holds.placed.is_empty() && !arena.holds.is_settling());
-        // What all handlers call stays.
-        let used = arena.holds.space.used();
-        assert!(used < 4096, "{used}");
-        let again = force(&mut guest, &kernel, &mut arena, 1, &options(false));
-        assert!(again.unwrap_err().to_string().contains("nothing to force"));
-    }
-}
-
-/// An edition may jump to its original: whoever is in that when the edition goes is on its side. One who is bound to the original is not.
-#[test]
-fn who_goes_on_for_an_edition_is_told_from_who_never_came_to_it() {
-    for form in FORMS {
-        let after = |number| TEXT + SLIDE + FUNCTIONS + number * FUNCTION + AFTER_CALL;
-        let in_it = TEXT + SLIDE + 0x440 + 0x10;
-        let first = after(function::FIRST);
-        let mut tiny = TinyGuest::new(form, 4);
-        let one = tiny.task(7, "one", &[0, 0, 0, 0, 0, 0, in_it, first]);
-        let other = after(function::OTHERS);
-        let two = tiny.task(8, "two", &[0, 0, 0, 0, 0, 0, other, first]);
-        let tasks = [one, two].map(|task| tiny.tasks[task]);
-        let slots = tasks.map(|task| tiny.get(task + task::SP) + 8 * 6);
-        let (mut guest, kernel, mut arena) = started(tiny);
-        let [at_one, at_two] = slots.map(|slot| kernel.translate(&guest, Gva(slot)).unwrap());
-        let package = calling(form);
-        let request = |id, instead_of| Request {
-            instead_of,
-            model: Model::PerTask,
-            ..Request::new(id, &package)
-        };
-        let options = options(false);
-        let bound = |arena: &Arena, task: u64| {
-            let mut passing = arena.holds.passing.iter();
-            passing.any(|passing| passing.set.contains(task))
-        };
-        apply(&mut guest, &kernel, &mut arena, &request(1, &[]), &options).unwrap();
-        assert!(
-            bound(&arena, tasks[0]) && !bound(&arena, tasks[1]),
-            "{form:?}"
-        );
-        guest.poke(at_two, &in_it.to_le_bytes()).unwrap();
-        let back = |guest: &mut FakeGuest, arena: &mut Arena, id| {
-            revert(guest, &kernel, arena, &[id], Model::PerTask, &options)
-        };
-        back(&mut guest, &mut arena, 1).unwrap();
-        assert!(
-            !bound(&arena, tasks[0]) && bound(&arena, tasks[1]),
-            "{form:?}"
-        );
-
-        for at in [at_one, at_two] {
-            guest.poke(at, &other.to_le_bytes()).unwrap();
-        }
-        settle(&mut guest, &kernel, &mut arena, &options).unwrap();
-        apply(&mut guest, &kernel, &mut arena, &request(2, &[]), &options).unwrap();
-        assert!(arena.holds.passing.is_empty());
-        // Who is bound to what is replaced cannot go on by it once the other one goes, too.
-        let edition = arena.holds.placed[&2].linked.redirections[0].edition;
-        let inside = (edition.0 + 10).to_le_bytes();
-        guest.poke(at_one, &inside).unwrap();
-        apply(&mut guest, &kernel, &mut arena, &request(3, &[2]), &options).unwrap();
-        assert!(bound(&arena, tasks[0]));
-        let refused = back(&mut guest, &mut arena, 3).unwrap_err().to_string();
-        assert!(
-            refused.contains("still being switched by update 3"),
-            "{refused}"
-        );
-        guest.poke(at_one, &other.to_le_bytes()).unwrap();
-        settle(&mut guest, &kernel, &mut arena, &options).unwrap();
-        back(&mut guest, &mut arena, 3).unwrap();
-        assert!(arena.holds.passing.is_empty());
     }
 }
 

@@ -5,6 +5,7 @@ use std::fmt;
 use axum::Json;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
+use patcher::rule::RuleError;
 
 use super::wire::ErrorBody;
 
@@ -45,6 +46,17 @@ impl ApiError {
             "the request could not be read",
             what.to_string(),
             "GET /openapi.json describes every call, its options and its body",
+        )
+    }
+
+    /// 400: a rule that cannot be read.
+    pub fn rule(error: &RuleError) -> Self {
+        Self::new(
+            StatusCode::BAD_REQUEST,
+            "rule_malformed",
+            "the rule could not be read",
+            error.to_string(),
+            "a rule is tests as `uid = 1000`, `cmd in {1, 5..9}`, `share 10%` or `comm = \"nginx*\"`, joined by and, or, not and parentheses",
         )
     }
 

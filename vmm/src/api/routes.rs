@@ -347,7 +347,7 @@ fn instead_of(option: Option<&str>) -> Result<InsteadOf, ApiError> {
 /// How editions are to be used.
 fn how(rule: Option<&str>, counted: bool) -> Result<Use, ApiError> {
     let rule = rule.map(Rule::parse).transpose();
-    let rule = rule.map_err(|error| ApiError::malformed(format_args!("the rule: {error}")))?;
+    let rule = rule.map_err(|error| ApiError::rule(&error))?;
     Ok(Use {
         rule: rule.map(Arc::new),
         counted,

@@ -19,11 +19,12 @@ pub(crate) struct Part {
 const ROUNDS: (&str, u32) = ("EXOPATCH_ROUNDS", 500);
 const PAUSES: (&str, u32) = ("EXOPATCH_PAUSES", 1000);
 const INSTANTS: (&str, u32) = ("EXOPATCH_INSTANTS", 100);
+const SWITCHES: (&str, u32) = ("EXOPATCH_SWITCHES", 1000);
 /// Few, so that not much is lost when the lab fails.
 const STOPS: (&str, u32) = ("EXOPATCH_STOPS", 1000);
 
 /// All parts, in the order in which they are run.
-pub(crate) const PARTS: [Part; 14] = [
+pub(crate) const PARTS: [Part; 16] = [
     rounds(
         "applies-6.1",
         "patch::applies_and_reverts_in_a_row_under_four_callers_on_6_1",
@@ -43,6 +44,14 @@ pub(crate) const PARTS: [Part; 14] = [
         count: PAUSES,
         done: "pauses",
     },
+    switches(
+        "switches-6.1",
+        "adaptive::a_pair_of_6_1_is_never_of_two_generations",
+    ),
+    switches(
+        "switches-6.12",
+        "adaptive::a_pair_of_6_12_is_never_of_two_generations",
+    ),
     instants(
         "instants-6.1",
         "instant::running_stacks_of_6_1_are_those_of_its_tracer",
@@ -104,6 +113,16 @@ const fn rounds(name: &'static str, test: &'static str) -> Part {
     }
 }
 
+const fn switches(name: &'static str, test: &'static str) -> Part {
+    Part {
+        name,
+        test,
+        units: 5,
+        count: SWITCHES,
+        done: "switches",
+    }
+}
+
 const fn instants(name: &'static str, test: &'static str) -> Part {
     Part {
         name,
@@ -145,6 +164,11 @@ pub(crate) fn wanted(all: &Sums) -> Vec<(String, bool)> {
             sleeping > 0 && sleeping == sleeping_reliable,
         ),
         at_least("applies and as many reverts", sum("applies"), 1500),
+        at_least(
+            "switches of a pair of functions, none of whose calls was of two generations",
+            sum("switches"),
+            10_000,
+        ),
         at_least("pauses in a row", sum("pauses"), 1000),
         at_least(
             "running stacks equal to the guest's own trace of that instant",
