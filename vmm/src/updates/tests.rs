@@ -9,6 +9,7 @@ use ::patcher::addr::Gva;
 use ::patcher::apply::Report;
 use ::patcher::rule::Rule;
 
+use super::worker::next_wait;
 use super::{
     ASKING, BROKEN, Calls, Counted, Done, Edition, Failing, InsteadOf, KernelInfo, Life, Order,
     Passing, Patcher, Problem, QUEUE, Room, Session, State, Straggler, Task, Undo, Update, Use,
@@ -579,6 +580,28 @@ fn what_drains_is_looked_at_until_it_is_gone() {
         None,
     ];
     assert_eq!(seen, want);
+}
+
+#[test]
+fn tasks_that_leave_one_by_one_are_looked_at_often_and_sleepers_seldom() {
+    let ms = Duration::from_millis;
+    for (wait, before, after, want) in [
+        // Nobody is bound, code drains.
+        (ms(10), 0, 0, ms(20)),
+        (ms(4000), 0, 0, ms(5000)),
+        // The last has gone.
+        (ms(1000), 1, 0, ms(2000)),
+        // Some have.
+        (ms(1000), 8, 7, ms(10)),
+        // None has.
+        (ms(10), 7, 7, ms(12) + Duration::from_micros(500)),
+        (ms(4800), 7, 7, ms(5000)),
+        // A switch began meanwhile.
+        (ms(100), 0, 3, ms(125)),
+    ] {
+        let got = next_wait(wait, before, after);
+        assert_eq!(got, want, "{wait:?} from {before} to {after}");
+    }
 }
 
 #[test]

@@ -29,7 +29,7 @@ pub(super) struct Worker<P: Patcher> {
 
 /// How often the clocks of rules go on.
 const TICK: Duration = Duration::from_millis(100);
-/// First wait for the guest's threads to go on; it doubles each time.
+/// First wait for the guest's threads to go on, and the wait behind a look that found that bound tasks had.
 const FIRST_WAIT: Duration = Duration::from_millis(10);
 /// Longest such wait.
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
@@ -115,13 +115,23 @@ impl<P: Patcher> Worker<P> {
     /// Does what has waited for the guest's threads to go on.
     fn settle(&mut self) {
         let deadline = Instant::now() + LOOK;
+        let before = self.bound();
         if let Err(problem) = self.work(|patcher| patcher.settle(deadline)) {
             tracing::debug!(?problem, "the guest's threads could not be looked at");
         }
-        self.wait = (self.wait * 2).min(LONGEST_WAIT);
+        self.wait = next_wait(self.wait, before, self.bound());
         self.looked = Instant::now();
         self.forget();
         self.refresh();
+    }
+
+    /// How many tasks have yet to make a switch that is under way.
+    fn bound(&self) -> usize {
+        let passing = self
+            .present
+            .iter()
+            .filter_map(|id| self.patcher.passing(*id));
+        passing.map(|passing| passing.tasks.len()).sum()
     }
 
     /// Tells where the editions of all updates stand by now.
@@ -383,6 +393,17 @@ impl<P: Patcher> Worker<P> {
             }
             stays
         });
+    }
+}
+
+/// How long to wait behind a look that came `wait` behind the one before it, at the tasks that were bound before and after it. Whoever calls
+/// a function without rest is outside of it only now and then, so tasks that leave one by one are looked at often; those that sleep, seldom.
+pub(super) fn next_wait(wait: Duration, before: usize, after: usize) -> Duration {
+    let longer = if after == 0 { wait * 2 } else { wait * 5 / 4 };
+    if (1..before).contains(&after) {
+        FIRST_WAIT
+    } else {
+        longer.min(LONGEST_WAIT)
     }
 }
 
