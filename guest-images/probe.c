@@ -8,6 +8,7 @@
  *                                     and whenever its answer changes (SEQ: that thread's calls so far)
  *   tally COUNT THREADS [TYPE [REST]] the same COUNT times a thread (0: until SIGUSR2) of a socket of that type (default 2, datagrams), with a rest of so many
  *                                     microseconds after each, on threads pinned to CPUs, or without any (THREADS 0); "tally: thread T: ERRNONAME N ERRNONAME N ..." a thread
+ *   calls COUNT                       the same COUNT times as fast as it can; "calls: COUNT in NS ns"
  *   as UID COMMAND...                 run a command as another user
  *   heartbeat SECONDS                 a thread on each CPU wakes every millisecond; "heartbeat: cpu C wakes N largest_gap_us G"
  *   clock                             "clock: realtime NS monotonic NS boottime NS"
@@ -25,6 +26,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <glob.h>
+#include <inttypes.h>
 #include <linux/futex.h>
 #include <linux/hw_breakpoint.h>
 #include <linux/input.h>
@@ -62,7 +64,7 @@ _Noreturn void fail(const char *what)
 
 static _Noreturn void usage(void)
 {
-	fprintf(stderr, "usage: probe siocatmark|siocatmark-loop|answers|tally|as|heartbeat|clock|kexec|devmem|busy|churn|bpf|sleepers|steps|breakpoint|power-button ...\n");
+	fprintf(stderr, "usage: probe siocatmark|siocatmark-loop|answers|tally|calls|as|heartbeat|clock|kexec|devmem|busy|churn|bpf|sleepers|steps|breakpoint|power-button ...\n");
 	exit(2);
 }
 
@@ -141,6 +143,17 @@ static int siocatmark(unsigned long count, unsigned long interval_ms)
 		if (n != count)
 			usleep((useconds_t)interval_ms * 1000);
 	}
+	return 0;
+}
+
+static int time_calls(unsigned long count)
+{
+	int fd = dgram_socket();
+	uint64_t start = now_ns(CLOCK_MONOTONIC);
+	for (unsigned long n = 0; n < count; n++)
+		if (ask(fd))
+			fail("SIOCATMARK");
+	printf("calls: %lu in %" PRIu64 " ns\n", count, now_ns(CLOCK_MONOTONIC) - start);
 	return 0;
 }
 
@@ -636,6 +649,8 @@ int main(int argc, char **argv)
 	if (!strcmp(name, "tally") && args >= 2 && args <= 4)
 		return tally(number(arg[0], -1UL), number(arg[1], MAX_THREADS), args > 2 ? number(arg[2], 255) : SOCK_DGRAM,
 			     args > 3 ? number(arg[3], 1000000) : 0);
+	if (!strcmp(name, "calls") && args == 1)
+		return time_calls(number(arg[0], -1UL));
 	if (!strcmp(name, "as") && args >= 2)
 		run_as(number(arg[0], UINT32_MAX), arg + 1);
 	if (!strcmp(name, "heartbeat") && args == 1)

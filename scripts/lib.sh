@@ -75,6 +75,7 @@ build_kernel_tests() {
     guest-images/build
     cargo build --release --locked -p vmm -p tests --bins
     scripts/editions
+    scripts/peers 6.1 6.12
     kernel_tests=$(cargo test --release --locked -p tests --features lab --test kernels --no-run --message-format=json |
         sed -n 's/.*"executable":"\([^"]*\/kernels-[^"]*\)".*/\1/p' | tail -n 1)
     [ -n "$kernel_tests" ] || die "cargo built no kernel tests"

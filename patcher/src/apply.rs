@@ -9,6 +9,7 @@ pub mod handlers;
 mod live;
 pub mod passing;
 mod settle;
+pub mod shadows;
 mod switch;
 pub mod tries;
 pub mod tune;

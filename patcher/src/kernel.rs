@@ -28,6 +28,7 @@ pub mod quiescence;
 pub mod recover;
 pub mod relocs;
 pub(crate) mod running;
+pub mod shadow;
 pub mod sites;
 pub mod stack;
 pub mod symbols;

@@ -23,6 +23,7 @@ mod recover;
 mod residents;
 mod rules;
 mod see;
+mod shadows;
 mod stacking;
 mod stops;
 mod sysrq;

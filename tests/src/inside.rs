@@ -3,6 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use patcher::guest::{Guest as _, Registers as _};
@@ -15,6 +16,7 @@ use vmm::vm::Vm;
 
 use crate::console::Console;
 use crate::guest::{Answer, BOOT_LIMIT, COMMAND_LIMIT, DONE, READY};
+use crate::initrd;
 use crate::packed;
 use crate::stock::Stock;
 
@@ -43,9 +45,26 @@ impl Inside {
     /// When it does not come up.
     #[must_use]
     pub fn boot_with(stock: Stock, cpus: u32, words: &str) -> Self {
+        Self::boot_from(stock, cpus, words, &stock.file("initramfs.cpio.gz"))
+    }
+
+    /// The same with files of the host in the guest's `/files`.
+    ///
+    /// # Panics
+    /// When it does not come up.
+    #[must_use]
+    pub fn boot_with_files(stock: Stock, cpus: u32, files: &[PathBuf]) -> Self {
+        let dir = tempfile::tempdir().expect("a directory for the initrd");
+        let initrd = dir.path().join("initrd");
+        initrd::write(&initrd, &stock.file("initramfs.cpio.gz"), files)
+            .expect("an initrd for the guest");
+        Self::boot_from(stock, cpus, "", &initrd)
+    }
+
+    fn boot_from(stock: Stock, cpus: u32, words: &str, initrd: &Path) -> Self {
         let options = config::Options {
             kernel: Some(stock.file("vmlinuz")),
-            initrd: Some(stock.file("initramfs.cpio.gz")),
+            initrd: Some(initrd.to_owned()),
             // The line is for commands alone: the kernel says some things even when it is told to be quiet.
             cmdline: Some(format!("console=null quiet {words}")),
             cpus: Some(cpus),

@@ -136,6 +136,18 @@ impl Break<'_> {
         Ok((paused, there))
     }
 
+    /// Has the first vCPU that is about to execute the instruction make that many steps, of which interrupts take none, and gives where it was
+    /// before each of them, and behind the last. The guest runs on.
+    ///
+    /// # Errors
+    /// When nobody came there before `deadline`.
+    pub fn walk(self, steps: usize, deadline: Instant) -> Result<Vec<Gva>, BreakpointError> {
+        let machine = &self.guest.machine;
+        machine.breakpoint.walk(steps);
+        machine.wait_at_breakpoint(deadline)?;
+        Ok(machine.breakpoint.path())
+    }
+
     /// What the last stop cost.
     #[must_use]
     pub fn last_pause(&self) -> &PauseStats {

@@ -331,6 +331,20 @@ impl Patcher for KernelPatcher {
             .collect()
     }
 
+    fn is_watching(&self) -> bool {
+        let found = self.found.as_ref();
+        found.is_some_and(|found| apply::shadows::is_watching(&found.arena))
+    }
+
+    fn watch(&mut self) -> Result<bool, Problem> {
+        let guest = self.guest()?;
+        let Some(Found { kernel, arena }) = &mut self.found else {
+            return Ok(false);
+        };
+        let changed = apply::shadows::watch(&guest, kernel, arena);
+        changed.map_err(|error| problem::unreadable(&error))
+    }
+
     fn has_clocks(&self) -> bool {
         let found = self.found.as_ref();
         found.is_some_and(|found| found.arena.holds.has_clocks())

@@ -18,6 +18,7 @@ use crate::guest::Guest;
 use crate::kernel::arena::{ArenaError, ArenaLayout, ArenaPart, SLOT_SIZE};
 use crate::kernel::locate::Kernel;
 use crate::kernel::orc::OrcError;
+use crate::kernel::shadow::Shadow;
 use crate::kernel::stack::Watched;
 use crate::kernel::unwind::OtherCode;
 use crate::plan::target::Target;
@@ -47,6 +48,11 @@ pub enum Life {
     Placed,
     /// Calls of its function get to it.
     Active,
+    /// Calls of its function that come to where the function leads get to it, but somebody in the guest comes before that.
+    Shadowed {
+        /// Who.
+        by: Shadow,
+    },
     /// Nothing leads to it any more, but a thread may be in it or come back to it.
     Draining {
         /// Who was in it, or may come back to it, when that was looked at last.
@@ -103,6 +109,8 @@ pub struct Holdings {
     pub sets: BTreeMap<String, Set>,
     /// What the clocks of handlers have shown.
     pub(super) clocks: Clocks,
+    /// The functions whose calls somebody in the guest may lead elsewhere before, when that was looked at last.
+    pub(super) shadows: BTreeMap<Gva, Shadow>,
 }
 
 /// Handlers that go together, and the memory that they look into.
@@ -146,6 +154,7 @@ impl Arena {
             passing: Vec::new(),
             sets: BTreeMap::new(),
             clocks: Clocks::default(),
+            shadows: BTreeMap::new(),
         };
         Ok(Self { layout, holds })
     }
@@ -312,7 +321,11 @@ impl Holdings {
             && function.editions.iter().any(|it| it.update == update)
         {
             let active = function.way.iter().any(|step| step.to == edition);
-            return if active { Life::Active } else { Life::Placed };
+            return match self.shadows.get(&function.target.function) {
+                Some(by) if active => Life::Shadowed { by: *by },
+                None if active => Life::Active,
+                _ => Life::Placed,
+            };
         }
         match &placed.escape {
             Some(escape) => Life::Kept {

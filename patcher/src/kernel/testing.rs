@@ -5,6 +5,7 @@ pub(crate) mod guest;
 pub(crate) mod kallsyms;
 pub(crate) mod orc;
 pub(crate) mod patched;
+pub(crate) mod shadow;
 pub(crate) mod views;
 
 use std::collections::BTreeMap;
@@ -154,6 +155,7 @@ pub(crate) const DATA_SYMBOLS: &[(u64, &str)] = &[
     (0x3748, "vmcoreinfo_size"),
     (0x3760, "bpf_kallsyms"),
     (0x3780, "btf_modules"),
+    (0x37a0, "klp_ops"),
     (0x37c0, "mod_tree"),
     (0x3800, "module_bug_list"),
     (0x3e00, "__start_mcount_loc"),
@@ -169,6 +171,7 @@ pub(crate) const DATA_SYMBOLS: &[(u64, &str)] = &[
     (PARTS + 0x8_2000 + 4 * orc::COUNT, "__stop_orc_unwind_ip"),
     (PARTS + 0x8_4000, "__start_orc_unwind"),
     (PARTS + 0x8_4000 + 6 * orc::COUNT, "__stop_orc_unwind"),
+    (PARTS + 0x8_8000, "trampoline_table"),
     (PARTS + 0x9_0000, "__end_rodata"),
     (PARTS + 0x9_1000, "_end"),
 ];
@@ -317,6 +320,7 @@ pub(crate) fn btf(form: Form) -> Vec<u8> {
     views::module_types(&mut btf, form, basic);
     views::log_types(&mut btf, basic);
     bpf::types(&mut btf, basic);
+    shadow::types(&mut btf, basic);
     patched::types(&mut btf, form, basic);
     orc::types(&mut btf, form, basic);
     if form == Form::New {

@@ -214,6 +214,7 @@ fn edition(edition: Edition) -> wire::Edition {
     let (state, why) = match edition.life {
         Life::Placed => (wire::EditionState::Placed, None),
         Life::Active => (wire::EditionState::Active, None),
+        Life::Shadowed { by } => (wire::EditionState::Shadowed, Some(by.who().to_owned())),
         Life::Draining { by } => (wire::EditionState::Draining, by),
         Life::Kept { escape } => (wire::EditionState::Kept, Some(escape)),
     };

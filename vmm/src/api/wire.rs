@@ -382,6 +382,8 @@ pub enum EditionState {
     Placed,
     /// Calls of its function get to it.
     Active,
+    /// It is active, but something of the guest's own comes before it and may lead calls elsewhere.
+    Shadowed,
     /// Nothing leads to it any more, but a thread may be in it or come back to it.
     Draining,
     /// Nothing leads to it, but it stays: an address of it may be known to the guest.
@@ -390,7 +392,13 @@ pub enum EditionState {
 
 impl EditionState {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Placed, Self::Active, Self::Draining, Self::Kept];
+    pub const ALL: [Self; 5] = [
+        Self::Placed,
+        Self::Active,
+        Self::Shadowed,
+        Self::Draining,
+        Self::Kept,
+    ];
 
     /// Its name, as in the JSON.
     #[must_use]
@@ -398,6 +406,7 @@ impl EditionState {
         match self {
             Self::Placed => "placed",
             Self::Active => "active",
+            Self::Shadowed => "shadowed",
             Self::Draining => "draining",
             Self::Kept => "kept",
         }

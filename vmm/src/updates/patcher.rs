@@ -49,6 +49,13 @@ pub trait Patcher: 'static {
     fn drop_set(&mut self, name: &str) -> Result<(), Problem>;
     /// The sets that rules may ask for, with their keys.
     fn sets(&self) -> Vec<(String, Vec<u64>)>;
+    /// Whether there is a function whose calls the guest itself may lead elsewhere.
+    fn is_watching(&self) -> bool;
+    /// Looks whether it does, while it runs; whether that is not as it was.
+    ///
+    /// # Errors
+    /// When the guest cannot be read.
+    fn watch(&mut self) -> Result<bool, Problem>;
     /// Whether a rule goes by a clock.
     fn has_clocks(&self) -> bool;
     /// Has the clocks of rules go on.

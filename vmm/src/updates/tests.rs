@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use ::patcher::addr::Gva;
 use ::patcher::apply::Report;
+use ::patcher::kernel::shadow::Shadow;
 use ::patcher::rule::Rule;
 
 use super::worker::next_wait;
@@ -29,6 +30,8 @@ struct Scripted {
     present: BTreeMap<u64, (bool, usize)>,
     /// How many tasks have yet to make the switch of an update: one less with each look.
     passes: BTreeMap<u64, u8>,
+    /// Of an update that is to be shadowed, how often that was looked at: the second time it is, the third time no more.
+    shadowed: BTreeMap<u64, usize>,
 }
 
 fn problem(failing: Failing, code: &str) -> Problem {
@@ -67,6 +70,9 @@ impl Patcher for Scripted {
                     let drains = package == b"drains";
                     if package == b"passes" {
                         self.passes.insert(task.update, 2);
+                    }
+                    if package == b"shadowed" {
+                        self.shadowed.insert(task.update, 0);
                     }
                     self.present.insert(task.update, (drains, 0));
                     for gone in task.instead_of {
@@ -138,6 +144,16 @@ impl Patcher for Scripted {
         Vec::new()
     }
 
+    fn is_watching(&self) -> bool {
+        !self.shadowed.is_empty()
+    }
+
+    fn watch(&mut self) -> Result<bool, Problem> {
+        let looks = self.shadowed.values_mut();
+        looks.for_each(|looks| *looks += 1);
+        Ok(self.shadowed.values().any(|looks| [2, 3].contains(looks)))
+    }
+
     fn has_clocks(&self) -> bool {
         false
     }
@@ -167,6 +183,9 @@ impl Patcher for Scripted {
             return Vec::new();
         };
         let life = match looks {
+            0 if self.shadowed.get(&update) == Some(&2) => Life::Shadowed {
+                by: Shadow::Livepatch,
+            },
             0 => Life::Active,
             looks => Life::Draining {
                 by: Some(looks.to_string()),
@@ -270,6 +289,7 @@ impl Fixture {
             sound: true,
             present: BTreeMap::new(),
             passes: BTreeMap::new(),
+            shadowed: BTreeMap::new(),
         });
         Self {
             session: session.unwrap(),
@@ -580,6 +600,27 @@ fn what_drains_is_looked_at_until_it_is_gone() {
         None,
     ];
     assert_eq!(seen, want);
+}
+
+#[test]
+fn an_update_that_the_guest_shadows_says_so_for_as_long_as_it_does() {
+    let f = Fixture::new();
+    let (_, mut live) = f.events.subscribe(0);
+    f.apply(b"shadowed").unwrap();
+    let mut seen = Vec::new();
+    while seen.len() < 3 {
+        let event = live.blocking_recv().unwrap();
+        if let EventKind::Update(update) = event.kind
+            && let [edition] = update.editions.as_slice()
+            && seen.last() != Some(&edition.life)
+        {
+            seen.push(edition.life.clone());
+        }
+    }
+    let shadowed = Life::Shadowed {
+        by: Shadow::Livepatch,
+    };
+    assert_eq!(seen, [Life::Active, shadowed, Life::Active]);
 }
 
 #[test]

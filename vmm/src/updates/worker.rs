@@ -25,10 +25,14 @@ pub(super) struct Worker<P: Patcher> {
     wait: Duration,
     /// When they were looked at last.
     looked: Instant,
+    /// When it was looked at last whether the guest leads calls elsewhere.
+    watched: Instant,
 }
 
 /// How often the clocks of rules go on.
 const TICK: Duration = Duration::from_millis(100);
+/// How often it is looked at whether the guest leads calls elsewhere.
+const WATCH: Duration = Duration::from_secs(1);
 /// First wait for the guest's threads to go on, and the wait behind a look that found that bound tasks had.
 const FIRST_WAIT: Duration = Duration::from_millis(10);
 /// Longest such wait.
@@ -45,6 +49,7 @@ impl<P: Patcher> Worker<P> {
             present: BTreeSet::new(),
             wait: FIRST_WAIT,
             looked: Instant::now(),
+            watched: Instant::now(),
         }
     }
 
@@ -84,17 +89,33 @@ impl<P: Patcher> Worker<P> {
         let due = settles.then(|| self.looked + self.wait);
         let ticks = self.patcher.has_clocks();
         let tick = ticks.then(|| Instant::now() + TICK);
-        let job = match due.into_iter().chain(tick).min() {
+        let watches = self.patcher.is_watching();
+        let watch = watches.then(|| self.watched + WATCH);
+        let job = match due.into_iter().chain(tick).chain(watch).min() {
             None => return queue.recv().map_err(|_| RecvTimeoutError::Disconnected),
             Some(when) => queue.recv_timeout(when.saturating_duration_since(Instant::now())),
         };
         if ticks && let Err(problem) = self.work(P::tick) {
             tracing::debug!(?problem, "the clocks of rules could not go on");
         }
+        if watch.is_some_and(|watch| watch <= Instant::now()) {
+            self.watch();
+        }
         if job.is_err() && due.is_some_and(|due| due <= Instant::now()) {
             self.settle();
         }
         job
+    }
+
+    /// Looks whether the guest leads calls of redirected functions elsewhere.
+    fn watch(&mut self) {
+        self.watched = Instant::now();
+        match self.work(P::watch) {
+            Ok(true) => self.refresh(),
+            Ok(false) => {}
+            // It may just be changing that: it is looked at again.
+            Err(problem) => tracing::debug!(?problem, "what comes before editions cannot be told"),
+        }
     }
 
     /// Tells all who have asked what is counted.
@@ -187,6 +208,7 @@ impl<P: Patcher> Worker<P> {
         };
         if written.get() {
             self.took_effect(id, &instead_of);
+            self.watch();
         }
         self.forget();
         self.wait = FIRST_WAIT;

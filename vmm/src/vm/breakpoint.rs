@@ -35,6 +35,10 @@ pub enum BreakpointError {
 #[derive(Debug)]
 struct State {
     held: Vec<bool>,
+    /// Steps that whoever comes is to make before it is held.
+    steps: usize,
+    /// Where the last one was before each of its steps, and behind the last.
+    path: Vec<Gva>,
     in_use: Option<usize>,
     ended: bool,
 }
@@ -55,6 +59,8 @@ impl Breakpoint {
             at: AtomicU64::new(0),
             state: Mutex::new(State {
                 held: vec![false; vcpus],
+                steps: 0,
+                path: Vec::new(),
                 in_use: None,
                 ended: false,
             }),
@@ -80,10 +86,35 @@ impl Breakpoint {
         self.at.store(at.0, Ordering::SeqCst);
     }
 
+    /// Wants whoever comes there to make that many steps first.
+    pub(crate) fn walk(&self, steps: usize) {
+        let mut state = self.state();
+        state.steps = steps;
+        state.path.clear();
+    }
+
+    /// For the thread of a vCPU that came: how many steps it is to make.
+    pub(crate) fn steps(&self) -> usize {
+        self.state().steps
+    }
+
+    /// For the same: the way that it took.
+    pub(crate) fn walked(&self, path: Vec<Gva>) {
+        self.state().path = path;
+    }
+
+    /// The way that was taken last.
+    pub(crate) fn path(&self) -> Vec<Gva> {
+        std::mem::take(&mut self.state().path)
+    }
+
     /// Wants it nowhere, and lets go who is held. Each vCPU must be kicked behind it.
     pub(crate) fn clear(&self) {
         self.at.store(0, Ordering::SeqCst);
-        self.state().held.fill(false);
+        let mut state = self.state();
+        state.held.fill(false);
+        state.steps = 0;
+        drop(state);
         self.changed.notify_all();
     }
 

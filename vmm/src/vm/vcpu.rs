@@ -3,6 +3,8 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
+use patcher::addr::Gva;
+
 use super::Inner;
 use super::rendezvous::Wanted;
 use crate::devices::bus::Request;
@@ -79,6 +81,11 @@ fn debugged(
     index: usize,
 ) -> Result<(), KvmError> {
     if vcpu.debugged(exception)? {
+        let steps = inner.breakpoint.steps();
+        if steps > 0 {
+            let path = walk(inner, vcpu, exception.at, steps, index)?;
+            inner.breakpoint.walked(path);
+        }
         inner.breakpoint.came(index, exception.at);
         // It may have set some since, that did not work.
         if vcpu.guest_has_breakpoints()? {
@@ -86,6 +93,27 @@ fn debugged(
         }
     }
     Ok(())
+}
+
+/// Has a vCPU that is at `at` make that many steps, unless the guest is to stand still; gives where it was before each, and where it is then.
+fn walk(
+    inner: &Inner,
+    vcpu: &mut VcpuHandle,
+    at: Gva,
+    steps: usize,
+    index: usize,
+) -> Result<Vec<Gva>, KvmError> {
+    let mut path = vec![at];
+    vcpu.begin_steps()?;
+    while path.len() <= steps && inner.rendezvous.wanted() == Wanted::Run {
+        match vcpu.run()? {
+            Exit::Debug(exception) => path.push(exception.at),
+            Exit::Interrupted => vcpu.clear_kick(),
+            exit => serve(inner, exit, index),
+        }
+    }
+    vcpu.end_steps()?;
+    Ok(path)
 }
 
 /// Serves an exit from the guest.

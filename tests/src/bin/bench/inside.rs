@@ -12,6 +12,8 @@ use tests::stock::{LTS_6_1, Stock, named};
 
 use crate::figures::median;
 use crate::machine::{Control, Kind, Machine, Request};
+use crate::pause;
+use crate::redirect;
 
 /// Requests of each kind in one sample.
 const REQUESTS: usize = 50;
@@ -25,10 +27,15 @@ pub(crate) fn measure(part: &str, args: &[&str]) -> Result<Value, String> {
     match (part, args) {
         ("boot", ["exopatch", name]) => boot(Kind::Exopatch, named(name)?),
         ("boot", ["qemu", name]) => boot(Kind::QemuMicrovm, named(name)?),
-        ("pause", ["exopatch"]) => pause(Kind::Exopatch),
-        ("pause", ["qemu"]) => pause(Kind::QemuMicrovm),
+        ("pause", ["exopatch"]) => bare_pause(Kind::Exopatch),
+        ("pause", ["qemu"]) => bare_pause(Kind::QemuMicrovm),
         ("apply", [name, dump]) => apply(named(name)?, dump),
         ("memory", []) => memory(),
+        ("updates", [name, vcpus, packages @ ..]) => {
+            let vcpus = vcpus.parse().map_err(|_| format!("{vcpus} vCPUs"))?;
+            pause::measure(named(name)?, vcpus, packages)
+        }
+        ("redirect", [name]) => redirect::measure(named(name)?),
         _ => Err(format!("there is no part {part} {args:?}")),
     }
 }
@@ -38,7 +45,7 @@ fn boot(kind: Kind, stock: Stock) -> Result<Value, String> {
     Ok(json!({ "boot_s": machine.boot.as_secs_f64() }))
 }
 
-fn pause(kind: Kind) -> Result<Value, String> {
+fn bare_pause(kind: Kind) -> Result<Value, String> {
     let machine = Machine::boot(kind, LTS_6_1, 2, "exopatch.run=probe,busy,2")?;
     let mut control = machine.connect()?;
     let (mut status, mut pauses, mut resumes) = (Vec::new(), Vec::new(), Vec::new());

@@ -10,7 +10,10 @@ mod figures;
 mod index;
 mod inside;
 mod machine;
+mod many;
 mod outside;
+mod pause;
+mod redirect;
 mod unwind;
 
 use std::process::ExitCode;
@@ -18,7 +21,7 @@ use std::process::ExitCode;
 use figures::Figures;
 use tests::stock::{LTS_6_1, NEWEST_6_12, named};
 
-const USAGE: &str = "usage: exopatch-bench first|kernel [--json] [--samples N]";
+const USAGE: &str = "usage: exopatch-bench first|kernel|redirect|pause [--json] [--samples N]";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -32,6 +35,8 @@ fn main() -> ExitCode {
             .map(|values| println!("{values}")),
         ["first", ref options @ ..] => run(options, first),
         ["kernel", ref options @ ..] => run(options, kernel),
+        ["pause", ref options @ ..] => run(options, pause::pause),
+        ["redirect", ref options @ ..] => run(options, redirect::redirect),
         _ => Err(USAGE.to_owned()),
     };
     match outcome {

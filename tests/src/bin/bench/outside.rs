@@ -32,14 +32,14 @@ const MEMORY_INDEXED_MIB: f64 = 32.0;
 /// Applies and reverts on a recorded guest.
 const RECORDED_ROUNDS: usize = 200;
 /// Where the copy of a recorded guest gets an arena: above the memory of any small guest.
-const ARENA: Gpa = Gpa(1 << 36);
-const ARENA_LEN: u64 = 6 << 20;
+pub(crate) const ARENA: Gpa = Gpa(1 << 36);
+pub(crate) const ARENA_LEN: u64 = 6 << 20;
 
 /// What a part may take before its lab counts as wedged.
 const PART_LIMIT_S: u32 = 150;
 
 /// Runs a part inside a fresh lab and gives the numbers that it printed.
-fn inside(args: &[&str]) -> Result<Value, String> {
+pub(crate) fn inside(args: &[&str]) -> Result<Value, String> {
     eprintln!("measuring {}", args.join(" "));
     let own = std::env::current_exe().map_err(|error| error.to_string())?;
     let output = lab::run(&own, &[&["inside"], args].concat(), PART_LIMIT_S)?;

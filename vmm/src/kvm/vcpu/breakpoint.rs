@@ -13,8 +13,8 @@
 //! (Intel SDM vol. 3, 18.3.1.1; AMD APM vol. 2, 13.1.4).
 
 use kvm_bindings::{
-    KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_INJECT_DB, KVM_GUESTDBG_USE_HW_BP, kvm_debug_exit_arch,
-    kvm_guest_debug, kvm_guest_debug_arch,
+    KVM_GUESTDBG_BLOCKIRQ, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_INJECT_DB, KVM_GUESTDBG_SINGLESTEP,
+    KVM_GUESTDBG_USE_HW_BP, kvm_debug_exit_arch, kvm_guest_debug, kvm_guest_debug_arch,
 };
 use patcher::addr::Gva;
 
@@ -94,6 +94,24 @@ impl VcpuHandle {
             self.give_back(exception)?;
         }
         Ok(ours)
+    }
+
+    /// Has each run from here on execute one instruction of the guest, and no interrupt: until the next [`VcpuHandle::set_breakpoint`], which
+    /// finds none there. What the guest saves of its flags meanwhile says that it steps.
+    ///
+    /// # Errors
+    /// The call that failed.
+    pub fn begin_steps(&mut self) -> Result<(), KvmError> {
+        self.breakpoint = None;
+        self.set_guest_debug(None, KVM_GUESTDBG_SINGLESTEP | KVM_GUESTDBG_BLOCKIRQ)
+    }
+
+    /// Ends that.
+    ///
+    /// # Errors
+    /// The call that failed.
+    pub fn end_steps(&mut self) -> Result<(), KvmError> {
+        self.set_guest_debug(None, 0)
     }
 
     /// Whether the guest has breakpoints of its own.
