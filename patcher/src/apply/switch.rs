@@ -277,7 +277,8 @@ impl Turn {
             let (old, new) = (or_original(&function.way, head), or_original(way, head));
             let bound = Some((set.place(), old.as_slice()));
             let sets = draft.set_places();
-            let made = workshop.make(kernel, target, &new, bound, &sets, &mut draft.space)?;
+            let (brought, space) = (&draft.placed, &mut draft.space);
+            let made = workshop.make(kernel, target, &new, bound, &sets, brought, space)?;
             for placed in made.placed() {
                 plan.place(Purpose::Arena, &placed, &map)?;
             }
@@ -412,8 +413,8 @@ pub(super) fn lead<G: Guest>(
             way => {
                 let workshop = workshop(guest, kernel, draft, plan, map)?;
                 let sets = draft.set_places();
-                let space = &mut draft.space;
-                let mut made = workshop.make(kernel, target, way, None, &sets, space)?;
+                let (brought, space) = (&draft.placed, &mut draft.space);
+                let mut made = workshop.make(kernel, target, way, None, &sets, brought, space)?;
                 let of_it = |old: &&Arc<Made>| old.function == target.function;
                 for old in worn.made.iter().filter(of_it) {
                     made.go_on(old, |at| kernel.read_u64(guest, at).ok());
