@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::ApplyError;
-use super::arena::Placed as Brought;
+use super::arena::{Holdings, Placed as Brought};
 use crate::addr::Gva;
 use crate::edition::handler::{
     self, Assembled, Bound, Choice, HandlerError, LINE, Owner, Region, Spec,
@@ -16,7 +16,7 @@ use crate::edition::resident::laid_out;
 use crate::edition::set::SetPlace;
 use crate::edition::space::ArenaSpace;
 use crate::kernel::locate::Kernel;
-use crate::kernel::orc::{Orc, OrcError};
+use crate::kernel::orc::OrcError;
 use crate::kernel::unwind::OtherCode;
 use crate::plan::target::Target;
 use crate::publish::{Fixup, NAME, Symbol, Unit};
@@ -129,21 +129,21 @@ impl Workshop {
         u64::from(self.cpus) * LINE
     }
 
-    /// Makes the handler that leads the calls of `target` by `way`, or those of the tasks in a set by another one. What updates have `brought` it may
-    /// ask, which stays as long as the handler may run.
+    /// Makes the handler that leads the calls of `target` by `way`, or those of the tasks in a set by another one. It asks for the sets and
+    /// predicates of `draft`, and takes its room from there.
     ///
     /// # Errors
     /// When a rule cannot be asked of this function, or there is no room.
-    pub fn make(
+    pub(super) fn make(
         &self,
         kernel: &Kernel,
         target: &Target,
         way: &[Step],
         bound: Option<(SetPlace, &[Step])>,
-        sets: &BTreeMap<String, SetPlace>,
-        brought: &BTreeMap<UpdateId, Arc<Brought>>,
-        space: &mut ArenaSpace,
+        draft: &mut Holdings,
     ) -> Result<Made, ApplyError> {
+        let sets = draft.set_places();
+        let (brought, space) = (&draft.placed, &mut draft.space);
         let choices = choices(kernel, target, way, brought)?;
         let bound = match bound {
             Some((tasks, way)) => Some(Bound {
@@ -159,7 +159,7 @@ impl Workshop {
             cpus: self.cpus,
             bound: bound.as_ref(),
             choices: &choices,
-            sets,
+            sets: &sets,
             cells: anywhere,
         };
         let cells_len = spec.cells_len();
@@ -284,7 +284,7 @@ impl Made {
 pub(super) fn code(kernel: &Kernel, range: Range<Gva>) -> Result<OtherCode, OrcError> {
     let table = match kernel.image().orc() {
         Ok(like) => {
-            let entered = like.saying(Orc::ENTERED);
+            let entered = like.entered(0);
             let entered = entered.ok_or(OrcError::Field { field: "sp_offset" })?;
             Some(laid_out(&range, vec![(range.start, entered)], like)?)
         }

@@ -23,6 +23,8 @@ use crate::x86::insn::whole_instructions;
 
 /// Where the predicate returns to from the function that it calls.
 const IN_PREDICATE: u64 = 0x15;
+/// Where the task returns to in the function that it began with.
+const FIRST: u64 = TEXT + SLIDE + FUNCTIONS + function::FIRST * FUNCTION + AFTER_CALL;
 /// Words that a thunk has pushed when it asks.
 const PUSHED: usize = 6;
 
@@ -83,26 +85,27 @@ fn thunk(arena: &Arena, id: u64) -> Gva {
     asks
 }
 
-/// A guest with a task that sleeps in the function that it began with, and where on its stack the address of that is, with room behind it.
-fn sleeping(form: Form) -> (FakeGuest, Kernel, Arena, u64) {
-    let after = |number| TEXT + SLIDE + FUNCTIONS + number * FUNCTION + AFTER_CALL;
+/// A guest with a task that sleeps in the function that it began with, and where that task's stack pointer is kept.
+fn sleeping(form: Form) -> (FakeGuest, Kernel, Arena, Gva) {
     let mut tiny = TinyGuest::new(form, 4);
-    let mut stack = [0; 6].to_vec();
-    stack.resize(6 + PUSHED + 3, 0);
-    stack.push(after(function::FIRST));
-    let sleeper = tiny.task(7, "sleeper", &stack);
-    let slot = tiny.get(tiny.tasks[sleeper] + task::SP) + 8 * 6;
-    let (mut guest, kernel, arena) = started(tiny);
-    sleep(&mut guest, &kernel, slot, &[after(function::FIRST)]);
-    (guest, kernel, arena, slot)
+    let sleeper = tiny.task(7, "sleeper", &[0, 0, 0, 0, 0, 0, FIRST]);
+    let pointer = Gva(tiny.tasks[sleeper] + task::SP);
+    let (guest, kernel, arena) = started(tiny);
+    (guest, kernel, arena, pointer)
 }
 
-/// Puts words onto the stack of the task from `slot` on.
-fn sleep(guest: &mut FakeGuest, kernel: &Kernel, slot: u64, words: &[u64]) {
-    for (word, nth) in words.iter().zip(0..) {
-        let at = kernel.translate(&*guest, Gva(slot + 8 * nth)).unwrap();
+/// Has the task sleep beneath these return addresses and saved words, and `before` so many of them.
+fn sleep(guest: &mut FakeGuest, kernel: &Kernel, pointer: Gva, before: usize, words: &[u64]) {
+    let sp = kernel.read_u64(&*guest, pointer).unwrap();
+    let sp = sp + 8 * before as u64 - 8 * words.len() as u64;
+    let mut poke = |at: u64, word: u64| {
+        let at = kernel.translate(&*guest, Gva(at)).unwrap();
         guest.poke(at, &word.to_le_bytes()).unwrap();
+    };
+    for (word, nth) in [0; 6].iter().chain(words).zip(0..) {
+        poke(sp + 8 * nth, *word);
     }
+    poke(pointer.0, sp);
 }
 
 #[test]
@@ -153,8 +156,7 @@ fn each_update_has_its_own_predicates_asked() {
 #[test]
 fn what_is_asked_stays_while_a_thread_is_in_it() {
     for form in FORMS {
-        let (mut guest, kernel, mut arena, slot) = sleeping(form);
-        let first = TEXT + SLIDE + FUNCTIONS + function::FIRST * FUNCTION + AFTER_CALL;
+        let (mut guest, kernel, mut arena, pointer) = sleeping(form);
         let package = package(form);
         let used = arena.holds.space.used();
         come(
@@ -175,8 +177,8 @@ fn what_is_asked_stays_while_a_thread_is_in_it() {
         let in_handler = calls(&arena)[0].1.0;
         let mut words = vec![edition + IN_PREDICATE, in_thunk];
         words.extend([0; PUSHED]);
-        words.extend([in_handler, first]);
-        sleep(&mut guest, &kernel, slot, &words);
+        words.extend([in_handler, FIRST]);
+        sleep(&mut guest, &kernel, pointer, 1, &words);
         let vcpus = guest.vcpus_mut().clone();
         let follow = |guest: &FakeGuest, arena: &Arena| {
             let others = arena.inhabited(&kernel).unwrap().others;
@@ -186,7 +188,7 @@ fn what_is_asked_stays_while_a_thread_is_in_it() {
             let ips: Vec<u64> = stack.frames.iter().map(|frame| frame.ip.0).collect();
             (ips, stack.end.map_err(|unreliable| unreliable.reason))
         };
-        let frames = vec![edition + IN_PREDICATE, in_thunk, in_handler, first];
+        let frames = vec![edition + IN_PREDICATE, in_thunk, in_handler, FIRST];
         let whole = (frames, Ok(End::First));
         assert_eq!(follow(&guest, &arena), whole, "{form:?}");
         // Another handler takes the place of the one that it is in, then the update goes.
@@ -208,11 +210,12 @@ fn what_is_asked_stays_while_a_thread_is_in_it() {
         assert_eq!(follow(&guest, &arena), whole, "{form:?}, reverted");
         assert!(arena.holds.placed.contains_key(&1) && !arena.holds.worn.is_empty());
         // It is back in the handler: that may still go on to the edition.
-        sleep(&mut guest, &kernel, slot, &[in_handler, first]);
+        let returned = [in_handler, FIRST];
+        sleep(&mut guest, &kernel, pointer, words.len(), &returned);
         settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
         settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
         assert!(arena.holds.placed.contains_key(&1));
-        sleep(&mut guest, &kernel, slot, &[first]);
+        sleep(&mut guest, &kernel, pointer, 2, &[FIRST]);
         while arena.holds.is_settling() {
             settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
         }

@@ -145,7 +145,7 @@ fn of_head<'a>(
 fn of_thunk(thunk: &Thunk, like: &OrcTable) -> Result<Vec<(Gva, Vec<u8>)>, OrcError> {
     let end = Gva(thunk.at.0.wrapping_add(thunk.bytes.len() as u64));
     let pushed = thunk.pushed().map(|(at, pushed)| {
-        let entry = like.saying(Orc::ENTERED.lower(pushed));
+        let entry = like.entered(pushed);
         Ok((at, entry.ok_or(OrcError::Field { field: "sp_offset" })?))
     });
     pushed.chain([Ok((end, like.silence()))]).collect()
