@@ -108,6 +108,12 @@ pub(super) fn package(cause: &PackageError) -> Problem {
             "package_editions_wrong",
             "see exopatch.h for how an edition says what it replaces",
         ),
+        PackageError::NotAPredicate { .. }
+        | PackageError::TwoPredicates { .. }
+        | PackageError::TooManyPredicates { .. } => (
+            "package_predicates_wrong",
+            "see exopatch.h for how a package defines predicates",
+        ),
         PackageError::NoOrc | PackageError::Ours { .. } | PackageError::TwoTables { .. } => (
             "package_not_ours",
             "build it with this exopatch's build command",
