@@ -306,6 +306,8 @@ fn place<G: Guest>(
 #[cfg(test)]
 mod passing_tests;
 #[cfg(test)]
+mod predicate_tests;
+#[cfg(test)]
 mod published_tests;
 #[cfg(test)]
 mod tune_tests;

@@ -1,7 +1,7 @@
 //! Editions: from a source file to placed bytes.
 //!
 //! [`build`] compiles one against a kernel's headers, [`object`] reads the package back, [`link`] resolves it against the
-//! running kernel and gives every byte its place in the arena ([`space`]), [`list`] has the editions of each function, and [`resident`] is what
+//! running kernel and gives every byte its place in the arena ([`space`]), [`predicate`] says which functions rules may ask, [`list`] has the editions of each function, and [`resident`] is what
 //! stays in the arena, for good if an address of it can [`escape`].
 
 pub mod build;
@@ -10,6 +10,7 @@ pub mod handler;
 pub mod link;
 pub mod list;
 pub mod object;
+pub mod predicate;
 pub mod reloc;
 pub mod resident;
 pub mod section;

@@ -178,10 +178,21 @@ impl Unit {
             size: redirection.head.bytes.len() as u64,
             name: format!("exopatch_original_{}", redirection.target.name),
         });
+        let thunks = linked.thunks.iter().map(|thunk| Symbol {
+            at: thunk.at,
+            size: thunk.bytes.len() as u64,
+            name: thunk.symbol(),
+        });
         Ok(Self {
             name: NAME.to_owned(),
             code: at.range(linked.code.bytes.len() as u64).unwrap_or(at..at),
-            symbols: linked.functions.iter().cloned().chain(heads).collect(),
+            symbols: linked
+                .functions
+                .iter()
+                .cloned()
+                .chain(heads)
+                .chain(thunks)
+                .collect(),
             orc,
             fixups: match &linked.fixups {
                 Some(table) => bytes::fixups(kernel, table)?,

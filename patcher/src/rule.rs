@@ -12,7 +12,7 @@
 //! | `share 10%`, `share 1/50` | so many of the calls that come to this test, evenly |
 //! | `first 100`, `rate 5/s` | the first calls that come to it; so many in a second |
 //! | `during NAME`, `for 10s`, `until 2026-01-01T00:00:00Z`, `after ...` | calls while the host says so, or by its clock |
-//! | `predicate NAME` | what a function of the package answers, given the call's arguments |
+//! | `predicate NAME` | what a function of the update's package answers, given the call's arguments (see [`crate::edition::predicate`]) |
 //!
 //! A value is compared by `=`, `!=`, `<`, `<=`, `>`, `>=`, `in A..B` (both included) and `in {...}`, and is a number or an enumerator's name.
 //! A word that is a test of its own means an argument of that name only before `->`, `.` or `[`; else the argument has its number.
@@ -83,7 +83,7 @@ pub enum Test {
     Rate(u64),
     /// Whether the host says that it is time.
     During(During),
-    /// Whether this function of the package answers other than zero.
+    /// Whether this function of the package answers yes.
     Predicate(String),
 }
 

@@ -18,6 +18,7 @@ mod ordinary;
 mod panics;
 mod patch;
 mod pause;
+mod predicates;
 mod processes;
 mod recover;
 mod residents;

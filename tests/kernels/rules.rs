@@ -43,7 +43,7 @@ pub(crate) fn sum(tally: &Tally, answer: &str) -> u64 {
 }
 
 /// Calls `exopatch update ID... --when RULE...`.
-fn apply(guest: &Guest, package: &str, options: &[&str]) -> Reply {
+pub(crate) fn apply(guest: &Guest, package: &str, options: &[&str]) -> Reply {
     let call = ["update", "apply", package, "--deadline", "20s"];
     guest.client.call(&[&call, options].concat())
 }
@@ -58,7 +58,7 @@ pub(crate) fn applied(guest: &Guest, stock: Stock, name: &str, options: &[&str])
 }
 
 /// Has an update be used for the calls of a rule.
-fn use_for(guest: &Guest, id: u64, options: &[&str]) {
+pub(crate) fn use_for(guest: &Guest, id: u64, options: &[&str]) {
     let id = id.to_string();
     let call = ["update", "use", &id, "--deadline", "20s"];
     let update = guest.client.call(&[&call, options].concat());
@@ -359,7 +359,11 @@ const REFUSED: &[(&str, &str, &str)] = &[
         "SOCK_NOTHING",
     ),
     ("pid in set nobodys", "cannot_choose", "nobodys"),
-    ("predicate none", "cannot_choose", "none"),
+    (
+        "predicate none",
+        "rule_not_resolvable",
+        "EXOPATCH_PREDICATE(none",
+    ),
     ("during night", "rule_not_resolvable", "night"),
     ("share 0%", "rule_malformed", "column"),
     ("uid =", "rule_malformed", "column"),

@@ -26,6 +26,7 @@ fn resolve(image: &Image, function: &str, rule: &str) -> Result<Resolved, String
         image,
         types: image.types(),
         name: function,
+        predicates: &BTreeMap::from([("asks".to_owned(), Gva(0xffff_ffff_ff91_0000))]),
     };
     let rule = Rule::parse(rule).map_err(|error| error.to_string())?;
     of.resolve(&rule).map_err(|error| error.to_string())
@@ -287,7 +288,6 @@ fn handler(image: &Image) {
         bound: None,
         choices: &choices,
         sets: &BTreeMap::from([("web".to_owned(), web.place())]),
-        predicates: &BTreeMap::from([("asks".to_owned(), Gva(0xffff_ffff_ff91_0000))]),
         cells: Gva(0xffff_ffff_ffa0_0000),
     };
     let made = assemble(&spec, Gva(0xffff_ffff_ff80_1000)).expect("it assembles");

@@ -218,11 +218,10 @@ impl Holdings {
     /// # Errors
     /// When the kernel's unwind table has no words for it.
     pub fn handlers(&self, kernel: &Kernel) -> Result<Option<OtherCode>, OrcError> {
-        let code = |workshop: &Arc<Workshop>| {
-            let range = self.space.handlers.range();
-            handlers::code(kernel, workshop, self.all_made(), range)
-        };
-        self.workshop.as_ref().map(code).transpose()
+        let range = self.space.handlers.range();
+        let workshop = self.workshop.as_ref();
+        let code = workshop.map(|_| handlers::code(kernel, range));
+        code.transpose()
     }
 
     /// What is at `at`, if it is code of ours.

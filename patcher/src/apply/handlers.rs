@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::ApplyError;
+use super::arena::{Holdings, Placed as Brought};
 use crate::addr::Gva;
 use crate::edition::handler::{
-    self, Assembled, Bound, Choice, Frame, HandlerError, LINE, Owner, Region, Spec,
+    self, Assembled, Bound, Choice, HandlerError, LINE, Owner, Region, Spec,
 };
 use crate::edition::link::{Placed, Returns};
 use crate::edition::list::{Step, UpdateId};
@@ -14,7 +16,7 @@ use crate::edition::resident::laid_out;
 use crate::edition::set::SetPlace;
 use crate::edition::space::ArenaSpace;
 use crate::kernel::locate::Kernel;
-use crate::kernel::orc::{Orc, OrcError, OrcTable};
+use crate::kernel::orc::OrcError;
 use crate::kernel::unwind::OtherCode;
 use crate::plan::target::Target;
 use crate::publish::{Fixup, NAME, Symbol, Unit};
@@ -108,7 +110,7 @@ impl Workshop {
         let code = region.at..range.end;
         Ok(Unit {
             name: NAME.to_owned(),
-            orc: self::code(kernel, self, std::iter::empty(), code.clone())?.table,
+            orc: self::code(kernel, code.clone())?.table,
             code,
             symbols: region
                 .symbols
@@ -127,28 +129,29 @@ impl Workshop {
         u64::from(self.cpus) * LINE
     }
 
-    /// Makes the handler that leads the calls of `target` by `way`, or those of the tasks in a set by another one.
+    /// Makes the handler that leads the calls of `target` by `way`, or those of the tasks in a set by another one. It asks for the sets and
+    /// predicates of `draft`, and takes its room from there.
     ///
     /// # Errors
     /// When a rule cannot be asked of this function, or there is no room.
-    pub fn make(
+    pub(super) fn make(
         &self,
         kernel: &Kernel,
         target: &Target,
         way: &[Step],
         bound: Option<(SetPlace, &[Step])>,
-        sets: &BTreeMap<String, SetPlace>,
-        space: &mut ArenaSpace,
+        draft: &mut Holdings,
     ) -> Result<Made, ApplyError> {
-        let choices = choices(kernel, target, way)?;
+        let sets = draft.set_places();
+        let (brought, space) = (&draft.placed, &mut draft.space);
+        let choices = choices(kernel, target, way, brought)?;
         let bound = match bound {
             Some((tasks, way)) => Some(Bound {
                 tasks,
-                choices: self::choices(kernel, target, way)?,
+                choices: self::choices(kernel, target, way, brought)?,
             }),
             None => None,
         };
-        let predicates = BTreeMap::new();
         let anywhere = space.data.range().start;
         let spec = Spec {
             region: &self.region,
@@ -156,8 +159,7 @@ impl Workshop {
             cpus: self.cpus,
             bound: bound.as_ref(),
             choices: &choices,
-            sets,
-            predicates: &predicates,
+            sets: &sets,
             cells: anywhere,
         };
         let cells_len = spec.cells_len();
@@ -186,30 +188,38 @@ impl Workshop {
             assembled,
         })
     }
-
-    /// How to unwind in what all handlers call.
-    fn rules(&self) -> &[(Gva, Frame)] {
-        &self.region.orc
-    }
 }
 
-/// `target` as rules are asked of it.
-pub(super) fn asked_of<'a>(kernel: &'a Kernel, target: &'a Target) -> Function<'a> {
+/// `target` as rules are asked of it, by an update with these predicates.
+pub(super) fn asked_of<'a>(
+    kernel: &'a Kernel,
+    target: &'a Target,
+    predicates: &'a BTreeMap<String, Gva>,
+) -> Function<'a> {
     Function {
         image: kernel.image(),
         types: kernel.image().types(),
         name: &target.name,
+        predicates,
     }
 }
 
 /// The editions of a way as a handler knows them.
-fn choices(kernel: &Kernel, target: &Target, way: &[Step]) -> Result<Vec<Choice>, ApplyError> {
-    let function = asked_of(kernel, target);
+fn choices(
+    kernel: &Kernel,
+    target: &Target,
+    way: &[Step],
+    brought: &BTreeMap<UpdateId, Arc<Brought>>,
+) -> Result<Vec<Choice>, ApplyError> {
     let choice = |step: &Step| {
         if let Some(name) = step.rule.as_ref().and_then(|rule| rule.switch()) {
             let name = name.to_owned();
             return Err(ApplyError::NoSwitch { name });
         }
+        let brought = step.update.and_then(|update| brought.get(&update));
+        let predicates = brought.map(|brought| brought.linked.predicates());
+        let predicates = predicates.unwrap_or_default();
+        let function = asked_of(kernel, target, &predicates);
         let rule = step.rule.as_ref().map(|rule| function.resolve(rule));
         Ok(Choice {
             rule: rule.transpose()?,
@@ -266,23 +276,17 @@ impl Made {
     }
 }
 
-/// All of the handlers' part of the arena as code that threads may be in: `workshop`'s, and what was `made` in it.
+/// All of the handlers' part of the arena as code that threads may be in. Whatever is made in it pushes nothing: the caller is everywhere where it is
+/// at the beginning.
 ///
 /// # Errors
 /// When the kernel's unwind table has no words for it.
-pub(super) fn code<'a>(
-    kernel: &Kernel,
-    workshop: &Workshop,
-    made: impl Iterator<Item = &'a Made>,
-    range: Range<Gva>,
-) -> Result<OtherCode, OrcError> {
+pub(super) fn code(kernel: &Kernel, range: Range<Gva>) -> Result<OtherCode, OrcError> {
     let table = match kernel.image().orc() {
         Ok(like) => {
-            let rules = made.flat_map(|made| &made.assembled.orc);
-            let rules = workshop.rules().iter().chain(rules);
-            let entries = rules.map(|(at, frame)| Ok((*at, entry(like, *frame)?)));
-            let entries = entries.collect::<Result<Vec<_>, OrcError>>()?;
-            Some(laid_out(&range, entries, like)?)
+            let entered = like.entered(0);
+            let entered = entered.ok_or(OrcError::Field { field: "sp_offset" })?;
+            Some(laid_out(&range, vec![(range.start, entered)], like)?)
         }
         Err(OrcError::Absent { .. }) => None,
         Err(other) => return Err(other.clone()),
@@ -292,12 +296,4 @@ pub(super) fn code<'a>(
         range,
         table,
     })
-}
-
-/// How this kernel's unwind table says `frame`.
-fn entry(like: &OrcTable, frame: Frame) -> Result<Vec<u8>, OrcError> {
-    let pushed = i16::from(frame.sp_offset).saturating_sub(i16::from(Frame::ENTERED.sp_offset));
-    let rule = Orc::ENTERED.lower(pushed);
-    like.saying(rule)
-        .ok_or(OrcError::Field { field: "sp_offset" })
 }

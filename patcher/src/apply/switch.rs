@@ -276,8 +276,7 @@ impl Turn {
             let head = head_of(&draft, target);
             let (old, new) = (or_original(&function.way, head), or_original(way, head));
             let bound = Some((set.place(), old.as_slice()));
-            let sets = draft.set_places();
-            let made = workshop.make(kernel, target, &new, bound, &sets, &mut draft.space)?;
+            let made = workshop.make(kernel, target, &new, bound, &mut draft)?;
             for placed in made.placed() {
                 plan.place(Purpose::Arena, &placed, &map)?;
             }
@@ -411,9 +410,7 @@ pub(super) fn lead<G: Guest>(
             [only] if only.counter.is_none() => Lead::Edition(only.to),
             way => {
                 let workshop = workshop(guest, kernel, draft, plan, map)?;
-                let sets = draft.set_places();
-                let space = &mut draft.space;
-                let mut made = workshop.make(kernel, target, way, None, &sets, space)?;
+                let mut made = workshop.make(kernel, target, way, None, draft)?;
                 let of_it = |old: &&Arc<Made>| old.function == target.function;
                 for old in worn.made.iter().filter(of_it) {
                     made.go_on(old, |at| kernel.read_u64(guest, at).ok());

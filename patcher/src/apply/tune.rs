@@ -187,11 +187,15 @@ impl Made {
         rule: &Rule,
     ) -> Result<Option<Option<(Gva, u64)>>, ApplyError> {
         let target = holds.functions.get(self.function).map(|it| &it.target);
-        let old = self.way.get(nth).and_then(|step| step.rule.as_ref());
+        let step = self.way.get(nth);
+        let old = step.and_then(|step| step.rule.as_ref());
         let (Some(target), Some(old)) = (target, old) else {
             return Ok(None);
         };
-        let function = asked_of(kernel, target);
+        let brought = step.and_then(|step| holds.placed.get(&step.update?));
+        let predicates = brought.map(|brought| brought.linked.predicates());
+        let predicates = predicates.unwrap_or_default();
+        let function = asked_of(kernel, target, &predicates);
         let (old, new) = (function.resolve(old)?, function.resolve(rule)?);
         let Some(stores) = tune::retune(&old, &new) else {
             return Ok(None);

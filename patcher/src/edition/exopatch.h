@@ -60,4 +60,35 @@ static const char exopatch_kernel[] __used __section(".exopatch.kernel") = EXOPA
 /* The function's original edition, to be called; after EXOPATCH_REPLACES. */
 #define EXOPATCH_ORIGINAL(FUNCTION) exopatch_original_##FUNCTION
 
+struct exopatch_predicate {
+	const void *predicate;
+	__u32 size;		/* of this record: tells readers its layout */
+	__u32 reserved;
+	char name[EXOPATCH_NAME_LEN];
+};
+
+/*
+ * Begins the definition of a predicate: a function that the rule `predicate PREDICATE` asks on each call whether that is for the
+ * edition. It returns a bool, and its parameters are those of the function, the first six at most:
+ *
+ *	EXOPATCH_PREDICATE(asks_for_mark, struct socket *sock, unsigned int cmd, unsigned long arg)
+ *	{
+ *		return cmd == SIOCATMARK;
+ *	}
+ *
+ * It runs wherever the function is called: in any context, with any locks held. So it may call nothing but functions of its own package
+ * that are no editions, directly, and neither sleep, nor warn, nor touch memory of users, nor enable or disable interrupts; else the package
+ * is refused. It may read and write memory and what is the CPU's own (this_cpu_read). What may not be there it reads by
+ * __get_kernel_nofault(). That it ends is for its author to see to: nothing can tell.
+ */
+#define EXOPATCH_PREDICATE(PREDICATE, ...)							\
+	static bool PREDICATE(__VA_ARGS__);							\
+	static const struct exopatch_predicate exopatch_predicate_##PREDICATE			\
+		__used __section(".exopatch.predicates") __aligned(8) = {			\
+			.predicate = PREDICATE,							\
+			.size = sizeof(struct exopatch_predicate),				\
+			.name = #PREDICATE,							\
+		};										\
+	static bool PREDICATE(__VA_ARGS__)
+
 #endif

@@ -3,21 +3,23 @@
 //! A handler is entered as the function was, and enters an edition as if it had been called: argument and callee-saved registers, the
 //! stack and all memory of the guest are as they were. Only `rax`, `r10`, `r11` and the flags change, which callers of a function with fentry
 //! rely on none of. It takes no lock, loops nowhere, allocates nothing and jumps nowhere by a pointer, so that it runs in any context on any
-//! processor. It pushes nothing: wherever it is interrupted, its caller's address is where the stack pointer points. What it calls
-//! (loads that may fault, in [`Region`]; a package's predicates, behind the handler) has unwind rules of its own.
+//! processor. It pushes nothing: wherever it is interrupted, its caller's address is where the stack pointer points. So it is in the loads that may
+//! fault, which it calls in [`Region`]; predicates it asks by a [`Thunk`] in the code of their update, which is unwound by that update's table.
 //!
 //! Numbers that a rule names are in cells in the arena's data half, which the host may store to at any time: see [`crate::rule::tune`].
 
 mod emit;
 mod region;
+mod thunk;
 mod value;
 
 use std::collections::BTreeMap;
 
+use iced_x86::IcedError;
 use iced_x86::code_asm::CodeAssembler;
-use iced_x86::{Decoder, DecoderOptions, IcedError, Mnemonic};
 
 pub use self::region::Region;
+pub use self::thunk::Thunk;
 use super::link::Returns;
 use super::set::SetPlace;
 use crate::addr::Gva;
@@ -47,12 +49,6 @@ pub enum HandlerError {
     /// A rule asks for a set that there is not.
     #[error("no set is called {name}; make it before the rule")]
     NoSet {
-        /// Its name.
-        name: String,
-    },
-    /// A rule asks for a predicate that there is not.
-    #[error("no function called {name} is in the package, so there is no predicate of that name")]
-    NoPredicate {
         /// Its name.
         name: String,
     },
@@ -86,18 +82,6 @@ impl From<IcedError> for HandlerError {
         let cause = error.to_string();
         Self::Assembler { cause }
     }
-}
-
-/// How the caller is found: its address is so many bytes above the stack pointer, the frame pointer is as it was.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Frame {
-    /// Bytes from the stack pointer to where it points when the return address is off the stack: 8 where code has just been entered.
-    pub sp_offset: u8,
-}
-
-impl Frame {
-    /// Just entered by a call.
-    pub const ENTERED: Self = Self { sp_offset: 8 };
 }
 
 /// An edition, and the calls that are for it.
@@ -137,8 +121,6 @@ pub struct Spec<'a> {
     pub choices: &'a [Choice],
     /// Sets by name.
     pub sets: &'a BTreeMap<String, SetPlace>,
-    /// Predicates by name.
-    pub predicates: &'a BTreeMap<String, Gva>,
     /// Where its cells begin: [`Spec::cells_len`] bytes, aligned to [`LINE`].
     pub cells: Gva,
 }
@@ -170,12 +152,10 @@ pub struct Owner {
 pub struct Assembled {
     /// Its first byte.
     pub at: Gva,
-    /// Its code, with what it calls of its own behind it.
+    /// Its code.
     pub bytes: Vec<u8>,
     /// Its cells; those of one rule are in the order of [`tune::cells`], one after the other.
     pub cells: Vec<Cell>,
-    /// From where on which rule tells the caller; in order.
-    pub orc: Vec<(Gva, Frame)>,
 }
 
 impl Assembled {
@@ -263,13 +243,7 @@ pub fn assemble(spec: &Spec<'_>, at: Gva) -> Result<Assembled, HandlerError> {
     reach("a handler", at, 1)?;
     let cells = spec.cells();
     let bytes = emit::handler(spec, &cells, at)?;
-    let orc = rules_of(at, &bytes);
-    Ok(Assembled {
-        at,
-        bytes,
-        cells,
-        orc,
-    })
+    Ok(Assembled { at, bytes, cells })
 }
 
 /// `at` as a displacement without a base, if an instruction can name it so.
@@ -288,21 +262,6 @@ fn returned(code: &mut CodeAssembler, returns: Returns) -> Result<(), IcedError>
         }
         Returns::Thunk(at) => code.jmp(at.0),
     }
-}
-
-/// How to unwind all along `bytes` of handler code at `at`, which only pushes and pops whole registers and undoes that before it ends or branches.
-fn rules_of(at: Gva, bytes: &[u8]) -> Vec<(Gva, Frame)> {
-    let mut rules = vec![(at, Frame::ENTERED)];
-    let mut sp_offset = Frame::ENTERED.sp_offset;
-    for instruction in &mut Decoder::with_ip(64, bytes, at.0, DecoderOptions::NONE) {
-        sp_offset = match instruction.mnemonic() {
-            Mnemonic::Push => sp_offset.saturating_add(8),
-            Mnemonic::Pop => sp_offset.saturating_sub(8),
-            _ => continue,
-        };
-        rules.push((Gva(instruction.next_ip()), Frame { sp_offset }));
-    }
-    rules
 }
 
 #[cfg(test)]

@@ -1,15 +1,19 @@
 //! Links a package against the running kernel: every byte gets its place in the arena and every relocation its value.
 //!
 //! Nothing is written to the guest here. Holding a [`Linked`] proves that the package is for this kernel, that all its symbols
-//! were found there, that every relocation fits, that its alternatives are those that the guest's processor calls for, and that
-//! each replaced function has a relocated head.
+//! were found there, that every relocation fits, that its alternatives are those that the guest's processor calls for, that each of
+//! its predicates runs code of the package alone, and that each replaced function has a relocated head.
 
 mod alternatives;
 
 pub use self::alternatives::AlternativeError;
 
+use std::collections::BTreeMap;
+
 use crate::addr::Gva;
+use crate::edition::handler::{HandlerError, Thunk};
 use crate::edition::object::{Edition, Package, Place, Relocation, Section, build_id_text};
+use crate::edition::predicate::{self, PredicateError};
 use crate::edition::reloc::{Kind, Overflow};
 use crate::edition::space::{ArenaSpace, Full};
 use crate::kernel::alternatives::Alternatives;
@@ -81,6 +85,12 @@ pub enum LinkError {
     /// Its alternatives cannot be chosen.
     #[error(transparent)]
     Alternative(#[from] AlternativeError),
+    /// A predicate may run what is not the package's.
+    #[error(transparent)]
+    Predicate(#[from] PredicateError),
+    /// Nothing can be made that asks a predicate.
+    #[error(transparent)]
+    Thunk(#[from] HandlerError),
     /// No room in the arena.
     #[error(transparent)]
     Full(#[from] Full),
@@ -136,7 +146,7 @@ pub struct Redirection {
 /// A package with an address for everything.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Linked {
-    /// Code of the editions and the relocated heads.
+    /// Code of the editions, the relocated heads, and what asks predicates.
     pub code: Placed,
     /// Their data.
     pub data: Placed,
@@ -146,10 +156,21 @@ pub struct Linked {
     pub orc: Vec<(Gva, Vec<u8>)>,
     /// Functions of the editions.
     pub functions: Vec<Symbol>,
+    /// What asks its predicates.
+    pub thunks: Vec<Thunk>,
     /// The exception table, if there is one.
     pub fixups: Option<Table>,
     /// The warnings, if there are any.
     pub bugs: Option<Table>,
+}
+
+impl Linked {
+    /// Where its predicates are asked, by name.
+    #[must_use]
+    pub fn predicates(&self) -> BTreeMap<String, Gva> {
+        let thunks = self.thunks.iter();
+        thunks.map(|it| (it.name.clone(), it.at)).collect()
+    }
 }
 
 /// Links `package` for the functions in `targets`, one for each of its editions, in order.
@@ -166,10 +187,13 @@ pub fn link(
 ) -> Result<Linked, LinkError> {
     same_kernel(package, kernel)?;
     let sections = alternatives::choose(package, kernel.alternatives())?;
+    predicate::check(package, &sections)?;
     let mut draft = space.clone();
     let mut layout = Layout::new(package);
     let heads = layout.heads(&targets, &draft)?;
+    let thunks = layout.thunks(package, kernel.returns(), &draft)?;
     layout.place(&mut draft)?;
+    let thunks = thunks_at(package, &layout, &thunks, kernel.returns())?;
     let mut linker = Linker {
         package,
         kernel,
@@ -210,6 +234,13 @@ pub fn link(
     for (head, offset) in linker.heads.iter().zip(&heads) {
         copy(&mut code.bytes, *offset, &head.bytes);
     }
+    for thunk in &thunks {
+        copy(
+            &mut code.bytes,
+            thunk.at.0.wrapping_sub(code.at),
+            &thunk.bytes,
+        );
+    }
     let at = |section, offset| Gva(layout.address(section).wrapping_add(offset));
     let redirections = targets
         .into_iter()
@@ -241,9 +272,31 @@ pub fn link(
         redirections,
         orc,
         functions,
+        thunks,
         fixups,
         bugs,
     })
+}
+
+/// What asks the predicates of `package`, each at one of `offsets`.
+fn thunks_at(
+    package: &Package,
+    layout: &Layout,
+    offsets: &[u64],
+    returns: Returns,
+) -> Result<Vec<Thunk>, HandlerError> {
+    let thunks = package.predicates().iter().zip(offsets);
+    let thunk = thunks.map(|(predicate, offset)| {
+        let asked = layout.address(predicate.section);
+        let asked = Gva(asked.wrapping_add(predicate.offset));
+        Thunk::new(
+            &predicate.name,
+            asked,
+            layout.code.address(*offset),
+            returns,
+        )
+    });
+    thunk.collect()
 }
 
 /// The package is for this kernel.
@@ -338,6 +391,20 @@ impl Layout {
                     .reserve(relocated(target, anywhere)?.bytes.len(), CODE_ALIGN))
             })
             .collect()
+    }
+
+    /// Reserves room for what asks each predicate, and returns the offsets. That too is as long wherever it is.
+    fn thunks(
+        &mut self,
+        package: &Package,
+        returns: Returns,
+        space: &ArenaSpace,
+    ) -> Result<Vec<u64>, HandlerError> {
+        let anywhere = space.code.range().start;
+        let predicates = package.predicates().iter();
+        let thunk = predicates.map(|it| Thunk::new(&it.name, anywhere, anywhere, returns));
+        let room = thunk.map(|thunk| Ok(self.code.reserve(thunk?.bytes.len(), CODE_ALIGN)));
+        room.collect()
     }
 
     fn place(&mut self, space: &mut ArenaSpace) -> Result<(), Full> {

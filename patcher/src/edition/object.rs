@@ -1,9 +1,10 @@
-//! An edition package (`.xpu`): the ELF relocatable that the kernel's own build makes, with two sections of ours.
+//! An edition package (`.xpu`): the ELF relocatable that the kernel's own build makes, with up to three sections of ours.
 //!
 //! `.exopatch.kernel` holds the build-id of the kernel that it is for, in hexadecimal; `.exopatch.editions` one record for
-//! each function that it replaces (both are made by `exopatch.h`). Holding a [`Package`] proves that every relocation is of a
-//! kind that can be applied, lies inside its section and names a symbol that exists; that every edition is a function of the
-//! package; and that nothing in it needs more of the kernel than memory and symbols. Follows the ELF-64 specification.
+//! each function that it replaces; `.exopatch.predicates` one for each function that rules may ask (all are made by `exopatch.h`). Holding
+//! a [`Package`] proves that every relocation is of a kind that can be applied, lies inside its section and names a symbol that exists; that
+//! every edition and every predicate is a function of the package, and no two predicates have one name; and that nothing in it needs
+//! more of the kernel than memory and symbols. Follows the ELF-64 specification.
 
 mod read;
 
@@ -17,6 +18,8 @@ use super::reloc::Kind;
 
 /// The largest package that is looked at, in bytes.
 pub const MAX_PACKAGE: usize = 16 << 20;
+/// The most predicates of one package.
+pub const MAX_PREDICATES: usize = 64;
 /// Bytes of a build-id: 16 (MD5, UUID), 20 (SHA-1) or 32.
 const BUILD_ID_LEN: std::ops::RangeInclusive<usize> = 8..=64;
 
@@ -141,6 +144,26 @@ pub enum PackageError {
         /// The function.
         function: String,
     },
+    /// A predicate is not a function of the package.
+    #[error(
+        "the predicate {name} is not a function that the package defines; define it with EXOPATCH_PREDICATE({name}, parameters)"
+    )]
+    NotAPredicate {
+        /// Its name.
+        name: String,
+    },
+    /// Two predicates of one name.
+    #[error("the package has two predicates called {name}")]
+    TwoPredicates {
+        /// The name.
+        name: String,
+    },
+    /// More predicates than there can be.
+    #[error("the package has {count} predicates; at most {MAX_PREDICATES} are taken")]
+    TooManyPredicates {
+        /// How many.
+        count: usize,
+    },
 }
 
 /// A section that gets memory in the arena.
@@ -217,6 +240,17 @@ pub struct Function {
     pub size: u64,
 }
 
+/// A function of the package that rules may ask which calls are for its editions.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Predicate {
+    /// The name by which rules ask it, a C identifier.
+    pub name: String,
+    /// Index into [`Package::sections`], of a code section.
+    pub section: usize,
+    /// Offset of its first byte in it.
+    pub offset: u64,
+}
+
 /// One entry of the unwind table: from where it applies, and the kernel's own encoding of what applies.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OrcEntry {
@@ -251,6 +285,7 @@ pub struct Pointer {
 pub struct Package {
     build_id: Vec<u8>,
     editions: Vec<Edition>,
+    predicates: Vec<Predicate>,
     sections: Vec<Section>,
     symbols: Vec<Symbol>,
     orc: Vec<OrcEntry>,
@@ -290,6 +325,12 @@ impl Package {
     #[must_use]
     pub fn editions(&self) -> &[Edition] {
         &self.editions
+    }
+
+    /// What rules may ask; of different names.
+    #[must_use]
+    pub fn predicates(&self) -> &[Predicate] {
+        &self.predicates
     }
 
     /// What gets memory.

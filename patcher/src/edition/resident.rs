@@ -6,6 +6,7 @@
 
 use std::ops::Range;
 
+use super::handler::Thunk;
 use super::link::{Linked, Redirection};
 use crate::addr::Gva;
 use crate::kernel::locate::Kernel;
@@ -48,7 +49,7 @@ fn range(linked: &Linked) -> Range<Gva> {
     at.range(linked.code.bytes.len() as u64).unwrap_or(at..at)
 }
 
-/// Each edition under the name of the function that it replaces, each head under the one by which an edition calls it.
+/// Each edition under the name of the function that it replaces, each head under the one by which an edition calls it, and what asks predicates.
 fn pieces(linked: &Linked) -> Vec<(Range<Gva>, String)> {
     let mut starts = Vec::new();
     for redirection in &linked.redirections {
@@ -56,6 +57,8 @@ fn pieces(linked: &Linked) -> Vec<(Range<Gva>, String)> {
         starts.push((redirection.edition, name.clone()));
         starts.push((redirection.head.at, format!("exopatch_original_{name}")));
     }
+    let thunks = linked.thunks.iter();
+    starts.extend(thunks.map(|thunk| (thunk.at, thunk.symbol())));
     starts.sort();
     let ends = starts.iter().skip(1).map(|(at, _)| *at);
     let ends: Vec<Gva> = ends.chain([range(linked).end]).collect();
@@ -73,6 +76,9 @@ fn table(linked: &Linked, kernel: &Kernel, like: &OrcTable) -> Result<OrcTable, 
     entries.extend(linked.orc.iter().cloned());
     for redirection in &linked.redirections {
         entries.extend(of_head(redirection, kernel, like));
+    }
+    for thunk in &linked.thunks {
+        entries.extend(of_thunk(thunk, like)?);
     }
     laid_out(&code, entries, like)
 }
@@ -133,6 +139,16 @@ fn of_head<'a>(
         (here((*offset).into()), entry)
     });
     moved.chain([(here(head.bytes.len() as u64), like.silence())])
+}
+
+/// The entries of what asks a predicate.
+fn of_thunk(thunk: &Thunk, like: &OrcTable) -> Result<Vec<(Gva, Vec<u8>)>, OrcError> {
+    let end = Gva(thunk.at.0.wrapping_add(thunk.bytes.len() as u64));
+    let pushed = thunk.pushed().map(|(at, pushed)| {
+        let entry = like.entered(pushed);
+        Ok((at, entry.ok_or(OrcError::Field { field: "sp_offset" })?))
+    });
+    pushed.chain([Ok((end, like.silence()))]).collect()
 }
 
 #[cfg(test)]

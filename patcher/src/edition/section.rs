@@ -14,7 +14,7 @@ pub enum Role {
     Data,
     /// Zeroed variables: room in the data half.
     Zeroed,
-    /// Read by us, not placed: the records of the editions, the unwind table.
+    /// Read by us, not placed: the records of editions and predicates, the unwind table.
     Ours,
     /// Left out; `why` that loses nothing.
     LeftOut {
@@ -61,6 +61,7 @@ const TABLES: &[&str] = &[FIXUPS, BUGS];
 const OURS: &[&str] = &[
     ".exopatch.kernel",
     ".exopatch.editions",
+    ".exopatch.predicates",
     ".orc_unwind",
     ".orc_unwind_ip",
     ".altinstructions",

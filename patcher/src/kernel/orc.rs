@@ -301,22 +301,31 @@ impl OrcTable {
         (*self.entries).as_ref().get(at..at + self.format.size)
     }
 
-    /// An entry that says nothing: zeros do so in every form.
-    pub(crate) fn saying(&self, rule: Orc) -> Option<Vec<u8>> {
-        let size = self.entry_size();
-        let entries = self.arrays().1.chunks_exact(size);
-        let found = entries.into_iter().find(|entry| {
+    /// An entry for code that has pushed so many bytes since it was entered; `None` if the table has no word for it.
+    pub(crate) fn entered(&self, pushed: i16) -> Option<Vec<u8>> {
+        let rule = Orc::ENTERED.lower(pushed);
+        let Orc::Caller { offset, .. } = rule else {
+            return None;
+        };
+        let word = |entry: &[u8]| {
             let mut bytes = [0; 8];
             bytes
                 .iter_mut()
-                .zip(*entry)
+                .zip(entry)
                 .for_each(|(byte, of)| *byte = *of);
-            self.decode(bytes) == rule
-        });
-        found.map(<[u8]>::to_vec)
+            bytes
+        };
+        let entries = self.arrays().1.chunks_exact(self.entry_size());
+        let mut like = entries
+            .map(word)
+            .filter(|entry| self.decode(*entry) == Orc::ENTERED);
+        let like = u64::from_le_bytes(like.next()?);
+        let entry = self.format.with_offset(like, offset).to_le_bytes();
+        let says = self.decode(entry) == rule;
+        says.then(|| entry.into_iter().take(self.format.size).collect())
     }
 
-    /// An entry that says nothing.
+    /// An entry that says nothing: zeros do so in every form.
     pub(crate) fn silence(&self) -> Vec<u8> {
         vec![0; self.format.size]
     }

@@ -3,9 +3,12 @@
 //! What a rule asks of an argument is told by the function's prototype and the kernel's types (BTF), what it asks of the task by the members
 //! of `task_struct`. Every constant is proved to be one that the value compared with it can have. Nothing of a guest is read.
 
+use std::collections::BTreeMap;
+
 use super::{
     Argument, Comparison, During, Literal, Operand, Order, Path, Rule, Span as Written, Step, Test,
 };
+use crate::addr::Gva;
 use crate::kernel::image::Image;
 use crate::kernel::layout::{LayoutError, hot};
 use crate::kernel::symbols::SymbolError;
@@ -61,6 +64,17 @@ pub enum ResolveError {
         low: i128,
         /// The highest.
         high: i128,
+    },
+    /// The update has no such predicate.
+    #[error(
+        "no predicate of the update is called {name}{}; its package has to define it with EXOPATCH_PREDICATE({name}, parameters)",
+        if known.is_empty() { String::new() } else { format!(", only {}", known.join(", ")) }
+    )]
+    NoPredicate {
+        /// The name.
+        name: String,
+        /// Those that there are.
+        known: Vec<String>,
     },
     /// A range that begins behind its end.
     #[error("`{what}` is in no range from {low} to {high}")]
@@ -151,12 +165,12 @@ pub enum Check {
     },
     /// The host says so.
     During(During),
-    /// A function of the package answers other than zero.
+    /// A predicate answers yes: a `bool`.
     Predicate {
         /// Its name.
         name: String,
-        /// Bytes of its answer.
-        size: u8,
+        /// What is called to ask it, which leaves the arguments as they are.
+        at: Gva,
     },
 }
 
@@ -235,6 +249,8 @@ pub struct Function<'a> {
     pub types: &'a Types,
     /// Its name.
     pub name: &'a str,
+    /// Where the predicates are asked that the rule's update has brought, by name.
+    pub predicates: &'a BTreeMap<String, Gva>,
 }
 
 impl Function<'_> {
@@ -279,12 +295,14 @@ impl Function<'_> {
             Test::Rate(calls) => Check::Rate { calls: *calls },
             Test::During(during) => Check::During(during.clone()),
             Test::Predicate(name) => {
-                let returned = self.types.returned(self.name);
-                let returned = returned.map_err(|cause| access_error(test, cause))?;
-                // Of a function that returns nothing, the predicate returns an `int`.
+                let at = self.predicates.get(name).copied();
+                let at = at.ok_or_else(|| ResolveError::NoPredicate {
+                    name: name.clone(),
+                    known: self.predicates.keys().cloned().collect(),
+                })?;
                 Check::Predicate {
                     name: name.clone(),
-                    size: returned.unwrap_or(4),
+                    at,
                 }
             }
         })

@@ -119,7 +119,8 @@ pub enum OnDeadline {
 /// How editions are to be used.
 #[derive(Args, Clone, Debug)]
 pub struct How {
-    /// Only for these calls, for instance 'uid = 1000', 'share 10%', 'cmd = 0x8905 and not kthread'; all others get to what is beneath
+    /// Only for these calls, for instance 'uid = 1000', 'share 10%', 'cmd = 0x8905 and not kthread', or 'predicate NAME', a function of the package
+    /// that EXOPATCH_PREDICATE declares; all others get to what is beneath
     #[arg(long, value_name = "RULE")]
     when: Option<String>,
     /// Count calls, those of the original too; see `exopatch update calls`

@@ -16,6 +16,7 @@ use patcher::kernel::symbols::SymbolError;
 use patcher::plan::refusal::Refusal;
 use patcher::plan::target::TargetError;
 use patcher::publish::PublishError;
+use patcher::rule::resolve::ResolveError;
 
 use super::NotReady;
 use crate::guest::{BreakError, GuestBusy};
@@ -106,6 +107,12 @@ pub(super) fn package(cause: &PackageError) -> Problem {
         | PackageError::Twice { .. } => (
             "package_editions_wrong",
             "see exopatch.h for how an edition says what it replaces",
+        ),
+        PackageError::NotAPredicate { .. }
+        | PackageError::TwoPredicates { .. }
+        | PackageError::TooManyPredicates { .. } => (
+            "package_predicates_wrong",
+            "see exopatch.h for how a package defines predicates",
         ),
         PackageError::NoOrc | PackageError::Ours { .. } | PackageError::TwoTables { .. } => (
             "package_not_ours",
@@ -300,6 +307,11 @@ pub(super) fn apply(cause: &ApplyError) -> Problem {
         ApplyError::Publish(error) => publish(error),
         ApplyError::Plan(error) => refused("cannot_plan", error, REPORT),
         ApplyError::List(error) => list(NOT_APPLIED, error),
+        ApplyError::Rule(error @ ResolveError::NoPredicate { .. }) => refused(
+            "rule_not_resolvable",
+            error,
+            "name one that the package has, or build the package with it",
+        ),
         ApplyError::Rule(error) => refused(
             "rule_not_resolvable",
             error,
@@ -464,6 +476,11 @@ fn link(cause: &LinkError) -> Problem {
             "alternative_unusable",
             "build it again: exopatch build --kernel with the vmlinuz that the guest was booted from",
         ),
+        LinkError::Predicate(_) => (
+            "predicate_not_askable",
+            "see EXOPATCH_PREDICATE in exopatch.h for what a predicate may do; what it cannot read itself the host can put into a set",
+        ),
+        LinkError::Thunk(_) => ("predicate_not_askable", REPORT),
         LinkError::Full(_) => ("arena_full", FULL),
         LinkError::Refused(error) => return refusal(error),
     };

@@ -3,15 +3,13 @@
 //! A test is compiled to a comparison and one conditional jump, given where to go on when it is true, where when it is false, and which of
 //! the two comes next. `r11` holds the current task wherever anything asks about it; `rax` and `r10` are free between tests.
 
-use std::collections::BTreeMap;
-
 use iced_x86::code_asm::{
-    AsmMemoryOperand, AsmRegister32, AsmRegister64, CodeAssembler, CodeLabel, al, ax, dword_ptr,
-    eax, qword_ptr, r10, r10d, r11, r11d, rax,
+    AsmMemoryOperand, AsmRegister32, AsmRegister64, CodeAssembler, CodeLabel, al, dword_ptr, eax,
+    qword_ptr, r10, r10d, r11, r11d, rax,
 };
 
 use super::value::{ARGUMENTS, Held, displacement};
-use super::{Cell, Choice, HandlerError, LINE, Owner, Spec, reach, returned};
+use super::{Cell, Choice, HandlerError, LINE, Owner, Spec, reach};
 use crate::addr::Gva;
 use crate::edition::set::{FIRST, Keys, SECOND, SECOND_WIDE, SetPlace};
 use crate::rule::Order;
@@ -26,7 +24,6 @@ pub(super) fn handler(spec: &Spec<'_>, cells: &[Cell], at: Gva) -> Result<Vec<u8
         spec,
         code: CodeAssembler::new(64)?,
         cells: cells.iter(),
-        thunks: BTreeMap::new(),
         needs_task: needs_task(spec),
         fault: CodeLabel::default(),
     };
@@ -92,8 +89,6 @@ pub(super) struct Emit<'a> {
     pub(super) code: CodeAssembler,
     /// Those that no test has taken yet; tests take them in the order in which they were laid out.
     cells: std::slice::Iter<'a, Cell>,
-    /// For each predicate's address, what calls it.
-    thunks: BTreeMap<Gva, CodeLabel>,
     needs_task: bool,
     /// Where a rule goes on that cannot be answered: it does not match.
     pub(super) fault: CodeLabel,
@@ -116,11 +111,7 @@ impl Emit<'_> {
             self.choices(true, &bound.choices)?;
             self.set(no)?;
         }
-        self.choices(false, self.spec.choices)?;
-        for (predicate, label) in std::mem::take(&mut self.thunks) {
-            self.thunk(predicate, label)?;
-        }
-        Ok(())
+        self.choices(false, self.spec.choices)
     }
 
     fn choices(&mut self, bound: bool, choices: &[Choice]) -> Result<(), HandlerError> {
@@ -263,7 +254,7 @@ impl Emit<'_> {
                 self.code.cmp(on, 0)?;
                 self.branch(When::NotEqual, ways)
             }
-            Check::Predicate { name, size } => self.predicate(name, *size, ways),
+            Check::Predicate { at, .. } => self.predicate(*at, ways),
         }
     }
 
@@ -321,40 +312,15 @@ impl Emit<'_> {
         self.branch(When::Equal, ways)
     }
 
-    fn predicate(&mut self, name: &str, size: u8, ways: Ways) -> Result<(), HandlerError> {
-        let at = self.spec.predicates.get(name);
-        let at = *at.ok_or_else(|| HandlerError::NoPredicate {
-            name: name.to_owned(),
-        })?;
-        reach("a predicate", at, 1)?;
-        let fresh = self.code.create_label();
-        let thunk = *self.thunks.entry(at).or_insert(fresh);
-        self.code.call(thunk)?;
+    /// Asks a predicate by its thunk, which leaves nothing but the arguments and callee-saved registers as they are.
+    fn predicate(&mut self, thunk: Gva, ways: Ways) -> Result<(), HandlerError> {
+        reach("what asks a predicate", thunk, 1)?;
+        self.code.call(thunk.0)?;
         if self.needs_task {
             self.task()?;
         }
-        match size {
-            1 => self.code.test(al, al)?,
-            2 => self.code.test(ax, ax)?,
-            4 => self.code.test(eax, eax)?,
-            _ => self.code.test(rax, rax)?,
-        }
+        self.code.test(al, al)?;
         self.branch(When::NotEqual, ways)
-    }
-
-    /// What calls `predicate` as the function was called, and leaves the arguments as they are. With seven words above the
-    /// caller's frame the stack is aligned as it was.
-    fn thunk(&mut self, predicate: Gva, mut label: CodeLabel) -> Result<(), HandlerError> {
-        self.code.set_label(&mut label)?;
-        for (register, ..) in ARGUMENTS {
-            self.code.push(register)?;
-        }
-        self.code.call(predicate.0)?;
-        for (register, ..) in ARGUMENTS.into_iter().rev() {
-            self.code.pop(register)?;
-        }
-        returned(&mut self.code, self.spec.region.returns())?;
-        Ok(())
     }
 
     /// Whether `key` is in the set at `place`. Neither `r10` nor, unless it is the key, `rax` is as before.

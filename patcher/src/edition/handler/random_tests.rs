@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::Owner;
 use super::tests::{
-    COMM, CPUS, CREDS, Call, EDITION, FLAGS, OBJECTS, PID, TGID, THUNK, UID, VSYSCALL, World,
+    ASKS, COMM, CPUS, CREDS, Call, EDITION, FLAGS, OBJECTS, PID, TGID, THUNK, UID, VSYSCALL, World,
     argument, choices, cpu, number, task,
 };
 use crate::addr::Gva;
@@ -110,8 +110,7 @@ fn a_check() -> impl Strategy<Value = Check> {
         1 => (1_u64..4).prop_map(|limit| Check::First { limit }),
         1 => (1_u64..4).prop_map(|calls| Check::Rate { calls }),
         1 => any::<bool>().prop_map(move |on| Check::During(if on { During::For(1) } else { named("x") })),
-        1 => prop::sample::select(vec![1_u8, 2, 4, 8])
-            .prop_map(|size| Check::Predicate { name: "asks".to_owned(), size }),
+        1 => Just(Check::Predicate { name: "asks".to_owned(), at: Gva(ASKS) }),
     ]
 }
 

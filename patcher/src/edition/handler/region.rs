@@ -10,7 +10,7 @@ use iced_x86::code_asm::{
     CodeAssembler, byte_ptr, dword_ptr, eax, qword_ptr, r10, r10d, rax, word_ptr,
 };
 
-use super::{Frame, HandlerError, reach, returned};
+use super::{HandlerError, reach, returned};
 use crate::addr::Gva;
 use crate::edition::link::Returns;
 
@@ -31,10 +31,7 @@ pub struct Region {
     pub symbols: Vec<(Gva, u64, String)>,
     /// Entries for an exception table: the instruction that may fault, and where it then goes on.
     pub fixups: Vec<(Gva, Gva)>,
-    /// From where on the caller's address is so many bytes above the stack pointer; in order.
-    pub orc: Vec<(Gva, Frame)>,
     loads: [Gva; 4],
-    returns: Returns,
 }
 
 impl Region {
@@ -82,9 +79,7 @@ impl Region {
             at,
             symbols: Vec::new(),
             fixups: Vec::new(),
-            orc: vec![(at, Frame::ENTERED)],
             loads: [at; 4],
-            returns,
             bytes: Vec::new(),
         };
         let end = at.0.wrapping_add(done.inner.code_buffer.len() as u64);
@@ -109,9 +104,5 @@ impl Region {
     pub(super) fn load(&self, width: u8) -> Gva {
         let index = WIDTHS.iter().position(|has| *has == width);
         self.loads[index.unwrap_or(WIDTHS.len() - 1)]
-    }
-
-    pub(super) fn returns(&self) -> Returns {
-        self.returns
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{Assembled, Bound, Choice, Frame, HandlerError, Owner, Region, Spec, assemble};
+use super::{Assembled, Bound, Choice, HandlerError, Owner, Region, Spec, Thunk, assemble};
 use crate::addr::Gva;
 use crate::edition::link::Returns;
 use crate::edition::set::{Keys, Set};
@@ -19,6 +19,8 @@ const SETS: u64 = 0xffff_ffff_ffa1_0000;
 pub(super) const COUNTERS: u64 = 0xffff_ffff_ffa2_0000;
 pub(super) const EDITION: u64 = 0xffff_ffff_ff90_0000;
 const PREDICATE: u64 = 0xffff_ffff_ff91_0000;
+/// What asks it.
+pub(super) const ASKS: u64 = 0xffff_ffff_ff91_0800;
 pub(super) const THUNK: u64 = 0xffff_ffff_81c0_0000;
 const CALLER: u64 = 0xffff_ffff_8123_4567;
 const STACK: u64 = 0xffff_c900_0000_4000;
@@ -87,6 +89,7 @@ impl Default for Call {
 /// A handler in a guest's memory.
 pub(super) struct World {
     region: Region,
+    thunk: Thunk,
     pub(super) handler: Assembled,
     pub(super) run: Run,
     choices: Vec<Choice>,
@@ -146,7 +149,6 @@ impl World {
             bound: bound.as_ref(),
             choices: &choices,
             sets: &places,
-            predicates: &BTreeMap::from([("asks".to_owned(), Gva(PREDICATE))]),
             cells: Gva(CELLS),
         };
         let handler = assemble(&spec, Gva(HANDLER)).unwrap();
@@ -159,6 +161,7 @@ impl World {
         );
         let mut world = Self {
             run: Run::default(),
+            thunk: Thunk::new("asks", Gva(PREDICATE), Gva(ASKS), returns).unwrap(),
             region,
             handler,
             choices,
@@ -179,6 +182,7 @@ impl World {
         if returns != Returns::Plain {
             run.code.push((THUNK, vec![0xc3]));
         }
+        run.code.push((ASKS, self.thunk.bytes.clone()));
         run.fixups = self
             .region
             .fixups
@@ -239,13 +243,13 @@ impl World {
             run.set(register, 0xdead_beef_dead_beef);
         }
         (run.rip, run.steps) = (HANDLER, 0);
-        let rules = [self.region.orc.clone(), self.handler.orc.clone()].concat();
-        let own = [CODE..CODE + 0x800, HANDLER..HANDLER + 0x10_0000];
+        let pushed: Vec<(Gva, i16)> = self.thunk.pushed().collect();
         loop {
-            run.run(4000, |run| interrupted(run, &rules, &own));
+            run.run(4000, |run| interrupted(run, &pushed));
             if run.rip != PREDICATE {
                 break;
             }
+            interrupted(run, &pushed);
             assert_eq!(run.get(Register::RSP) % 16, 8, "the stack is aligned");
             for (register, value) in ARGUMENTS.iter().zip(call.arguments) {
                 assert_eq!(run.get(*register), value);
@@ -365,7 +369,7 @@ impl World {
                 counter(cell, 0).cast_signed() > 0 && counter(cell, -1).cast_signed() > 0
             }
             Check::During(_) => counter(cell, 0) != 0,
-            Check::Predicate { size, .. } => call.answer << (64 - 8 * u32::from(*size)) != 0,
+            Check::Predicate { .. } => call.answer & 0xff != 0,
         })
     }
 
@@ -403,17 +407,24 @@ pub(super) fn number(value: &Value, constant: u64) -> i128 {
     }
 }
 
-/// What an interrupt does to what is below the stack pointer; and the caller is found where the rules say, frame by frame.
-fn interrupted(run: &mut Run, rules: &[(Gva, Frame)], own: &[std::ops::Range<u64>]) {
+/// What an interrupt does to what is below the stack pointer; and the caller is found frame by frame: what is neither in a thunk, which has `pushed`
+/// so much, nor the caller's own has just been entered.
+fn interrupted(run: &mut Run, pushed: &[(Gva, i16)]) {
     let sp = run.get(Register::RSP);
     (1..9).for_each(|word| run.store(sp - 8 * word, 8, 0x6666_6666_6666_6666));
     if run.rip == THUNK {
         return;
     }
+    let own = [
+        CODE..CODE + 0x800,
+        HANDLER..HANDLER + 0x10_0000,
+        ASKS..ASKS + 0x100,
+    ];
     let (mut ip, mut sp) = (run.rip, sp);
-    for _ in 0..3 {
-        let rule = rules.iter().rfind(|(at, _)| at.0 <= ip).unwrap();
-        sp += u64::from(rule.1.sp_offset);
+    for _ in 0..4 {
+        let of_thunk = (ASKS..ASKS + 0x100).contains(&ip);
+        let rule = pushed.iter().rfind(|(at, _)| of_thunk && at.0 <= ip);
+        sp += 8 + rule.map_or(0, |(_, pushed)| u64::try_from(*pushed).unwrap());
         ip = run.load(sp - 8, 8).unwrap();
         if ip == CALLER {
             assert_eq!(sp, STACK);
@@ -422,6 +433,12 @@ fn interrupted(run: &mut Run, rules: &[(Gva, Frame)], own: &[std::ops::Range<u64
         assert!(own.iter().any(|range| range.contains(&ip)), "{ip:#x}");
     }
     panic!("the caller is not found");
+}
+
+/// Whether a predicate says yes, which is asked at `at`.
+pub(super) fn asks(at: u64) -> Resolved {
+    let name = "asks".to_owned();
+    Resolved::Check(Check::Predicate { name, at: Gva(at) })
 }
 
 pub(super) fn task(loads: &[u32], size: u8, signed: bool) -> Value {
@@ -584,7 +601,6 @@ fn shares_firsts_and_rates_are_exact() {
 fn what_cannot_be_reached_or_found_is_an_error() {
     let region = Region::new(Gva(CODE), Returns::Plain).unwrap();
     let check = |choices: &[Choice], at: u64, want: &str| {
-        let none = BTreeMap::new();
         let spec = Spec {
             region: &region,
             per_cpu: per_cpu(),
@@ -592,7 +608,6 @@ fn what_cannot_be_reached_or_found_is_an_error() {
             bound: None,
             choices,
             sets: &BTreeMap::new(),
-            predicates: &none,
             cells: Gva(CELLS),
         };
         let error = assemble(&spec, Gva(at)).unwrap_err().to_string();
@@ -618,15 +633,13 @@ fn what_cannot_be_reached_or_found_is_an_error() {
         HANDLER,
         "no set is called Wide",
     );
-    let predicate = Check::Predicate {
-        name: "asks".to_owned(),
-        size: 4,
+    check(&rules(asks(0x1000)), HANDLER, "what asks a predicate");
+    let thunk = |predicate: u64, at: u64| {
+        let thunk = Thunk::new("asks", Gva(predicate), Gva(at), Returns::Plain);
+        thunk.unwrap_err().to_string()
     };
-    check(
-        &rules(Resolved::Check(predicate)),
-        HANDLER,
-        "no function called asks",
-    );
+    assert!(thunk(0x1000, ASKS).contains("a predicate at 0x1000"));
+    assert!(thunk(PREDICATE, 0x1000).contains("what asks a predicate at 0x1000"));
     let far = Region::new(Gva(CODE), Returns::Thunk(Gva(8)));
     assert!(matches!(far, Err(HandlerError::OutOfReach { .. })));
 }

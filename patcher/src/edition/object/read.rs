@@ -1,5 +1,7 @@
 //! Reads a package out of its ELF file, checking everything that [`Package`] promises.
 
+mod records;
+
 use std::collections::HashMap;
 
 use object::read::elf::ElfFile64;
@@ -9,8 +11,8 @@ use object::{
 };
 
 use super::{
-    AlternativeTable, Edition, Function, OrcEntry, Package, PackageError, Place, Pointer,
-    Relocation, Section, Symbol, parse_build_id,
+    AlternativeTable, Function, OrcEntry, Package, PackageError, Place, Pointer, Relocation,
+    Section, Symbol, parse_build_id,
 };
 use crate::edition::reloc::{self, Kind};
 use crate::edition::section::{Role, role};
@@ -18,8 +20,6 @@ use crate::publish::{BUGS, FIXUPS};
 
 /// Longest name of a kernel symbol, its NUL included (`KSYM_NAME_LEN`, `include/linux/kallsyms.h`).
 const NAME_LEN: usize = 512;
-/// Bytes of one record in `.exopatch.editions`: `struct exopatch_edition` of `exopatch.h`.
-const RECORD_LEN: usize = 16 + NAME_LEN;
 /// The most memory that one package may take in a guest, in bytes.
 const MAX_MEMORY: u64 = 2 << 20;
 /// The largest alignment that a section may ask for: a page.
@@ -64,10 +64,12 @@ pub(super) fn read(file: &Elf<'_>) -> Result<Package, PackageError> {
         return Err(PackageError::NoOrc);
     }
     let functions = reader.functions()?;
+    let predicates = reader.predicates(&functions)?;
     let alternatives = reader.alternatives()?;
     Ok(Package {
         build_id,
         editions,
+        predicates,
         sections: reader.sections,
         symbols: reader.symbols,
         orc,
@@ -287,64 +289,6 @@ impl Reader<'_, '_> {
         Ok(pointers)
     }
 
-    /// The records of `.exopatch.editions`.
-    fn editions(&mut self) -> Result<Vec<Edition>, PackageError> {
-        let section = ".exopatch.editions";
-        if self.file.section_by_name(section).is_none() {
-            return Err(PackageError::NoEdition);
-        }
-        let bytes = self.ours(section)?;
-        let pointers = self.pointers(section)?;
-        let wrong = |why| PackageError::Ours { section, why };
-        if bytes.len() % RECORD_LEN != 0 {
-            return Err(wrong("does not hold whole records"));
-        }
-        let mut editions: Vec<Edition> = Vec::new();
-        for (nth, record) in bytes.chunks_exact(RECORD_LEN).enumerate() {
-            if word(record, 8).map(usize::try_from) != Some(Ok(RECORD_LEN)) {
-                return Err(wrong("holds records of another layout"));
-            }
-            let position = word(record, 12).unwrap_or_default();
-            let name = record.get(16..).unwrap_or_default();
-            let name = name
-                .split(|&byte| byte == 0)
-                .next()
-                .filter(|name| !name.is_empty() && name.len() < NAME_LEN);
-            let function = name
-                .and_then(|name| std::str::from_utf8(name).ok())
-                .filter(|name| name.is_ascii());
-            let function = function
-                .ok_or_else(|| wrong("holds a record without a function name"))?
-                .to_owned();
-            let at = (nth * RECORD_LEN) as u64;
-            let here = pointers.iter().find(|&&(offset, ..)| offset == at);
-            let here = here.filter(|&&(_, index, to)| {
-                self.sections
-                    .get(index)
-                    .is_some_and(|section| section.code && to < section.bytes.len() as u64)
-            });
-            let Some(&(_, section, offset)) = here else {
-                return Err(PackageError::NotAFunction { function });
-            };
-            if editions
-                .iter()
-                .any(|other| other.function == function && other.position == position)
-            {
-                return Err(PackageError::Twice { function });
-            }
-            editions.push(Edition {
-                function,
-                position,
-                section,
-                offset,
-            });
-        }
-        if editions.is_empty() {
-            return Err(PackageError::NoEdition);
-        }
-        Ok(editions)
-    }
-
     /// The functions in what gets memory, by the names that the kernel would have for them.
     fn functions(&self) -> Result<Vec<Function>, PackageError> {
         let mut functions = Vec::new();
@@ -480,8 +424,4 @@ fn build_id(text: &[u8]) -> Result<Vec<u8>, PackageError> {
         Some(id) => Ok(id),
         None => Err(wrong),
     }
-}
-
-fn word(record: &[u8], at: usize) -> Option<u32> {
-    Some(u32::from_le_bytes(record.get(at..at + 4)?.try_into().ok()?))
 }

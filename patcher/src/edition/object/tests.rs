@@ -9,6 +9,8 @@ use object::{
 };
 use proptest::prelude::*;
 
+use crate::edition::predicate;
+
 use super::{MAX_PACKAGE, Package, PackageError, Place, build_id_text, parse_build_id};
 
 /// Build-id that the packages made here are for.
@@ -19,6 +21,7 @@ pub(crate) struct Maker {
     object: Object<'static>,
     text: SectionId,
     editions: SectionId,
+    predicates: Option<SectionId>,
 }
 
 impl Maker {
@@ -48,6 +51,7 @@ impl Maker {
             object,
             text,
             editions,
+            predicates: None,
         }
     }
 
@@ -105,6 +109,11 @@ impl Maker {
         self.relocate(self.text, offset, kind, symbol, addend);
     }
 
+    /// Adds a relative relocation to `.text`, to what is `addend` bytes behind a symbol.
+    pub(crate) fn relocate_text_to(&mut self, offset: u64, symbol: SymbolId, addend: i64) {
+        self.relocate(self.text, offset, 2, symbol, addend);
+    }
+
     /// Has the four bytes at `offset` of `section` hold the distance to `to` of `.text`.
     pub(crate) fn relocate_to_text(&mut self, section: SectionId, offset: u64, to: i64) {
         let text = self.object.section_symbol(self.text);
@@ -117,12 +126,44 @@ impl Maker {
             &format!("edition_of_{function}_{position}"),
             Some((self.text, offset)),
         );
+        self.record(self.editions, function, position, symbol, 0);
+    }
+
+    /// Declares that the function at `offset` of `.text` is the predicate `name`.
+    pub(crate) fn predicate(&mut self, name: &str, offset: u64) {
+        let symbol = self.symbol(name, Some((self.text, offset)));
+        self.predicate_at(name, symbol, 0);
+    }
+
+    /// The same at `addend` bytes behind a symbol.
+    pub(crate) fn predicate_at(&mut self, name: &str, symbol: SymbolId, addend: i64) {
+        let section = match self.predicates {
+            Some(section) => section,
+            None => self.section(".exopatch.predicates", SectionKind::ReadOnlyData, &[]),
+        };
+        self.predicates = Some(section);
+        self.record(section, name, 0, symbol, addend);
+    }
+
+    fn record(
+        &mut self,
+        section: SectionId,
+        name: &str,
+        number: u32,
+        symbol: SymbolId,
+        addend: i64,
+    ) {
         let mut record = vec![0; 528];
         record[8..12].copy_from_slice(&528_u32.to_le_bytes());
-        record[12..16].copy_from_slice(&position.to_le_bytes());
-        record[16..16 + function.len()].copy_from_slice(function.as_bytes());
-        let at = self.object.append_section_data(self.editions, &record, 8);
-        self.relocate(self.editions, at, 1, symbol, 0);
+        record[12..16].copy_from_slice(&number.to_le_bytes());
+        record[16..16 + name.len()].copy_from_slice(name.as_bytes());
+        let at = self.object.append_section_data(section, &record, 8);
+        self.relocate(section, at, 1, symbol, addend);
+    }
+
+    /// The symbol of `.text`.
+    pub(crate) fn text(&mut self) -> SymbolId {
+        self.object.section_symbol(self.text)
     }
 
     /// Gives `.text` an unwind table of one entry.
@@ -261,6 +302,68 @@ fn what_is_wrong_is_named() {
 }
 
 #[test]
+fn predicates_are_read() {
+    let mut maker = sample();
+    maker.predicate("first", 18);
+    maker.predicate("_2nd", 20);
+    let package = Package::parse(&maker.finish()).unwrap();
+    let predicates = package.predicates().iter();
+    let predicates: Vec<_> = predicates
+        .map(|it| (it.name.as_str(), it.section, it.offset))
+        .collect();
+    assert_eq!(predicates, [("first", 0, 18), ("_2nd", 0, 20)]);
+    let none = Package::parse(&sample().finish()).unwrap();
+    assert!(none.predicates().is_empty());
+}
+
+#[test]
+fn what_is_wrong_with_predicates_is_named() {
+    let check = |what: &str, change: &dyn Fn(&mut Maker)| {
+        let mut maker = sample();
+        maker.predicate("fine", 18);
+        change(&mut maker);
+        let error = Package::parse(&maker.finish()).unwrap_err().to_string();
+        assert!(error.contains(what), "{what}: {error}");
+    };
+    check("two predicates called fine", &|m| m.predicate("fine", 20));
+    check("the predicate inside is not a function", &|m| {
+        let text = m.text();
+        m.predicate_at("inside", text, 19);
+    });
+    check("the predicate data is not a function", &|m| {
+        let data = m.section(".data.once", SectionKind::Data, &[0; 8]);
+        let data = m.symbol("data", Some((data, 0)));
+        m.predicate_at("data", data, 0);
+    });
+    check("the predicate elsewhere is not a function", &|m| {
+        let elsewhere = m.symbol("printk", None);
+        m.predicate_at("elsewhere", elsewhere, 0);
+    });
+    check("a pointer in section .exopatch.predicates", &|m| {
+        let text = m.text();
+        m.predicate_at("outside", text, 33);
+    });
+    for name in ["", "2nd", "no name", "a-b"] {
+        check("without a function name", &|m| m.predicate(name, 18));
+    }
+    check("65 predicates; at most 64", &|m| {
+        (0..64).for_each(|nth| m.predicate(&format!("p{nth}"), 18));
+    });
+    check("does not hold whole records", &|m| {
+        let section = m.predicates.unwrap();
+        m.object.append_section_data(section, &[0; 8], 1);
+    });
+    check("records of another layout", &|m| {
+        let section = m.predicates.unwrap();
+        m.object.append_section_data(section, &[0; 528], 8);
+    });
+    check("records of another layout", &|m| {
+        let (section, text) = (m.predicates.unwrap(), m.text());
+        m.record(section, "numbered", 1, text, 18);
+    });
+}
+
+#[test]
 fn what_is_missing_is_named() {
     let check = |maker: &Maker, what: &str| {
         let error = Package::parse(&maker.finish()).unwrap_err().to_string();
@@ -340,7 +443,9 @@ fn build_ids_are_hexadecimal() {
 proptest! {
     #[test]
     fn damage_never_panics(edits in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8)) {
-        let mut bytes = sample().finish();
+        let mut maker = sample();
+        maker.predicate("asks", 18);
+        let mut bytes = maker.finish();
         for (at, value) in edits {
             let at = at.index(bytes.len());
             bytes[at] = value;
@@ -352,6 +457,11 @@ proptest! {
                     prop_assert!(relocation.symbol < package.symbols().len());
                 }
             }
+            for predicate in package.predicates() {
+                let section = &package.sections()[predicate.section];
+                prop_assert!(section.code && predicate.offset < section.bytes.len() as u64);
+            }
+            let _ = predicate::check(&package, package.sections());
         }
     }
 

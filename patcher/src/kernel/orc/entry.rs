@@ -122,6 +122,12 @@ impl Field {
         let bits = entry >> self.first & ((1 << self.bits) - 1);
         u16::try_from(bits).unwrap_or(u16::MAX)
     }
+
+    /// `entry` with `value` there, as many bits of it as the field has.
+    fn put(self, entry: u64, value: u16) -> u64 {
+        let bits = ((1 << self.bits) - 1) << self.first;
+        entry & !bits | u64::from(value) << self.first & bits
+    }
 }
 
 /// The layout of an entry.
@@ -161,6 +167,11 @@ impl OrcFormat {
             signal: maybe("signal")?,
             end: maybe("end")?,
         })
+    }
+
+    /// `entry` with another offset from the register that the caller's stack pointer is found by.
+    pub(super) fn with_offset(&self, entry: u64, offset: i16) -> u64 {
+        self.sp_offset.put(entry, offset.cast_unsigned())
     }
 
     pub(super) fn decode(&self, entry: u64) -> Orc {

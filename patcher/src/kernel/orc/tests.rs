@@ -213,3 +213,19 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn an_entry_is_made_for_so_many_pushed_bytes() {
+    for form in FORMS {
+        let image = image(form, |_| {});
+        let table = image.orc().unwrap();
+        for pushed in [0, 8, 24, 48, 0x1000] {
+            let entry = table.entered(pushed).unwrap();
+            let mut bytes = [0; 8];
+            bytes[..entry.len()].copy_from_slice(&entry);
+            let want = call(Base::Sp, 8 + pushed, FramePointer::Kept);
+            assert_eq!(table.decode(bytes), want, "{form:?} {pushed}");
+        }
+        assert_eq!(table.entered(i16::MAX), None);
+    }
+}

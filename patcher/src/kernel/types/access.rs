@@ -146,21 +146,6 @@ impl Types {
         })
     }
 
-    /// Bytes of what `function` gives back: 1, 2, 4 or 8, or nothing at all.
-    ///
-    /// # Errors
-    /// [`AccessError`], also when that is no number or pointer.
-    pub fn returned(&self, function: &str) -> Result<Option<u8>, AccessError> {
-        self.of_function(function, |prototype, _| {
-            if prototype.size_or_type == 0 {
-                return Ok(None);
-            }
-            let text = format!("what {function} returns");
-            self.scalar(prototype.size_or_type, text)
-                .map(|(size, ..)| Some(size))
-        })
-    }
-
     /// Value of `enumerator`, whatever enumeration it is in.
     ///
     /// # Errors
@@ -656,8 +641,6 @@ mod tests {
                 .contains("2 different")
         );
         assert!(types.any_enumerator("NONE").is_err());
-        assert_eq!(types.returned("walk"), Ok(Some(4)));
-        assert_eq!(types.returned("seven"), Ok(None));
     }
 
     fn ask(types: &Types) {
@@ -673,7 +656,6 @@ mod tests {
                     let _ = types.access(function, Which::Number(number), &hops[..count]);
                 }
             }
-            let _ = types.returned(function);
         }
         let _ = types.any_enumerator("ON");
     }
