@@ -10,6 +10,8 @@ use crate::kernel::sites::SiteKind;
 use crate::x86::insn::{ENDBR64, has_near_target};
 use crate::x86::registers::Registers;
 
+/// No site is longer, in bytes: the kernel's tables have one byte for the length.
+const LONGEST_SITE: u64 = 0x100;
 /// Reach of a branch of two bytes, in bytes.
 const SHORT: u64 = 130;
 
@@ -188,13 +190,10 @@ impl Program for ImageProgram<'_> {
     }
 
     fn changes(&self, code: &Range<LinkAddr>) -> bool {
-        // None is longer than a few hundred bytes, and few of them overlap.
         let behind = self.changing.partition_point(|site| site.start < code.end);
-        let before = self.changing.get(..behind).unwrap_or_default();
+        let before = self.changing.get(..behind).unwrap_or_default().iter().rev();
         before
-            .iter()
-            .rev()
-            .take(8)
+            .take_while(|site| code.start.0.saturating_sub(site.start.0) < LONGEST_SITE)
             .any(|site| code.start < site.end)
     }
 }
