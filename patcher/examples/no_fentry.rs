@@ -59,22 +59,6 @@ fn main() -> Result<(), Box<dyn Error>> {
             regions.push((region.name, first.address..last.address));
         }
     }
-    // TEMPORARY
-    let mut mids = 0;
-    for symbol in symbols.iter().filter(|symbol| "tTwW".contains(char::from(symbol.kind))) {
-        if !all { break; }
-        let Some(code) = symbol.address.range(symbol.size).and_then(|range| shipped.text(range)) else { continue };
-        for instruction in &mut iced_x86::Decoder::with_ip(64, code, symbol.address.0, 0) {
-            if instruction.is_jcc_short_or_near() {
-                let to = LinkAddr(instruction.near_branch_target());
-                if let Some((other, offset)) = symbols.containing(to) && other.address != symbol.address && offset != 0 && symbol.size != 0 {
-                    mids += 1;
-                    if mids < 30 { println!("mid: {} -> {}+{offset:#x} at {:x}", symbol.name, other.name, instruction.ip()); }
-                }
-            }
-        }
-    }
-    println!("mids: {mids}");
     let mut counts: BTreeMap<String, usize> = BTreeMap::new();
     let start = Instant::now();
     for symbol in symbols

@@ -46,7 +46,10 @@ fn a_function_without_fentry_is_redirected_and_reverted() {
             assert_eq!(written(&mut guest), "6", "{stock:?}");
             let id = id.to_string();
             let state = guest.client.call(&["update", "verify", &id]);
-            assert_eq!(state.expect("the verification")["intact"], Value::Bool(true));
+            assert_eq!(
+                state.expect("the verification")["intact"],
+                Value::Bool(true)
+            );
             revert(&guest, id.parse().expect("a number"));
             assert_eq!(written(&mut guest), "5", "{stock:?}");
         }
@@ -61,7 +64,9 @@ fn rules_choose_the_calls_of_a_function_without_fentry() {
         let path = stock.edition("kstrtoint_more");
         let path = path.to_str().expect("paths of tests are UTF-8");
         for (rule, want) in [("base = 16", "5"), ("base = 0", "6")] {
-            let update = guest.client.call(&["update", "apply", path, "--when", rule]);
+            let update = guest
+                .client
+                .call(&["update", "apply", path, "--when", rule]);
             let update = update.expect("the apply");
             assert_eq!(written(&mut guest), want, "{stock:?}, when {rule}");
             revert(&guest, update["id"].as_u64().expect("an id"));
@@ -82,7 +87,10 @@ fn a_function_whose_caller_relies_on_registers_is_refused() {
         let caller = caller.split(' ').next().unwrap_or_default();
         let caller = u64::from_str_radix(caller, 16).expect("hexadecimal");
         let first = address(&mut guest, "xas_load");
-        assert!((first..first + 0x40).contains(&caller), "{first:x}: {cause}");
+        assert!(
+            (first..first + 0x40).contains(&caller),
+            "{first:x}: {cause}"
+        );
         assert!(cause.contains("(rdi)") || cause.contains("(r8)"), "{cause}");
         let (code, cause) = refused(&guest, stock, "refused_assembly");
         assert_eq!(code, "function_without_fentry", "{stock:?}: {cause}");
