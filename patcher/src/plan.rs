@@ -4,7 +4,9 @@
 
 pub mod binding;
 pub mod checks;
+mod program;
 pub mod refusal;
+pub mod reliance;
 pub mod target;
 
 use std::fmt;

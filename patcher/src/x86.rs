@@ -4,5 +4,6 @@ pub mod depth;
 pub mod frames;
 pub mod insn;
 pub mod paging;
+pub mod registers;
 #[cfg(test)]
 pub(crate) mod run;

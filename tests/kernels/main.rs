@@ -14,6 +14,7 @@ mod first_class;
 mod flavours;
 mod input;
 mod instant;
+mod no_fentry;
 mod ordinary;
 mod panics;
 mod patch;

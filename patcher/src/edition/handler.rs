@@ -1,10 +1,11 @@
 //! Redirection handlers: the code between a function's jump and its editions, which decides for each call which of them runs.
 //!
 //! A handler is entered as the function was, and enters an edition as if it had been called: argument and callee-saved registers, the
-//! stack and all memory of the guest are as they were. Only `rax`, `r10`, `r11` and the flags change, which callers of a function with fentry
-//! rely on none of. It takes no lock, loops nowhere, allocates nothing and jumps nowhere by a pointer, so that it runs in any context on any
-//! processor. It pushes nothing: wherever it is interrupted, its caller's address is where the stack pointer points. So it is in the loads that may
-//! fault, which it calls in [`Region`]; predicates it asks by a [`Thunk`] in the code of their update, which is unwound by that update's table.
+//! stack and all memory of the guest are as they were. Only `rax`, `r10`, `r11` and the flags change, on which no caller of a
+//! function that is redirected relies (see [`crate::plan::reliance`]). It takes no lock, loops nowhere, allocates nothing and jumps nowhere by a
+//! pointer, so that it runs in any context on any processor. It pushes nothing: wherever it is interrupted, its caller's address is where the
+//! stack pointer points. So it is in the loads that may fault, which it calls in [`Region`]; predicates it asks by a [`Thunk`] in the code of
+//! their update, which is unwound by that update's table.
 //!
 //! Numbers that a rule names are in cells in the arena's data half, which the host may store to at any time: see [`crate::rule::tune`].
 

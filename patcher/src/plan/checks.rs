@@ -49,40 +49,64 @@ pub const REGIONS: [Region; 5] = [
     },
 ];
 
-/// Where the jump goes: after the fentry site, which is the first instruction or follows `endbr64`.
+/// Where the jump goes in a function with a fentry site, which is its first instruction or follows `endbr64`: behind that. `None` if it has none.
 ///
-/// `code` is the function's image from its first byte `at`, `sites` what the image lists for it.
-///
-/// # Errors
-/// [`Refusal::NoFentry`].
-pub fn after_fentry(
-    function: &str,
-    at: Gva,
-    code: &[u8],
-    first: LinkAddr,
-    sites: &[Site],
-) -> Result<u64, Refusal> {
-    let refused = || Refusal::NoFentry {
-        function: function.into(),
-        at,
-    };
-    let entry = if code.starts_with(&ENDBR64) {
+/// `code` is the function's image from its first byte, `sites` what the image lists for it.
+#[must_use]
+pub fn after_fentry(code: &[u8], first: LinkAddr, sites: &[Site]) -> Option<u64> {
+    let entry = before_all(code);
+    let fentry = first.checked_add(entry)?;
+    let mut listed = sites.iter();
+    // Some compilers leave the ENDBR out of the function's padding and some kernels seal it away: both may hold.
+    listed
+        .any(|site| site.kind == SiteKind::Fentry && site.range.start == fentry)
+        .then_some(entry + FENTRY_LEN as u64)
+}
+
+/// Bytes of `code` that stay before any jump: those of `endbr64`.
+#[must_use]
+pub fn before_all(code: &[u8]) -> u64 {
+    if code.starts_with(&ENDBR64) {
         ENDBR64.len() as u64
     } else {
         0
-    };
-    let fentry = first.checked_add(entry).ok_or_else(refused)?;
-    let listed = |start| {
-        sites
-            .iter()
-            .any(|site| site.kind == SiteKind::Fentry && site.range.start == start)
-    };
-    // Some compilers leave the ENDBR out of the function's padding and some kernels seal it away: both may hold.
-    if listed(fentry) {
-        Ok(entry + FENTRY_LEN as u64)
-    } else {
-        Err(refused())
     }
+}
+
+/// The function is one that the compiler made from C, by the kernel's types, and the only one of its name: `namesakes` counts those.
+///
+/// # Errors
+/// [`Refusal::NoFentry`].
+pub fn compiled(function: &str, at: Gva, in_types: bool, namesakes: usize) -> Result<(), Refusal> {
+    let why = match (in_types, namesakes) {
+        (false, _) => {
+            "the kernel's types have no C function of that name that takes or gives anything: it may be assembly, which is called in ways of its own"
+        }
+        (true, 1) => return Ok(()),
+        (true, _) => {
+            "there are several of that name, so which of them is in the types is not known"
+        }
+    };
+    Err(Refusal::NoFentry {
+        function: function.into(),
+        at,
+        why,
+    })
+}
+
+/// The function is none that the kernel calls in place of a privileged instruction: `operations` are those. Callers keep most registers there.
+///
+/// # Errors
+/// [`Refusal::NoFentry`].
+pub fn no_operation(function: &str, at: Gva, operations: &[u64]) -> Result<(), Refusal> {
+    if !operations.contains(&at.0) {
+        return Ok(());
+    }
+    Err(Refusal::NoFentry {
+        function: function.into(),
+        at,
+        why: "it is a paravirtual operation, whose callers keep values in registers",
+    })
 }
 
 /// There is room for the jump before the next symbol.
@@ -280,8 +304,8 @@ fn likely_cause(byte: Option<u8>) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::{
-        REGIONS, Refusal, after_fentry, no_branch_into, no_kprobe, no_site, not_ours, outside,
-        room, unchanged,
+        REGIONS, Refusal, after_fentry, compiled, no_branch_into, no_kprobe, no_operation, no_site,
+        not_ours, outside, room, unchanged,
     };
     use crate::addr::{Gva, LinkAddr};
     use crate::kernel::sites::{Site, SiteKind};
@@ -299,7 +323,7 @@ mod tests {
     #[test]
     fn the_jump_goes_after_fentry() {
         let check = |code: &[u8], sites: &[Site], want: Option<u64>| {
-            assert_eq!(after_fentry("f", AT, code, LINK, sites).ok(), want);
+            assert_eq!(after_fentry(code, LINK, sites), want);
         };
         let fentry = [0xe8, 0, 0, 0, 0];
         let endbr = [0xf3, 0x0f, 0x1e, 0xfa, 0xe8, 0, 0, 0, 0];
@@ -310,6 +334,21 @@ mod tests {
         check(&fentry, &[site(SiteKind::Call, 0, 5)], None);
         // A weak function's own site, further in.
         check(&fentry, &[site(SiteKind::Fentry, 16, 5)], None);
+    }
+
+    #[test]
+    fn only_c_functions_do_without_fentry() {
+        let refused = |result: Result<(), Refusal>, want: &str| {
+            let Err(Refusal::NoFentry { why, .. }) = result else {
+                panic!("{want}: {result:?}");
+            };
+            assert!(why.contains(want), "{why}");
+        };
+        assert_eq!(compiled("f", AT, true, 1), Ok(()));
+        refused(compiled("f", AT, false, 1), "may be assembly");
+        refused(compiled("f", AT, true, 2), "several");
+        assert_eq!(no_operation("f", AT, &[AT.0 + 1]), Ok(()));
+        refused(no_operation("f", AT, &[0, AT.0]), "paravirtual");
     }
 
     #[test]

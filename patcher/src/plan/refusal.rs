@@ -1,6 +1,7 @@
 //! Why a function cannot be redirected. A refusal says what stands in the way and where; the guest is as it was.
 
 use crate::addr::Gva;
+use crate::x86::registers::Registers;
 
 /// What kind of place of the kernel's own lies among the bytes that a jump would displace.
 ///
@@ -10,23 +11,38 @@ pub type SiteName = &'static str;
 /// Why a function cannot be redirected.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
-    /// It has no fentry site, so callers in the same file may rely on registers that it happens not to change.
-    #[error(
-        "{function} has no fentry site at {at} (it is assembly, or marked notrace or noinstr); only functions that the \
-         kernel's own tracer can hook are redirected"
-    )]
+    /// It has no fentry site, and nothing shows that its callers would do with another function in its place.
+    #[error("{function} has no fentry site at {at}, and {why}")]
     NoFentry {
         /// The function.
         function: String,
         /// Its first byte.
         at: Gva,
+        /// What stands in the way.
+        why: &'static str,
     },
-    /// There is no room for a jump after the fentry site.
-    #[error("{function} is too short: {room} bytes follow its fentry site, a jump needs {needed}")]
+    /// It has no fentry site, and a caller relies on registers that it happens not to change.
+    #[error(
+        "{function} has no fentry site, and its caller at {caller} may rely on registers that it leaves alone ({registers}): at {at}, {why}"
+    )]
+    Reliance {
+        /// The function.
+        function: String,
+        /// Where it is called.
+        caller: Gva,
+        /// The registers.
+        registers: Registers,
+        /// Where that was found.
+        at: Gva,
+        /// What is there.
+        why: &'static str,
+    },
+    /// There is no room for a jump.
+    #[error("{function} is too short: {room} bytes are left for a jump, which needs {needed}")]
     TooShort {
         /// The function.
         function: String,
-        /// Bytes from the end of the fentry site to the next symbol.
+        /// Bytes from where the jump would go to the next symbol, padding included.
         room: u64,
         /// Bytes that are needed.
         needed: u64,

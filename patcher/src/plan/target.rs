@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::refusal::Refusal;
+use super::reliance::{Callers, Reliance};
 use super::{Lead, checks};
 use crate::addr::{Gva, LinkAddr};
 use crate::edition::link::Returns;
@@ -20,6 +21,10 @@ use crate::x86::paging::PagingError;
 const PLAIN_RETURN: [u8; JUMP_LEN] = [0xc3, 0xcc, 0xcc, 0xcc, 0xcc];
 /// `endbr64`, the fentry site and the displaced instructions take fewer bytes than this.
 const HEAD: u64 = 64;
+/// The kernel's table of what it calls in place of privileged instructions (kernel `arch/x86/kernel/paravirt.c`).
+const OPERATIONS: &str = "pv_ops";
+/// Most bytes of it.
+const PAGE: u64 = 4096;
 /// The most bytes of one function that are looked through for branches.
 const MAX_FUNCTION: u64 = 1 << 20;
 
@@ -32,7 +37,7 @@ pub struct Target {
     pub function: Gva,
     /// Bytes to the next symbol.
     pub size: u64,
-    /// Where the jump goes: after the fentry site.
+    /// Where the jump goes: after the fentry site, or first where there is none.
     pub jump: Gva,
     /// The bytes of the whole instructions that the jump displaces.
     pub displaced: Vec<u8>,
@@ -92,7 +97,7 @@ impl Target {
             return known.target.still(kernel, guest, known.lead);
         }
         let function = Code::new(kernel, shipped, &symbol)?;
-        let jump = function.jump()?;
+        let jump = function.jump(guest)?;
         let displaced = function.displaced_range(jump)?;
         let displaced_sites = function.sites_in(&displaced);
         checks::no_site(&symbol.name, &displaced_sites, |at| kernel.runtime(at))?;
@@ -205,6 +210,7 @@ impl<'a> Code<'a> {
         let code = code.ok_or_else(|| Refusal::NoFentry {
             function: symbol.name.clone(),
             at,
+            why: "it is in no code of the kernel's file",
         })?;
         let head = symbol.address..LinkAddr(symbol.address.0.saturating_add(HEAD));
         Ok(Self {
@@ -222,17 +228,59 @@ impl<'a> Code<'a> {
         self.sites.iter().filter(shares).cloned().collect()
     }
 
-    /// Where in the image the jump goes.
-    fn jump(&self) -> Result<LinkAddr, Refusal> {
+    /// Where in the image the jump goes: behind the fentry site, or where that would be.
+    fn jump<R: ReadPhys>(&self, guest: &R) -> Result<LinkAddr, TargetError> {
         let (name, first) = (&self.symbol.name, self.symbol.address);
-        let at = self.kernel.runtime(first);
-        let refused = || Refusal::NoFentry {
-            function: name.clone(),
-            at,
+        let offset = match checks::after_fentry(self.code, first, &self.sites) {
+            Some(offset) => offset,
+            None => {
+                self.does_without_fentry(guest)?;
+                checks::before_all(self.code)
+            }
         };
-        let offset = checks::after_fentry(name, at, self.code, first, &self.sites)?;
         checks::room(name, self.symbol.size, offset)?;
-        first.checked_add(offset).ok_or_else(refused)
+        let too_short = || Refusal::TooShort {
+            function: name.clone(),
+            room: 0,
+            needed: JUMP_LEN as u64,
+        };
+        Ok(first.checked_add(offset).ok_or_else(too_short)?)
+    }
+
+    /// The function may be replaced though it has no fentry site: it is C, and no caller relies on what it leaves alone.
+    fn does_without_fentry<R: ReadPhys>(&self, guest: &R) -> Result<(), TargetError> {
+        let (name, first) = (&self.symbol.name, self.symbol.address);
+        let (image, at) = (self.kernel.image(), self.kernel.runtime(first));
+        let in_types = image.types().has_prototype(name);
+        checks::compiled(name, at, in_types, image.symbols().namesakes(name).len())?;
+        checks::no_operation(name, at, &self.operations(guest)?)?;
+        let callers = Callers::of(image)?;
+        let relies = |found: Reliance| Refusal::Reliance {
+            function: name.clone(),
+            caller: self.kernel.runtime(found.caller),
+            registers: found.registers,
+            at: self.kernel.runtime(found.at),
+            why: found.why,
+        };
+        Ok(callers.none_relies(first).map_err(relies)?)
+    }
+
+    /// What the running kernel calls in place of privileged instructions, if it has a table of that.
+    fn operations<R: ReadPhys>(&self, guest: &R) -> Result<Vec<u64>, TargetError> {
+        let symbols = self.kernel.image().symbols();
+        let Some(table) = symbols.optional(OPERATIONS)? else {
+            return Ok(Vec::new());
+        };
+        let mut bytes = vec![0; usize::try_from(table.size.min(PAGE)).unwrap_or_default()];
+        let read = self
+            .kernel
+            .read(guest, self.kernel.runtime(table.address), &mut bytes);
+        read.map_err(|cause| TargetError::Unreadable {
+            function: OPERATIONS.into(),
+            cause,
+        })?;
+        let words = bytes.as_chunks::<8>().0.iter();
+        Ok(words.map(|word| u64::from_le_bytes(*word)).collect())
     }
 
     /// The whole instructions of the image that a jump at `jump` displaces.

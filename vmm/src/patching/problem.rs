@@ -490,6 +490,7 @@ fn link(cause: &LinkError) -> Problem {
 fn refusal(cause: &Refusal) -> Problem {
     let (code, hint) = match cause {
         Refusal::NoFentry { .. } => ("function_without_fentry", ELSEWHERE),
+        Refusal::Reliance { .. } => ("callers_rely_on_registers", ELSEWHERE),
         Refusal::TooShort { .. } => ("function_too_short", ELSEWHERE),
         Refusal::Region { .. } => ("function_in_special_region", ELSEWHERE),
         Refusal::Site { site, .. } if site.contains("kprobe") => (

@@ -178,6 +178,45 @@ impl Types {
         }
     }
 
+    /// Whether the types say anything of what `function` takes or gives. Of assembly they may have the name, and say nothing; so they do of a C function
+    /// that takes and gives nothing.
+    #[must_use]
+    pub fn has_prototype(&self, function: &str) -> bool {
+        let any =
+            |prototype: RawType, _: &Budget| Ok(prototype.vlen > 0 || prototype.size_or_type != 0);
+        self.of_function(function, any).unwrap_or(false)
+    }
+
+    /// How many of the registers that carry arguments a call of `function` may use, by its prototype: at most [`REGISTERS`], and all of them where any
+    /// arguments may follow.
+    ///
+    /// # Errors
+    /// [`AccessError`] when the types have no such function, or several that differ.
+    pub fn argument_registers(&self, function: &str) -> Result<usize, AccessError> {
+        self.of_function(function, |prototype, budget| {
+            let words = |id: u32| match self.size(id) {
+                Some(size) if size <= 8 => 1,
+                Some(size) if size <= 16 => 2,
+                Some(_) => 0,
+                None => REGISTERS,
+            };
+            // What two registers cannot carry back is written to where the caller says, in a register of its own.
+            let result = prototype.size_or_type;
+            let mut all =
+                usize::from(result != 0 && self.size(result).is_none_or(|size| size > 16));
+            for index in 0..prototype.vlen {
+                if budget.look().is_none() {
+                    return Ok(REGISTERS);
+                }
+                all += match self.raw_parameter(&prototype, index) {
+                    Some((_, id)) if id != 0 => words(id),
+                    _ => REGISTERS,
+                };
+            }
+            Ok(all.min(REGISTERS))
+        })
+    }
+
     /// What `ask` answers for the prototypes of the functions called so, when they all answer the same.
     fn of_function<T: PartialEq>(
         &self,
