@@ -58,7 +58,7 @@ pub(crate) fn applied(guest: &Guest, stock: Stock, name: &str, options: &[&str])
 }
 
 /// Has an update be used for the calls of a rule.
-fn use_for(guest: &Guest, id: u64, options: &[&str]) {
+pub(crate) fn use_for(guest: &Guest, id: u64, options: &[&str]) {
     let id = id.to_string();
     let call = ["update", "use", &id, "--deadline", "20s"];
     let update = guest.client.call(&[&call, options].concat());
