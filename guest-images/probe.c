@@ -18,6 +18,13 @@
  *   churn THREADS                     go through the kernel in many ways for ever: calls, faults, pipes, sockets, signals, timers, forks
  *   sleepers COUNT                    threads that sleep in one of several system calls each; "sleepers: COUNT" when all are there
  *   bpf THREADS                       attach BPF programs to what churn goes through ("bpf: N programs"), then churn, and run another program
+ *   datagrams COUNT THREADS           send so many UDP datagrams to oneself on each thread, and receive each; "datagrams: N" is all of them
+ *   signals COUNT THREADS             the same with SIGUSR2; "signals: N"
+ *   futexes COUNT THREADS             the same with FUTEX_WAKE_OP, whose operand (the third argument, and part of the seventh) must be found in memory
+ *                                     after the call; "futexes: N"
+ *   marks COUNT THREADS               ask SIOCATMARK with memory that is there, that a fault must bring, that is read-only, that is not there, and
+ *                                     that is the kernel's; "marks: KIND ERRNONAME N ..." a kind: what was answered, and how often. An answer of OK must
+ *                                     have added one to the number there, and any other have left it
  *   steps COUNT                       step a child through COUNT instructions; "steps: made N of COUNT"
  *   breakpoint SECONDS                call a function on which a hardware breakpoint is set; "breakpoint: calls N hits N"
  *   power-button                      open the power button, go to the background, power off when it is pressed
@@ -64,7 +71,7 @@ _Noreturn void fail(const char *what)
 
 static _Noreturn void usage(void)
 {
-	fprintf(stderr, "usage: probe siocatmark|siocatmark-loop|answers|tally|calls|as|heartbeat|clock|kexec|devmem|busy|churn|bpf|sleepers|steps|breakpoint|power-button ...\n");
+	fprintf(stderr, "usage: probe siocatmark|siocatmark-loop|answers|tally|calls|as|heartbeat|clock|kexec|devmem|busy|churn|bpf|sleepers|datagrams|signals|futexes|marks|steps|breakpoint|power-button ...\n");
 	exit(2);
 }
 
@@ -88,7 +95,7 @@ static uint64_t now_ns(clockid_t clock)
 	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-static void pin(unsigned long index)
+void pin(unsigned long index)
 {
 	cpu_set_t set;
 	CPU_ZERO(&set);
@@ -97,8 +104,7 @@ static void pin(unsigned long index)
 		fail("sched_setaffinity");
 }
 
-/* Runs body(0..threads) on threads of their own; returns when all have ended. */
-static void on_threads(unsigned long threads, void *(*body)(void *))
+void on_threads(unsigned long threads, void *(*body)(void *))
 {
 	static pthread_t thread[MAX_THREADS];
 	for (unsigned long i = 0; i < threads; i++)
@@ -128,7 +134,7 @@ static int dgram_socket(void)
 	return unix_socket(SOCK_DGRAM);
 }
 
-static const char *answer_name(int answer)
+const char *answer_name(int answer)
 {
 	const char *name = answer ? strerrorname_np(answer) : "OK";
 	return name ? name : "?";
@@ -669,6 +675,14 @@ int main(int argc, char **argv)
 		return expect_signals(), on_threads(number(arg[0], MAX_THREADS), churn), 0;
 	if (!strcmp(name, "bpf") && args == 1)
 		return expect_signals(), churn_traced(number(arg[0], MAX_THREADS));
+	if (!strcmp(name, "datagrams") && args == 2)
+		return datagrams(number(arg[0], -1UL), number(arg[1], MAX_THREADS));
+	if (!strcmp(name, "signals") && args == 2)
+		return signals(number(arg[0], -1UL), number(arg[1], MAX_THREADS));
+	if (!strcmp(name, "futexes") && args == 2)
+		return futexes(number(arg[0], -1UL), number(arg[1], MAX_THREADS));
+	if (!strcmp(name, "marks") && args == 2)
+		return marks(number(arg[0], -1UL), number(arg[1], MAX_THREADS));
 	if (!strcmp(name, "steps") && args == 1)
 		return steps(number(arg[0], 1000000000));
 	if (!strcmp(name, "breakpoint") && args == 1)

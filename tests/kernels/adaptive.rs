@@ -23,6 +23,12 @@ const SWITCHES: usize = 200;
 const LIMIT: Duration = Duration::from_secs(30);
 /// Callers: so many that some always are between the two functions, while none always is.
 const CALLERS: &str = "probe tally 0 8 1 500 >/tmp/said & echo $!";
+/// Callers of whom often none is between the two functions, for switches that wait for that.
+const FEW_CALLERS: &str = "probe tally 0 4 1 20000 >/tmp/said & echo $!";
+/// Switches of those.
+const FEW_SWITCHES: usize = 40;
+/// The model that waits until no thread is in a function of the pair.
+const QUIESCENT: &str = "&model=quiescent";
 
 /// A machine's updates, over one connection.
 struct Updates {
@@ -101,13 +107,12 @@ fn switch(guest: &Guest, updates: &mut Updates, switches: usize, model: &str) ->
     done
 }
 
-/// No call gets to two generations, however often these change.
-fn never_mixed(stock: Stock) {
+/// No call gets to two generations, however often these change by a model.
+fn never_mixed(stock: Stock, model: &str, callers: &str, switches: usize) {
     let mut guest = Guest::boot(&Options::new(stock).cpus(4));
-    let pid = one_line(&mut guest, CALLERS);
+    let pid = one_line(&mut guest, callers);
     let mut updates = Updates::of(&guest, stock);
-    let switches = count("EXOPATCH_SWITCHES", SWITCHES);
-    let done = switch(&guest, &mut updates, switches, "");
+    let done = switch(&guest, &mut updates, switches, model);
     let tally = end(&mut guest, &pid);
     println!(
         "{stock:?}: {done} switches under {} calls: {tally:?}",
@@ -127,20 +132,34 @@ fn never_mixed(stock: Stock) {
 
 #[test]
 fn a_pair_of_6_1_is_never_of_two_generations() {
-    never_mixed(LTS_6_1);
+    never_mixed(LTS_6_1, "", CALLERS, count("EXOPATCH_SWITCHES", SWITCHES));
 }
 
 #[test]
 fn a_pair_of_6_12_is_never_of_two_generations() {
-    never_mixed(NEWEST_6_12);
+    never_mixed(
+        NEWEST_6_12,
+        "",
+        CALLERS,
+        count("EXOPATCH_SWITCHES", SWITCHES),
+    );
+}
+
+#[test]
+fn a_pair_of_6_1_that_waits_for_nobody_within_is_never_of_two_generations() {
+    never_mixed(LTS_6_1, QUIESCENT, FEW_CALLERS, FEW_SWITCHES);
+}
+
+#[test]
+fn a_pair_of_6_12_that_waits_for_nobody_within_is_never_of_two_generations() {
+    never_mixed(NEWEST_6_12, QUIESCENT, FEW_CALLERS, FEW_SWITCHES);
 }
 
 /// The witness itself: without a model that keeps them together, calls do get to two generations.
-#[test]
-fn a_pair_that_is_not_kept_together_is_seen() {
-    let mut guest = Guest::boot(&Options::new(LTS_6_1).cpus(4));
+fn mixed(stock: Stock) {
+    let mut guest = Guest::boot(&Options::new(stock).cpus(4));
     let pid = one_line(&mut guest, CALLERS);
-    let mut updates = Updates::of(&guest, LTS_6_1);
+    let mut updates = Updates::of(&guest, stock);
     let one = updates.apply(&guest, 0, "&model=immediate");
     for _ in 0..10 {
         let two = updates.apply(&guest, 1, "&model=immediate");
@@ -149,9 +168,19 @@ fn a_pair_that_is_not_kept_together_is_seen() {
     }
     updates.revert(&guest, one);
     let tally = end(&mut guest, &pid);
-    println!("{tally:?}");
+    println!("{stock:?}: {tally:?}");
     assert!(sum(&tally, "EBADE") > 0, "{tally:?}");
     assert_clean(&mut guest);
+}
+
+#[test]
+fn a_pair_of_6_1_that_is_not_kept_together_is_seen() {
+    mixed(LTS_6_1);
+}
+
+#[test]
+fn a_pair_of_6_12_that_is_not_kept_together_is_seen() {
+    mixed(NEWEST_6_12);
 }
 
 /// Every call is counted once, by the generation that answered it, while these change.
@@ -189,13 +218,13 @@ fn every_call_of_a_pair_of_6_12_is_counted() {
 }
 
 /// What is shown of an update.
-fn show(guest: &Guest, id: u64) -> Value {
+pub(crate) fn show(guest: &Guest, id: u64) -> Value {
     let shown = guest.client.call(&["update", "show", &id.to_string()]);
     shown.expect("the update")
 }
 
 /// Waits until an update is in this state.
-fn wait_state(guest: &Guest, id: u64, state: &str) {
+pub(crate) fn wait_state(guest: &Guest, id: u64, state: &str) {
     let end = Instant::now() + LIMIT;
     while show(guest, id)["state"] != state {
         assert!(Instant::now() < end, "not {state}: {:#}", show(guest, id));
@@ -204,7 +233,7 @@ fn wait_state(guest: &Guest, id: u64, state: &str) {
 }
 
 /// Starts one that sleeps between the two functions, and gives its number.
-fn sleeper(guest: &mut Guest) -> String {
+pub(crate) fn sleeper(guest: &mut Guest) -> String {
     let start = "cp /bin/probe /tmp/sleeper; /tmp/sleeper tally 1 0 1 >/tmp/slept & echo $!";
     let pid = one_line(guest, start);
     let asleep = format!("until grep -q sock_ioctl /proc/{pid}/stack; do usleep 20000; done");
@@ -213,7 +242,7 @@ fn sleeper(guest: &mut Guest) -> String {
 }
 
 /// Wakes the sleeper, and gives what its call answered.
-fn woken(guest: &mut Guest, pid: &str) -> String {
+pub(crate) fn woken(guest: &mut Guest, pid: &str) -> String {
     let wake = format!(
         "kill -USR1 {pid}; while [ -d /proc/{pid} ]; do usleep 20000; done; cat /tmp/slept"
     );
@@ -221,7 +250,7 @@ fn woken(guest: &mut Guest, pid: &str) -> String {
 }
 
 /// What a call answers that begins now.
-fn asked(guest: &mut Guest) -> String {
+pub(crate) fn asked(guest: &mut Guest) -> String {
     let said = one_line(guest, "probe tally 1 0 1");
     said.split_whitespace()
         .nth(3)

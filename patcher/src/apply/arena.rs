@@ -9,6 +9,7 @@ use super::live::Inhabited;
 use super::passing::Passing;
 use super::tune::Clocks;
 use crate::addr::Gva;
+use crate::edition::handler::Owner;
 use crate::edition::link::{self, Linked};
 use crate::edition::list::{Functions, Step, UpdateId, Use};
 use crate::edition::resident::Resident;
@@ -24,7 +25,7 @@ use crate::kernel::unwind::OtherCode;
 use crate::plan::target::Target;
 use crate::plan::{ArenaMap, Entry, Plan, Write};
 use crate::publish::{Grace, Publication};
-use crate::rule::Rule;
+use crate::rule::{Rule, tune};
 
 /// What an update has brought, and where it is.
 #[derive(Clone, Debug)]
@@ -292,14 +293,27 @@ impl Holdings {
         });
     }
 
-    /// Notes that handlers go by `rule` for the editions of `update` now.
-    pub(super) fn retuned(&mut self, update: UpdateId, rule: &Rule) {
+    /// Notes that handlers go by `rule` for the editions of `update` now, and what its `cells` are in each of them that leads to one.
+    pub(super) fn retuned(&mut self, update: UpdateId, rule: &Rule, cells: Vec<Vec<tune::Use>>) {
         let rule = Arc::new(rule.clone());
+        let mut cells = cells.into_iter();
         for made in &mut self.made {
             let made = Arc::make_mut(made);
             let mut steps = made.way.iter_mut();
-            if let Some(step) = steps.find(|step| step.update == Some(update)) {
+            let Some(choice) = steps.position(|step| step.update == Some(update)) else {
+                continue;
+            };
+            if let Some(step) = made.way.get_mut(choice) {
                 step.rule = Some(Arc::clone(&rule));
+            }
+            let of = Owner {
+                bound: false,
+                choice,
+            };
+            let own = made.assembled.cells.iter_mut();
+            let own = own.filter(|cell| cell.of == of);
+            for (cell, what) in own.zip(cells.next().into_iter().flatten()) {
+                cell.what = what;
             }
         }
         self.functions.retuned(update, &rule);

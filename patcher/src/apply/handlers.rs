@@ -21,7 +21,6 @@ use crate::kernel::unwind::OtherCode;
 use crate::plan::target::Target;
 use crate::publish::{Fixup, NAME, Symbol, Unit};
 use crate::rule::resolve::{Function, PerCpu};
-use crate::rule::tune::Use;
 
 /// Alignment of handlers in bytes: that of the kernel's own functions.
 const ALIGN: u64 = 16;
@@ -44,6 +43,8 @@ pub struct Made {
     pub function: Gva,
     /// The editions that it leads to, in the order in which they are asked.
     pub way: Vec<Step>,
+    /// The same for tasks that are bound to the old side of a switch; none if there is no switch.
+    pub bound: Vec<Step>,
     /// Its code.
     pub code: Range<Gva>,
     /// Its cells: the first byte, and how many.
@@ -145,6 +146,7 @@ impl Workshop {
         let sets = draft.set_places();
         let (brought, space) = (&draft.placed, &mut draft.space);
         let choices = choices(kernel, target, way, brought)?;
+        let old = bound.map_or(&[][..], |(_, way)| way);
         let bound = match bound {
             Some((tasks, way)) => Some(Bound {
                 tasks,
@@ -183,6 +185,7 @@ impl Workshop {
         Ok(Made {
             function: target.function,
             way: way.to_vec(),
+            bound: old.to_vec(),
             code: at..Gva(at.0.saturating_add(room)),
             cells: (cells, cells_len),
             assembled,
@@ -232,22 +235,32 @@ fn choices(
 }
 
 impl Made {
+    /// The edition, and its rule, that a cell belongs to.
+    pub(super) fn step(&self, of: Owner) -> Option<&Step> {
+        let way = if of.bound { &self.bound } else { &self.way };
+        way.get(of.choice)
+    }
+
     /// Has the counts of rules go on where those of `old` are, as `read` reads them: of editions that both lead to by the same rule.
     pub(super) fn go_on(&mut self, old: &Self, read: impl Fn(Gva) -> Option<u64>) {
-        for (nth, step) in self.way.iter().enumerate() {
+        let bound = (0..self.bound.len()).map(|choice| (true, choice));
+        let all = bound.chain((0..self.way.len()).map(|choice| (false, choice)));
+        for (bound, choice) in all {
+            let of = Owner { bound, choice };
+            let Some(step) = self.step(of) else { continue };
             let same = |before: &Step| (before.update, &before.rule) == (step.update, &step.rule);
             let Some(before) = old.way.iter().position(same) else {
                 continue;
             };
-            let of = |choice| Owner {
+            let before = Owner {
                 bound: false,
-                choice,
+                choice: before,
             };
-            let values = old.assembled.cells_of(of(before));
+            let values = old.assembled.cells_of(before);
             let values: Vec<Option<u64>> = values.map(|cell| read(cell.at)).collect();
             let cells = self.assembled.cells.iter_mut();
-            let cells = cells.filter(|cell| cell.of == of(nth)).zip(values);
-            for (cell, value) in cells.filter(|(cell, _)| cell.what == Use::Calls) {
+            let cells = cells.filter(|cell| cell.of == of).zip(values);
+            for (cell, value) in cells.filter(|(cell, _)| cell.what.is_written()) {
                 cell.initial = value.unwrap_or(cell.initial);
             }
         }

@@ -1,8 +1,13 @@
 //! Switches that go by task, on a made-up kernel in a made-up guest: who is bound to which side, and until when.
 
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::tune::tick;
 use super::whole_tests::{calling, live, options, started};
 use super::{Arena, Life, Model, Request, apply, force, revert, settle};
 use crate::addr::{Gpa, Gva};
+use crate::edition::list::Use;
 use crate::guest::fake::FakeGuest;
 use crate::kernel::locate::Kernel;
 use crate::kernel::testing::guest::{SLIDE, TinyGuest};
@@ -10,6 +15,7 @@ use crate::kernel::testing::orc::{AFTER_CALL, FUNCTION, FUNCTIONS, function};
 use crate::kernel::testing::{FORMS, Form, TEXT, task};
 use crate::observe::verify;
 use crate::plan::Lead;
+use crate::rule::{Rule, tune};
 
 /// A guest in which task 7 sleeps in `patient`; with its `task_struct`, and where it is written where it goes on.
 fn sleeping(form: Form) -> (FakeGuest, Kernel, Arena, u64, Gpa) {
@@ -93,6 +99,46 @@ fn a_task_in_the_old_side_is_bound_to_it_until_it_has_left() {
                 .is_empty()
         );
     }
+}
+
+/// What a rule has counted, and how long it holds, go on in the handler of a switch, on the old side too.
+#[test]
+fn a_rule_goes_on_for_a_task_that_is_bound() {
+    let (mut guest, kernel, mut arena, task, at) = sleeping(Form::New);
+    guest.poke(at, &ELSEWHERE.to_le_bytes()).unwrap();
+    let package = calling(Form::New);
+    let rule = Rule::parse("for 1s or first 5").unwrap();
+    let request = Request {
+        how: Use {
+            rule: Some(Arc::new(rule)),
+            counted: false,
+        },
+        ..Request::new(1, &package)
+    };
+    let start = Instant::now();
+    apply(&mut guest, &kernel, &mut arena, &request, &options(false)).unwrap();
+    let cell = |arena: &Arena, counts: bool| {
+        let mut cells = arena.holds.made[0].assembled.cells.iter();
+        let cell = cells.find(|cell| match cell.what {
+            tune::Use::Calls => counts,
+            tune::Use::During(_) => !counts,
+            _ => false,
+        });
+        cell.unwrap().at
+    };
+    let calls = kernel.translate(&guest, cell(&arena, true)).unwrap();
+    guest.poke(calls, &3_u64.to_le_bytes()).unwrap();
+    let edition = arena.holds.placed[&1].linked.redirections[0].edition;
+    let inside = edition.0 + 10;
+    guest.poke(at, &inside.to_le_bytes()).unwrap();
+    let by_task = Model::PerTask;
+    let options = options(false);
+    revert(&mut guest, &kernel, &mut arena, &[1], by_task, &options).unwrap();
+    assert_eq!(bound(&arena), [[task]]);
+    let read = |guest: &FakeGuest, at| kernel.read_u64(guest, at).unwrap();
+    assert_eq!(read(&guest, cell(&arena, true)), 3);
+    tick(&mut guest, &mut arena, start + Duration::from_secs(60)).unwrap();
+    assert_eq!(read(&guest, cell(&arena, false)), 0);
 }
 
 /// The same the other way: a sleeper in the edition keeps it when it is taken back, until that is forced; its room, until it has left.

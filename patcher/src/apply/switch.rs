@@ -5,11 +5,13 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::arena::{Arena, Holdings, Worn};
 use super::handlers::{Made, Workshop};
 use super::passing::{Model, Passing};
 use super::tries::{ApplyOptions, CommitFailed, Report, commit_within};
+use super::tune::Clocks;
 use super::{ApplyError, returns};
 use crate::addr::Gva;
 use crate::commit::Scanned;
@@ -276,16 +278,18 @@ impl Turn {
             let head = head_of(&draft, target);
             let (old, new) = (or_original(&function.way, head), or_original(way, head));
             let bound = Some((set.place(), old.as_slice()));
-            let made = workshop.make(kernel, target, &new, bound, &mut draft)?;
+            draft.wear_out(target.function, &mut worn);
+            let mut made = workshop.make(kernel, target, &new, bound, &mut draft)?;
+            go_on(guest, kernel, &mut made, &worn, &draft.clocks);
             for placed in made.placed() {
                 plan.place(Purpose::Arena, &placed, &map)?;
             }
-            draft.wear_out(target.function, &mut worn);
             let to = Lead::Handler(made.assembled.at);
             redirect(guest, kernel, &mut plan, target, function.lead, to)?;
             draft.functions.led(target.function, to, way.clone());
             draft.made.push(Arc::new(made));
         }
+        draft.note_rules(Instant::now());
         draft.put_by(worn);
         let binding = Binding {
             set,
@@ -411,10 +415,7 @@ pub(super) fn lead<G: Guest>(
             way => {
                 let workshop = workshop(guest, kernel, draft, plan, map)?;
                 let mut made = workshop.make(kernel, target, way, None, draft)?;
-                let of_it = |old: &&Arc<Made>| old.function == target.function;
-                for old in worn.made.iter().filter(of_it) {
-                    made.go_on(old, |at| kernel.read_u64(guest, at).ok());
-                }
+                go_on(guest, kernel, &mut made, &worn, &draft.clocks);
                 for placed in made.placed() {
                     plan.place(Purpose::Arena, &placed, map)?;
                 }
@@ -433,8 +434,18 @@ pub(super) fn lead<G: Guest>(
         )?;
         draft.functions.led(target.function, to, way.clone());
     }
+    draft.note_rules(Instant::now());
     draft.put_by(worn);
     Ok(())
+}
+
+/// Has the rules of `made` go on where its function's handler, if it is among the `worn` ones, leaves off, and as `clocks` show.
+fn go_on<G: Guest>(guest: &G, kernel: &Kernel, made: &mut Made, worn: &Worn, clocks: &Clocks) {
+    let old = worn.made.iter().filter(|old| old.function == made.function);
+    for old in old.cloned().collect::<Vec<_>>() {
+        made.go_on(&old, |at| kernel.read_u64(guest, at).ok());
+    }
+    made.tell(clocks, Instant::now());
 }
 
 fn redirect<G: Guest>(

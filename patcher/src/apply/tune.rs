@@ -3,7 +3,7 @@
 //! A number that a rule names is one store; so is a clock's tick, and each key that comes into a set or leaves it. Handlers look at such a word
 //! once, so that every call goes by what was before or by what is after.
 
-use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::ApplyError;
@@ -11,7 +11,7 @@ use super::arena::{Arena, Holdings};
 use super::handlers::{Made, asked_of};
 use crate::addr::{Gpa, Gva};
 use crate::edition::handler::Owner;
-use crate::edition::list::{ListError, UpdateId, Use as How};
+use crate::edition::list::{ListError, Step, UpdateId, Use as How};
 use crate::edition::set::{Keys, Set, SetError, Store};
 use crate::edition::space::Full;
 use crate::guest::{Guest, GuestError};
@@ -28,10 +28,18 @@ pub const MAX_SET_NAME: usize = 64;
 /// What the clocks of handlers have shown so far.
 #[derive(Clone, Debug, Default)]
 pub struct Clocks {
-    /// Since when each update's rule is in effect.
-    since: BTreeMap<UpdateId, Instant>,
+    /// The rules that handlers go by.
+    since: Vec<Since>,
     /// When tokens were last given out.
     second: Option<Instant>,
+}
+
+/// Since when a rule is in effect.
+#[derive(Clone, Debug)]
+struct Since {
+    update: UpdateId,
+    rule: Arc<Rule>,
+    start: Instant,
 }
 
 /// Why a set cannot be changed. It is as it was.
@@ -105,14 +113,15 @@ pub(super) fn retune<G: Guest>(
     if old.counted != how.counted || holds.passing.iter().any(|it| it.update == update) {
         return Ok(false);
     }
-    let mut stores = Vec::new();
+    let (mut stores, mut cells) = (Vec::new(), Vec::new());
     for made in &holds.made {
         let nth = made.way.iter().position(|step| step.update == Some(update));
         let Some(choice) = nth else { continue };
-        let Some(store) = made.retuned(kernel, holds, choice, rule)? else {
+        let Some(retuned) = made.retuned(kernel, holds, choice, rule)? else {
             return Ok(false);
         };
-        stores.extend(store);
+        stores.extend(retuned.store);
+        cells.push(retuned.cells);
     }
     let [(at, value)] = stores[..] else {
         return Ok(false);
@@ -121,7 +130,7 @@ pub(super) fn retune<G: Guest>(
         .store(physical(arena, at)?, value)
         .map_err(ApplyError::Store)?;
     arena.holds.uses.insert(update, how.clone());
-    arena.holds.retuned(update, rule);
+    arena.holds.retuned(update, rule, cells);
     Ok(true)
 }
 
@@ -130,13 +139,8 @@ pub(super) fn retune<G: Guest>(
 /// # Errors
 /// When the arena cannot be written.
 pub fn tick<G: Guest>(guest: &mut G, arena: &mut Arena, now: Instant) -> Result<(), SetsError> {
+    arena.holds.note_rules(now);
     let mut clocks = std::mem::take(&mut arena.holds.clocks);
-    clocks
-        .since
-        .retain(|update, _| arena.holds.uses.contains_key(update));
-    for update in arena.holds.uses.keys() {
-        clocks.since.entry(*update).or_insert(now);
-    }
     let second = clocks
         .second
         .is_none_or(|last| now.duration_since(last) >= Duration::from_secs(1));
@@ -148,10 +152,7 @@ pub fn tick<G: Guest>(guest: &mut G, arena: &mut Arena, now: Instant) -> Result<
         for cell in &made.assembled.cells {
             let value = match &cell.what {
                 Use::Tokens(calls) if second => *calls,
-                Use::During(during) => {
-                    let since = made.update_of(cell.of).and_then(|id| clocks.since.get(&id));
-                    u64::from(is_on(during, since.copied().unwrap_or(now), now))
-                }
+                Use::During(during) => clocks.shown(during, made.step(cell.of), now),
                 _ => continue,
             };
             // Told each time: a handler that has just been made may have the cell of one before it.
@@ -161,6 +162,20 @@ pub fn tick<G: Guest>(guest: &mut G, arena: &mut Arena, now: Instant) -> Result<
     let stored = store(guest, arena, &due);
     arena.holds.clocks = clocks;
     stored
+}
+
+impl Clocks {
+    fn of(&self, update: UpdateId, rule: &Rule) -> Option<&Since> {
+        let mut since = self.since.iter();
+        since.find(|it| it.update == update && *it.rule == *rule)
+    }
+
+    /// What a cell of the rule of `step` is to hold: whether it is time. A rule that nothing is known of takes effect now.
+    fn shown(&self, during: &During, step: Option<&Step>, now: Instant) -> u64 {
+        let since = step.and_then(|step| self.of(step.update?, step.rule.as_ref()?));
+        let start = since.map_or(now, |since| since.start);
+        u64::from(is_on(during, start, now))
+    }
 }
 
 /// Whether it is time.
@@ -177,15 +192,23 @@ fn is_on(during: &During, since: Instant, now: Instant) -> bool {
     }
 }
 
+/// What makes another rule that of a handler's choice.
+struct Retuned {
+    /// The store; none if the rule is the same.
+    store: Option<(Gva, u64)>,
+    /// What the cells of the choice are then.
+    cells: Vec<Use>,
+}
+
 impl Made {
-    /// The store that makes `rule` that of the choice `nth`; nothing in it if it is the same, `None` if one store does not.
+    /// What makes `rule` that of the choice `nth`; `None` if one store does not.
     fn retuned(
         &self,
         kernel: &Kernel,
         holds: &Holdings,
         nth: usize,
         rule: &Rule,
-    ) -> Result<Option<Option<(Gva, u64)>>, ApplyError> {
+    ) -> Result<Option<Retuned>, ApplyError> {
         let target = holds.functions.get(self.function).map(|it| &it.target);
         let step = self.way.get(nth);
         let old = step.and_then(|step| step.rule.as_ref());
@@ -204,25 +227,67 @@ impl Made {
             bound: false,
             choice: nth,
         };
+        let cells = tune::cells(&new).into_iter().map(|(what, _)| what);
+        let cells = cells.collect();
         let Some((index, value)) = stores.first() else {
-            return Ok(Some(None));
+            return Ok(Some(Retuned { store: None, cells }));
         };
         let cell = self.assembled.cells_of(of).nth(*index);
-        Ok(cell.map(|cell| Some((cell.at, *value))))
+        Ok(cell.map(|cell| Retuned {
+            store: Some((cell.at, *value)),
+            cells,
+        }))
     }
 
-    /// The update whose rule a cell belongs to.
-    fn update_of(&self, of: Owner) -> Option<UpdateId> {
-        let step = if of.bound {
-            None
-        } else {
-            self.way.get(of.choice)
-        };
-        step.and_then(|step| step.update)
+    /// Has the clocks of its rules begin as `clocks` show them.
+    pub(super) fn tell(&mut self, clocks: &Clocks, now: Instant) {
+        let Self {
+            way,
+            bound,
+            assembled,
+            ..
+        } = self;
+        for cell in &mut assembled.cells {
+            if let Use::During(during) = &cell.what {
+                let way = if cell.of.bound { &*bound } else { &*way };
+                cell.initial = clocks.shown(during, way.get(cell.of.choice), now);
+            }
+        }
     }
 }
 
 impl Holdings {
+    /// Notes which rules are in effect, or still hold for a task that is bound. One that is no longer starts anew when it comes again.
+    pub(super) fn note_rules(&mut self, now: Instant) {
+        let uses = self.uses.iter();
+        let used = uses.map(|(update, how)| (Some(*update), how.rule.as_ref()));
+        let steps = self
+            .made
+            .iter()
+            .flat_map(|made| made.way.iter().chain(&made.bound));
+        let asked = steps.map(|step| (step.update, step.rule.as_ref()));
+        let mut since: Vec<Since> = Vec::new();
+        for (update, rule) in used.chain(asked) {
+            let (Some(update), Some(rule)) = (update, rule) else {
+                continue;
+            };
+            if since
+                .iter()
+                .any(|it| it.update == update && it.rule == *rule)
+            {
+                continue;
+            }
+            let start = self.clocks.of(update, rule).map_or(now, |it| it.start);
+            let rule = Arc::clone(rule);
+            since.push(Since {
+                update,
+                rule,
+                start,
+            });
+        }
+        self.clocks.since = since;
+    }
+
     /// Whether a handler goes by a clock.
     #[must_use]
     pub fn has_clocks(&self) -> bool {

@@ -137,7 +137,7 @@ fn clocks_go_on_by_stores() {
     assert_eq!(at(1100, 9), (1, 5));
     assert_eq!(at(1900, 0), (1, 5_u64.wrapping_sub(9)));
     assert_eq!(at(2100, 0), (0, 5));
-    // A handler that is made anew begins as if it were time, maybe in the same cell.
+    // A handler that is made anew may have the same cell.
     let mut cell = arena.holds.made[0].assembled.cells.iter();
     let cell = cell.find(|cell| matches!(cell.what, tune::Use::During(_)));
     let cell = cell.unwrap().at;
@@ -157,6 +157,70 @@ fn clocks_go_on_by_stores() {
         &options(false),
     );
     assert!(matches!(named, Err(ApplyError::NoSwitch { name }) if name == "lunch"));
+}
+
+/// The first cell of the only handler.
+fn shown(guest: &FakeGuest, kernel: &Kernel, arena: &Arena) -> u64 {
+    cells(guest, kernel, arena)[0].1
+}
+
+#[test]
+fn a_rate_that_changes_by_one_store_is_given_out_from_then_on() {
+    let (mut guest, kernel, mut arena) = ruled("rate 5/s");
+    let start = Instant::now();
+    tick(&mut guest, &mut arena, start).unwrap();
+    let report = reuse(
+        &mut guest,
+        &kernel,
+        &mut arena,
+        1,
+        how("rate 50/s"),
+        &options(false),
+    );
+    assert_eq!(report.unwrap().pauses, 0);
+    assert_eq!(shown(&guest, &kernel, &arena), 50);
+    let later = start + Duration::from_millis(1100);
+    tick(&mut guest, &mut arena, later).unwrap();
+    assert_eq!(shown(&guest, &kernel, &arena), 50);
+}
+
+#[test]
+fn a_handler_begins_as_its_clocks_are() {
+    for (rule, want) in [
+        ("until 2020-01-01T00:00:00Z", 0),
+        ("after 2020-01-01T00:00:00Z", 1),
+        ("until 9999-01-01T00:00:00Z", 1),
+        ("after 9999-01-01T00:00:00Z", 0),
+        ("for 1h", 1),
+    ] {
+        let (guest, kernel, arena) = ruled(rule);
+        assert_eq!(shown(&guest, &kernel, &arena), want, "{rule}");
+    }
+}
+
+#[test]
+fn a_time_begins_when_its_rule_takes_effect() {
+    let (mut guest, kernel, mut arena) = ruled("for 2s");
+    let start = Instant::now();
+    let used = |guest: &mut FakeGuest, arena: &mut Arena, rule: &str, counted: bool| {
+        let how = Use {
+            counted,
+            ..how(rule)
+        };
+        reuse(guest, &kernel, arena, 1, how, &options(false)).unwrap();
+    };
+    // Its time is over.
+    let over = start + Duration::from_secs(3);
+    tick(&mut guest, &mut arena, over).unwrap();
+    assert_eq!(shown(&guest, &kernel, &arena), 0);
+    // Another rule came between: it takes effect again.
+    used(&mut guest, &mut arena, "cpu = 1", false);
+    used(&mut guest, &mut arena, "for 2s", true);
+    assert_eq!(shown(&guest, &kernel, &arena), 1);
+    tick(&mut guest, &mut arena, start + Duration::from_secs(1)).unwrap();
+    assert_eq!(shown(&guest, &kernel, &arena), 1);
+    tick(&mut guest, &mut arena, start + Duration::from_secs(60)).unwrap();
+    assert_eq!(shown(&guest, &kernel, &arena), 0);
 }
 
 #[test]
