@@ -1,19 +1,19 @@
 //! When nobody in the guest can still be reading what was taken back.
 //!
-//! The kernel reads what it knows of code with preemption off: who was reading has come to an end once its CPU is seen in the user's code, or
-//! asleep in its idle task. A vCPU that is halted elsewhere is not idle: it may wait for a lock.
+//! The kernel reads what it knows of code with preemption off: who was reading has come to an end once its CPU is seen in the user's code,
+//! asleep in its idle task, or with another task than before. A vCPU that is halted elsewhere is not idle: it may wait for a lock.
 //! Sources: kernel `kernel/module/main.c` (`__module_address()`), `arch/x86/kernel/kvm.c` (`kvm_wait()`).
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 
 use crate::addr::Gva;
 use crate::guest::{Vcpu, VcpuState};
 use crate::kernel::tasks::Tasks;
 
-/// The vCPUs that have not been seen at rest since.
+/// The vCPUs that have not been seen at rest since, with the task that each ran when it was first looked at.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Grace {
-    left: BTreeSet<usize>,
+    left: BTreeMap<usize, Option<Gva>>,
 }
 
 impl Grace {
@@ -21,14 +21,21 @@ impl Grace {
     #[must_use]
     pub fn begin(vcpus: usize) -> Self {
         Self {
-            left: (0..vcpus).collect(),
+            left: (0..vcpus).map(|index| (index, None)).collect(),
         }
     }
 
     /// What is seen of the guest, whose tasks are `tasks`, under that pause or a later one.
     pub fn look(&mut self, vcpus: &[Vcpu], tasks: &Tasks) {
-        self.left
-            .retain(|index| vcpus.get(*index).is_none_or(|vcpu| !at_rest(vcpu, tasks)));
+        self.left.retain(|index, before| {
+            let Some(vcpu) = vcpus.get(*index) else {
+                return true;
+            };
+            let now = current(vcpu, tasks);
+            let first = before.or(now);
+            *before = first;
+            !at_rest(vcpu, tasks) && (now.is_none() || now == first)
+        });
     }
 
     /// Whether what was taken back may be used for something else.
@@ -36,6 +43,13 @@ impl Grace {
     pub fn is_over(&self) -> bool {
         self.left.is_empty()
     }
+}
+
+/// The task that a vCPU runs in the kernel, if it has the base of its CPU's own memory there.
+fn current(vcpu: &Vcpu, tasks: &Tasks) -> Option<Gva> {
+    let mut cpus = tasks.cpus.iter();
+    let cpu = cpus.find(|cpu| vcpu.cpl == 0 && cpu.area == vcpu.gs_base);
+    cpu.map(|cpu| cpu.current)
 }
 
 /// Nothing of the kernel's is under way on the CPU.
@@ -90,5 +104,28 @@ mod tests {
         vcpus[1].cpl = 3;
         grace.look(&vcpus, &tasks);
         assert!(grace.is_over(), "at rest at different times");
+    }
+
+    #[test]
+    fn a_cpu_that_runs_another_task_has_been_at_rest() {
+        let mut guest = TinyGuest::new(Form::New, 4);
+        let (one, other) = (guest.task(7, "one", &[]), guest.task(8, "other", &[]));
+        let mut grace = Grace::begin(1);
+        let mut look = |guest: &mut TinyGuest, runs, known, over| {
+            guest.run(0, runs);
+            let kernel = guest.kernel();
+            let tasks = Tasks::read(&kernel, &*guest).unwrap();
+            let mut vcpu = guest.vcpus[0].clone();
+            (vcpu.state, vcpu.cpl) = (VcpuState::Running, 0);
+            vcpu.gs_base = if known { tasks.cpus[0].area } else { 0 };
+            grace.look(&[vcpu], &tasks);
+            assert_eq!(grace.is_over(), over, "task {runs}, {known}");
+        };
+        look(&mut guest, other, false, false);
+        look(&mut guest, one, true, false);
+        look(&mut guest, one, true, false);
+        // Between two bases it is not known what the CPU is.
+        look(&mut guest, other, false, false);
+        look(&mut guest, other, true, true);
     }
 }

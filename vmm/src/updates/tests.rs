@@ -628,10 +628,10 @@ fn tasks_that_leave_one_by_one_are_looked_at_often_and_sleepers_seldom() {
     let ms = Duration::from_millis;
     for (wait, before, after, want) in [
         // Nobody is bound, code drains.
-        (ms(10), 0, 0, ms(20)),
-        (ms(4000), 0, 0, ms(5000)),
+        (ms(100), 0, 0, ms(125)),
+        (ms(4001), 0, 0, ms(5000)),
         // The last has gone.
-        (ms(1000), 1, 0, ms(2000)),
+        (ms(1000), 1, 0, ms(1250)),
         // Some have.
         (ms(1000), 8, 7, ms(10)),
         // None has.

@@ -421,11 +421,10 @@ impl<P: Patcher> Worker<P> {
 /// How long to wait behind a look that came `wait` behind the one before it, at the tasks that were bound before and after it. Whoever calls
 /// a function without rest is outside of it only now and then, so tasks that leave one by one are looked at often; those that sleep, seldom.
 pub(super) fn next_wait(wait: Duration, before: usize, after: usize) -> Duration {
-    let longer = if after == 0 { wait * 2 } else { wait * 5 / 4 };
     if (1..before).contains(&after) {
         FIRST_WAIT
     } else {
-        longer.min(LONGEST_WAIT)
+        (wait * 5 / 4).min(LONGEST_WAIT)
     }
 }
 
