@@ -8,7 +8,7 @@ use std::time::Instant;
 use patcher::addr::{Gpa, Gva};
 use patcher::guest::{Guest, GuestError, PausedGuest, ReadPhys, Registers, Vcpu};
 
-use crate::vm::{BreakpointError, Inner, PauseError, PauseStats, Vm};
+use crate::vm::{BreakpointError, Inner, PauseError, PauseStats, Vm, Walk};
 
 /// Another patcher is at work on the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -136,14 +136,14 @@ impl Break<'_> {
         Ok((paused, there))
     }
 
-    /// Has the first vCPU that is about to execute the instruction make that many steps, of which interrupts take none, and gives where it was
-    /// before each of them, and behind the last. The guest runs on.
+    /// Has the first vCPU that is about to execute the instruction make a walk, in which nothing interrupts it, and gives where it was before each
+    /// step, and behind the last. The guest runs on.
     ///
     /// # Errors
     /// When nobody came there before `deadline`.
-    pub fn walk(self, steps: usize, deadline: Instant) -> Result<Vec<Gva>, BreakpointError> {
+    pub fn walk(self, walk: Walk, deadline: Instant) -> Result<Vec<Gva>, BreakpointError> {
         let machine = &self.guest.machine;
-        machine.breakpoint.walk(steps);
+        machine.breakpoint.set_walk(walk);
         machine.wait_at_breakpoint(deadline)?;
         Ok(machine.breakpoint.path())
     }

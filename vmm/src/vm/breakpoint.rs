@@ -32,11 +32,20 @@ pub enum BreakpointError {
     Ended,
 }
 
+/// Steps of one instruction each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Walk {
+    /// It ends before the instruction at this address,
+    pub to: Gva,
+    /// or after so many steps.
+    pub most: usize,
+}
+
 #[derive(Debug)]
 struct State {
     held: Vec<bool>,
-    /// Steps that whoever comes is to make before it is held.
-    steps: usize,
+    /// The walk that whoever comes is to make before it is held.
+    walk: Option<Walk>,
     /// Where the last one was before each of its steps, and behind the last.
     path: Vec<Gva>,
     in_use: Option<usize>,
@@ -59,7 +68,7 @@ impl Breakpoint {
             at: AtomicU64::new(0),
             state: Mutex::new(State {
                 held: vec![false; vcpus],
-                steps: 0,
+                walk: None,
                 path: Vec::new(),
                 in_use: None,
                 ended: false,
@@ -86,16 +95,16 @@ impl Breakpoint {
         self.at.store(at.0, Ordering::SeqCst);
     }
 
-    /// Wants whoever comes there to make that many steps first.
-    pub(crate) fn walk(&self, steps: usize) {
+    /// Wants whoever comes there to make this walk first.
+    pub(crate) fn set_walk(&self, walk: Walk) {
         let mut state = self.state();
-        state.steps = steps;
+        state.walk = Some(walk);
         state.path.clear();
     }
 
-    /// For the thread of a vCPU that came: how many steps it is to make.
-    pub(crate) fn steps(&self) -> usize {
-        self.state().steps
+    /// For the thread of a vCPU that came: the walk that it is to make.
+    pub(crate) fn walk(&self) -> Option<Walk> {
+        self.state().walk
     }
 
     /// For the same: the way that it took.
@@ -113,7 +122,7 @@ impl Breakpoint {
         self.at.store(0, Ordering::SeqCst);
         let mut state = self.state();
         state.held.fill(false);
-        state.steps = 0;
+        state.walk = None;
         drop(state);
         self.changed.notify_all();
     }

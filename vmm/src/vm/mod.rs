@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 use patcher::addr::Gva;
 use vmm_sys_util::eventfd::EventFd;
 
-pub use breakpoint::BreakpointError;
+pub use breakpoint::{BreakpointError, Walk};
 pub use pause::{Pause, PauseError, PauseStats, Pauses, ResumeError};
 pub use start::StartError;
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use patcher::addr::Gva;
 
 use super::Inner;
+use super::breakpoint::Walk;
 use super::rendezvous::Wanted;
 use crate::devices::bus::Request;
 use crate::end::EndReason;
@@ -81,8 +82,7 @@ fn debugged(
     index: usize,
 ) -> Result<(), KvmError> {
     if vcpu.debugged(exception)? {
-        let steps = inner.breakpoint.steps();
-        if steps > 0 {
+        if let Some(steps) = inner.breakpoint.walk() {
             let path = walk(inner, vcpu, exception.at, steps, index)?;
             inner.breakpoint.walked(path);
         }
@@ -95,17 +95,20 @@ fn debugged(
     Ok(())
 }
 
-/// Has a vCPU that is at `at` make that many steps, unless the guest is to stand still; gives where it was before each, and where it is then.
+/// Has a vCPU that is at `at` make a walk, unless the guest is to stand still; gives where it was before each step, and where it is then.
 fn walk(
     inner: &Inner,
     vcpu: &mut VcpuHandle,
     at: Gva,
-    steps: usize,
+    steps: Walk,
     index: usize,
 ) -> Result<Vec<Gva>, KvmError> {
     let mut path = vec![at];
     vcpu.begin_steps()?;
-    while path.len() <= steps && inner.rendezvous.wanted() == Wanted::Run {
+    while path.len() <= steps.most
+        && path.last() != Some(&steps.to)
+        && inner.rendezvous.wanted() == Wanted::Run
+    {
         match vcpu.run()? {
             Exit::Debug(exception) => path.push(exception.at),
             Exit::Interrupted => vcpu.clear_kick(),

@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 use tests::inside::Inside;
 use tests::stock::{LTS_6_1, NEWEST_6_12, Stock, peers};
 use vmm::guest::KvmGuest;
+use vmm::vm::Walk;
 
 use crate::figures::{Figures, Target, median};
 use crate::outside::{inside, number};
@@ -220,10 +221,14 @@ impl Bench {
         let function = self.kernel.symbol(FUNCTION);
         let function = function.map_err(|error| error.to_string())?;
         let mut machine = self.machine()?;
+        let walk = Walk {
+            to: edition,
+            most: STEPS,
+        };
         let asked = self.guest.begin("probe siocatmark 5 200");
         let path = machine
             .break_at(function)
-            .walk(STEPS, Instant::now() + LIMIT)
+            .walk(walk, Instant::now() + LIMIT)
             .map_err(|error| error.to_string())?;
         drop(machine);
         let end = Instant::now() + LIMIT;
