@@ -4,3 +4,8 @@
 #include "exopatch.h"
 
 EXOPATCH_REPLACES(unix_ioctl, answer);
+
+EXOPATCH_PREDICATE(of_marks, struct socket *sock, unsigned int cmd, unsigned long arg)
+{
+	return cmd == SIOCATMARK;
+}
