@@ -304,6 +304,8 @@ fn place<G: Guest>(
 }
 
 #[cfg(test)]
+mod fault_tests;
+#[cfg(test)]
 mod passing_tests;
 #[cfg(test)]
 mod predicate_tests;

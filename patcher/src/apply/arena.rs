@@ -9,6 +9,7 @@ use super::live::Inhabited;
 use super::passing::Passing;
 use super::tune::Clocks;
 use crate::addr::Gva;
+use crate::commit::Scanned;
 use crate::edition::handler::Owner;
 use crate::edition::link::{self, Linked};
 use crate::edition::list::{Functions, Step, UpdateId, Use};
@@ -22,6 +23,7 @@ use crate::kernel::orc::OrcError;
 use crate::kernel::shadow::Shadow;
 use crate::kernel::stack::Watched;
 use crate::kernel::unwind::OtherCode;
+use crate::plan::binding::Binding;
 use crate::plan::target::Target;
 use crate::plan::{ArenaMap, Entry, Plan, Write};
 use crate::publish::{Grace, Publication};
@@ -383,8 +385,23 @@ impl Holdings {
         self.forgotten.values().cloned().collect()
     }
 
+    /// Notes what was seen under the pause that made this true, in which `binding` was done.
+    pub(super) fn seen(&mut self, scanned: Scanned, binding: Option<&Binding>) {
+        self.vcpus = scanned.vcpus;
+        if let Some(binding) = binding
+            && let Ok((set, _)) = binding.with(&scanned.inside)
+        {
+            let mut passing = self.passing.iter_mut();
+            if let Some(passing) = passing.find(|passing| passing.at == binding.at) {
+                passing.seen(scanned.inside, set);
+            }
+        }
+        self.settle(&scanned.watched);
+        self.grace(&scanned.graces);
+    }
+
     /// Notes what is left of the periods of grace, as they were given, and gives the room back of updates whose period is over.
-    pub(super) fn grace(&mut self, left: &[Grace]) {
+    fn grace(&mut self, left: &[Grace]) {
         for (grace, left) in self.forgotten.values_mut().zip(left) {
             grace.clone_from(left);
         }
@@ -411,7 +428,7 @@ impl Holdings {
     }
 
     /// Notes who was found in code that is no longer led to, `watched` as it was planned, and gives the room of handlers back that nobody was in.
-    pub(super) fn settle(&mut self, watched: &[Watched]) {
+    fn settle(&mut self, watched: &[Watched]) {
         let who = |code: &Range<Gva>| watched.iter().find(|watched| watched.code == *code);
         self.clear_worn(|code| who(code).is_some_and(|found| found.by.is_none()));
         let mut gone = Vec::new();

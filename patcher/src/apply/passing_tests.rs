@@ -18,7 +18,7 @@ use crate::plan::Lead;
 use crate::rule::{Rule, tune};
 
 /// A guest in which task 7 sleeps in `patient`; with its `task_struct`, and where it is written where it goes on.
-fn sleeping(form: Form) -> (FakeGuest, Kernel, Arena, u64, Gpa) {
+pub(super) fn sleeping(form: Form) -> (FakeGuest, Kernel, Arena, u64, Gpa) {
     let after = |number| TEXT + SLIDE + FUNCTIONS + number * FUNCTION + AFTER_CALL;
     let in_it = TEXT + SLIDE + 0x440 + 0x10;
     let mut tiny = TinyGuest::new(form, 4);
@@ -32,10 +32,11 @@ fn sleeping(form: Form) -> (FakeGuest, Kernel, Arena, u64, Gpa) {
 }
 
 /// Where a task goes on that has left `patient`.
-const ELSEWHERE: u64 = TEXT + SLIDE + FUNCTIONS + function::OTHERS * FUNCTION + AFTER_CALL;
+pub(super) const ELSEWHERE: u64 =
+    TEXT + SLIDE + FUNCTIONS + function::OTHERS * FUNCTION + AFTER_CALL;
 
 /// The tasks that are bound, of each switch under way.
-fn bound(arena: &Arena) -> Vec<Vec<u64>> {
+pub(super) fn bound(arena: &Arena) -> Vec<Vec<u64>> {
     let passing = arena.holds.passing.iter();
     passing
         .map(|passing| passing.set.keys().collect())

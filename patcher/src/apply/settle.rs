@@ -101,17 +101,10 @@ fn shrink<G: Guest>(
     };
     let mut plan = Plan::default();
     passing.shrink(&mut plan, draft.handlers_of(&passing.functions));
-    let binding = plan.binding.clone();
-    let (_, scanned) = keep(guest, kernel, arena, draft, plan, u64::MAX, options)?;
-    let mut passing = arena.holds.passing.iter_mut();
+    keep(guest, kernel, arena, draft, plan, u64::MAX, options)?;
+    let mut passing = arena.holds.passing.iter();
     let passing = passing.find(|passing| passing.update == update);
-    let (Some(passing), Some(binding)) = (passing, binding) else {
-        return Ok(false);
-    };
-    if let Ok((set, _)) = binding.with(&scanned.inside) {
-        passing.seen(scanned.inside, set);
-    }
-    Ok(passing.set.is_empty())
+    Ok(passing.is_some_and(|passing| passing.set.is_empty()))
 }
 
 /// Leads the functions of a switch to where everybody goes.

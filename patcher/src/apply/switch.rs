@@ -1,6 +1,6 @@
 //! One operation: a draft of who holds what, the plan that makes it true, and the switch from one to the other.
 
-use std::cell::Cell;
+use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -111,7 +111,7 @@ impl Turn {
             Err(ApplyError::Commit(CommitFailed::Deadline { .. })) if model == Model::PerTask => {
                 self.by_task(guest, kernel, arena, &changes, old, options)
             }
-            other => other.map(|(report, _)| report),
+            other => other,
         }
     }
 
@@ -253,7 +253,7 @@ impl Turn {
         };
         arena.holds.watch(&mut look);
         let inhabited = arena.inhabited(kernel)?;
-        let (_, scanned) = commit_within(guest, &inhabited, &look, u64::MAX, options)?;
+        let (_, scanned) = commit_within(guest, &inhabited, &look, u64::MAX, options, &|_| {})?;
         let Self {
             update,
             coming,
@@ -297,7 +297,6 @@ impl Turn {
             bind: Bind::Fill { but: apart },
         };
         plan.group.clone_from(&old);
-        plan.binding = Some(binding.clone());
         draft.passing.push(Passing {
             update,
             coming,
@@ -307,14 +306,8 @@ impl Turn {
             at: physical,
             inside: Vec::new(),
         });
-        let (report, scanned) = keep(guest, kernel, arena, draft, plan, u64::MAX, options)?;
-        if let Some(passing) = arena.holds.passing.last_mut()
-            && let Ok((set, _)) = binding.with(&scanned.inside)
-            && !options.check_only
-        {
-            passing.seen(scanned.inside, set);
-        }
-        Ok(report)
+        plan.binding = Some(binding);
+        keep(guest, kernel, arena, draft, plan, u64::MAX, options)
     }
 }
 
@@ -472,36 +465,24 @@ pub(super) fn keep<G: Guest>(
     mut plan: Plan,
     tries: u64,
     options: &ApplyOptions<'_>,
-) -> Result<(Report, Scanned), ApplyError> {
+) -> Result<Report, ApplyError> {
     // What is still led to is not yet free, whoever is in it.
     arena.holds.watch(&mut plan);
     plan.graces = draft.graces();
     let before = std::mem::replace(&mut arena.holds, draft);
-    let written = Cell::new(false);
-    let noted = ApplyOptions {
-        written: &|| {
-            written.set(true);
-            (options.written)();
-        },
-        ..*options
-    };
+    let seen = RefCell::new(None);
     // A panic goes on its way once the draft is known to be true, or not.
     let outcome = catch_unwind(AssertUnwindSafe(|| {
         let inhabited = arena.inhabited(kernel)?;
-        Ok(commit_within(guest, &inhabited, &plan, tries, &noted)?)
+        let note = |scanned: &Scanned| drop(seen.replace(Some(scanned.clone())));
+        let done = commit_within(guest, &inhabited, &plan, tries, options, &note)?;
+        Ok(done.0)
     }));
-    let stays = match &outcome {
-        Ok(Ok(_)) => !options.check_only,
-        Ok(Err(ApplyError::Commit(failed))) => failed.is_broken(),
-        Ok(Err(_)) => false,
-        Err(_) => written.get(),
-    };
-    if !stays {
-        arena.holds = before;
+    let broken = matches!(&outcome, Ok(Err(ApplyError::Commit(failed))) if failed.is_broken());
+    match seen.take() {
+        Some(scanned) => arena.holds.seen(scanned, plan.binding.as_ref()),
+        None if broken => {}
+        None => arena.holds = before,
     }
-    let (report, scanned) = outcome.unwrap_or_else(|panic| resume_unwind(panic))?;
-    arena.holds.vcpus = scanned.vcpus;
-    arena.holds.settle(&scanned.watched);
-    arena.holds.grace(&scanned.graces);
-    Ok((report, scanned))
+    outcome.unwrap_or_else(|panic| resume_unwind(panic))
 }

@@ -110,22 +110,23 @@ pub fn commit<G: Guest, K: Running>(
     plan: &Plan,
     options: &ApplyOptions<'_>,
 ) -> Result<(Report, Scanned), CommitFailed> {
-    commit_within(guest, kernel, plan, u64::MAX, options)
+    commit_within(guest, kernel, plan, u64::MAX, options, &|_| {})
 }
 
-/// The same, with so many tries at most.
+/// The same, with so many tries at most. Once everything has been written, `seen` is told what was seen under that pause.
 pub(super) fn commit_within<G: Guest, K: Running>(
     guest: &mut G,
     kernel: &K,
     plan: &Plan,
     tries: u64,
     options: &ApplyOptions<'_>,
+    seen: &dyn Fn(&Scanned),
 ) -> Result<(Report, Scanned), CommitFailed> {
     let mut wait = FIRST_WAIT;
     let mut pauses = 0;
     loop {
         pauses += 1;
-        let blocked = match one_try(guest, kernel, plan, options)? {
+        let blocked = match one_try(guest, kernel, plan, options, seen)? {
             Tried::Done(report, scanned) => return Ok((Report { pauses, ..report }, scanned)),
             Tried::Blocked(blocked) => blocked,
         };
@@ -158,6 +159,7 @@ fn one_try<G: Guest, K: Running>(
     kernel: &K,
     plan: &Plan,
     options: &ApplyOptions<'_>,
+    seen: &dyn Fn(&Scanned),
 ) -> Result<Tried, CommitFailed> {
     let start = Instant::now();
     let paused = Counted::new(guest.pause(options.deadline).map_err(CommitFailed::Pause)?);
@@ -173,6 +175,7 @@ fn one_try<G: Guest, K: Running>(
         (quiescent.abandon(), times)
     } else {
         let committed = quiescent.commit().map_err(CommitFailed::Commit)?;
+        seen(&scanned);
         (options.written)();
         committed
     };

@@ -93,6 +93,13 @@ impl FakeGuest {
         }
     }
 
+    /// Has calls count from here on, for what fails at one of them.
+    pub fn count_anew(&mut self) {
+        self.calls.clear();
+        self.writes = 0;
+        self.steps.set(0);
+    }
+
     /// Counts a call, and panics if it is the one to do so.
     fn step(&self) {
         let nth = self.steps.replace(self.steps.get() + 1);
