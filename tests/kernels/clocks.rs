@@ -270,9 +270,11 @@ fn rates_and_shares_hold_on_6_12() {
     by_rate(NEWEST_6_12);
 }
 
-/// The threads of a process, in the order in which they began.
-fn threads(guest: &mut Guest, pid: &str) -> Vec<String> {
-    let all = one_line(guest, &format!("ls /proc/{pid}/task | sort -n"));
+/// The threads of a process, in the order in which they began, once there are so many.
+fn threads(guest: &mut Guest, pid: &str, count: usize) -> Vec<String> {
+    let begun =
+        format!("until [ $(ls /proc/{pid}/task | wc -l) -ge {count} ]; do usleep 20000; done");
+    let all = one_line(guest, &format!("{begun}; ls /proc/{pid}/task | sort -n"));
     all.split_whitespace().map(str::to_owned).collect()
 }
 
@@ -286,7 +288,7 @@ fn set(guest: &Guest, how: &str, name: &str, keys: &[&str]) {
 fn by_set(stock: Stock) {
     let mut asking = Asking::begin(stock, "pid in set chosen");
     let pid = asking.pid.clone();
-    let threads = threads(&mut asking.guest, &pid);
+    let threads = threads(&mut asking.guest, &pid, 5);
     assert_eq!(threads.len(), 5, "{threads:?}");
     asking.assert_only_old("an empty set");
     // The first one only waits for the others.
