@@ -24,7 +24,7 @@ const LIMIT: Duration = Duration::from_secs(30);
 /// Callers: so many that some always are between the two functions, while none always is.
 const CALLERS: &str = "probe tally 0 8 1 500 >/tmp/said & echo $!";
 /// Callers of whom often none is between the two functions, for switches that wait for that.
-const FEW_CALLERS: &str = "probe tally 0 4 1 20000 >/tmp/said & echo $!";
+const FEW_CALLERS: &str = "probe tally 0 2 1 100000 >/tmp/said & echo $!";
 /// Switches of those.
 const FEW_SWITCHES: usize = 40;
 /// The model that waits until no thread is in a function of the pair.
