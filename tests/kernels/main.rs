@@ -16,6 +16,7 @@ mod first_class;
 mod flavours;
 mod input;
 mod instant;
+mod killed;
 mod no_fentry;
 mod ordinary;
 mod panics;
