@@ -129,13 +129,11 @@ fn a_fault_at_any_step_of_a_switch_by_task_is_got_over() {
         ("taken back", None, leave),
         ("given back", None, look),
     ]);
-    println!("{faults} faults");
     assert!(faults > 100, "{faults}");
 }
 
 #[test]
 fn a_fault_at_any_step_of_a_forced_switch_is_got_over() {
     let faults = check(&[("switch", None, come as Step), ("force", None, press)]);
-    println!("{faults} faults");
     assert!(faults > 50, "{faults}");
 }

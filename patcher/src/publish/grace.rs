@@ -115,7 +115,7 @@ mod tests {
             guest.run(0, runs);
             let kernel = guest.kernel();
             let tasks = Tasks::read(&kernel, &*guest).unwrap();
-            let mut vcpu = guest.vcpus[0].clone();
+            let mut vcpu = guest.vcpus[0];
             (vcpu.state, vcpu.cpl) = (VcpuState::Running, 0);
             vcpu.gs_base = if known { tasks.cpus[0].area } else { 0 };
             grace.look(&[vcpu], &tasks);

@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 use ::patcher::addr::Gva;
 use ::patcher::apply::Report;
 use ::patcher::kernel::shadow::Shadow;
-use ::patcher::rule::Rule;
 
 use super::{
     ASKING, BROKEN, Calls, Counted, Done, Edition, Failing, InsteadOf, KernelInfo, Life, Order,
