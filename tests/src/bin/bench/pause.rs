@@ -56,7 +56,7 @@ fn natively(figures: &mut Figures, stock: Stock, dir: &Path) -> Result<Vec<PathB
             memory_mib,
         };
         let Opened { dump, kernel } = open(stock, &core.kept()?)?;
-        let mut guest = FakeGuest::from_dump(&dump, ARENA..Gpa(ARENA.0 + ARENA_LEN))
+        let guest = FakeGuest::from_dump(&dump, ARENA..Gpa(ARENA.0 + ARENA_LEN))
             .map_err(|error| error.to_string())?;
         drop(dump);
         if packages.is_empty() {
@@ -69,7 +69,7 @@ fn natively(figures: &mut Figures, stock: Stock, dir: &Path) -> Result<Vec<PathB
                 "measuring updates {}: {functions} functions, {threads} threads",
                 stock.0
             );
-            let reports = rounds(&kernel, &mut guest, package, functions)?;
+            let reports = rounds(&kernel, guest.clone(), package, functions)?;
             let of = |part: &dyn Fn(&Report) -> u64| {
                 median(reports.iter().map(|report| part(report) as f64).collect())
             };
@@ -106,14 +106,14 @@ fn natively(figures: &mut Figures, stock: Stock, dir: &Path) -> Result<Vec<PathB
 /// Applies and reverts a package on a recorded guest: nothing stops or goes there, so that a pause is the work under it.
 fn rounds(
     kernel: &Kernel,
-    guest: &mut FakeGuest,
+    mut guest: FakeGuest,
     package: &Path,
     functions: usize,
 ) -> Result<Vec<Report>, String> {
     let failed = |error: &dyn std::fmt::Display| format!("{}: {error}", package.display());
     let bytes = std::fs::read(package).map_err(|error| failed(&error))?;
     let package = Package::parse(&bytes).map_err(|error| failed(&error))?;
-    let mut arena = Arena::new(guest, kernel).map_err(|error| failed(&error))?;
+    let mut arena = Arena::new(&guest, kernel).map_err(|error| failed(&error))?;
     let model = if functions == 1 {
         Model::Immediate
     } else {
@@ -131,9 +131,9 @@ fn rounds(
             model,
             ..Request::new(update, &package)
         };
-        let report = apply(guest, kernel, &mut arena, &request, &options);
+        let report = apply(&mut guest, kernel, &mut arena, &request, &options);
         reports.push(report.map_err(|error| failed(&error))?);
-        let back = revert(guest, kernel, &mut arena, &[update], model, &options);
+        let back = revert(&mut guest, kernel, &mut arena, &[update], model, &options);
         back.map_err(|error| failed(&error))?;
     }
     Ok(reports)
