@@ -377,6 +377,8 @@ fn place<G: Guest>(
 }
 
 #[cfg(test)]
+mod hooks_tests;
+#[cfg(test)]
 mod passing_tests;
 #[cfg(test)]
 mod predicate_tests;

@@ -192,7 +192,7 @@ fn options<'a>(task: &Undo<'a>) -> ApplyOptions<'a> {
         check_only: false,
         doing: task.doing,
         written: task.written,
-        hook: &|_| {},
+        hook: task.hook,
     }
 }
 
@@ -243,7 +243,7 @@ impl Patcher for KernelPatcher {
             check_only: task.check,
             doing: task.doing,
             written: task.written,
-            hook: &|_| {},
+            hook: task.hook,
         };
         loop {
             self.find(&mut guest, &image, deadline, task.doing)?;
