@@ -513,7 +513,9 @@ pub(crate) fn text() -> Vec<u8> {
     // `behind_patient` can be too, and returns at once: call __fentry__; push rbp; mov rbp, rsp; nop; pop rbp; ret
     put(
         0x480,
-        &[0xe8, 0, 0, 0, 0, 0x55, 0x48, 0x89, 0xe5, 0x90, 0x5d, 0xc3],
+        &[
+            0xe8, 0x40, 0, 0, 0, 0x55, 0x48, 0x89, 0xe5, 0x90, 0x5d, 0xc3,
+        ],
     );
     // `return_to_handler`: sub rsp, 16
     put(0x500, &[0x48, 0x83, 0xec, 0x10]);
