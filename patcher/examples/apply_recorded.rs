@@ -45,6 +45,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             check_only: false,
             doing: &|what| println!("{what}"),
             written: &|| (),
+            hook: &|_| {},
         };
         let request = Request::new(1, &package);
         let report = apply(&mut guest, &kernel, &mut arena, &request, &options)?;

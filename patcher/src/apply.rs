@@ -6,6 +6,7 @@
 pub mod arena;
 mod calls;
 pub mod handlers;
+pub mod hooks;
 mod live;
 pub mod passing;
 mod settle;
@@ -14,12 +15,14 @@ mod switch;
 pub mod tries;
 pub mod tune;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Instant;
 
 pub use self::arena::{Arena, Edition, Holdings, Life};
 use self::arena::{Placed, range};
 pub use self::calls::{Calls, calls};
+use self::hooks::HookError;
 use self::live::Live;
 pub use self::passing::{Model, Passing};
 pub use self::settle::{force, settle};
@@ -28,6 +31,7 @@ use self::tries::LONGEST_WAIT;
 pub use self::tries::{ApplyOptions, CommitFailed, Phases, Report};
 use crate::edition::escape::escape;
 use crate::edition::handler::HandlerError;
+use crate::edition::hook::Moment;
 use crate::edition::link::{self, LinkError, Returns};
 use crate::edition::list::{ListError, Listed, UpdateId, Use};
 use crate::edition::object::Package;
@@ -113,6 +117,9 @@ pub enum ApplyError {
     /// The lists of editions do not allow it.
     #[error(transparent)]
     List(#[from] ListError),
+    /// A hook says no, or could not be run.
+    #[error(transparent)]
+    Hook(#[from] HookError),
     /// The plan was not done.
     #[error(transparent)]
     Commit(#[from] CommitFailed),
@@ -157,10 +164,10 @@ impl<'a> Request<'a> {
 
 /// Applies an update to the kernel that `guest` runs, or with [`ApplyOptions::check_only`] does everything but the commit.
 ///
-/// Returns what it cost. `arena` changes only with an update that is applied, or that may be.
+/// Returns what it cost. `arena` changes only with an update that is applied, or that may be, or whose hooks have run.
 ///
 /// # Errors
-/// [`ApplyError`]; the guest is as it was, unless [`ApplyError::is_broken`].
+/// [`ApplyError`]; the guest is as it was but for what hooks have done, unless [`ApplyError::is_broken`].
 pub fn apply<G: Guest>(
     guest: &mut G,
     kernel: &Kernel,
@@ -169,9 +176,60 @@ pub fn apply<G: Guest>(
     options: &ApplyOptions<'_>,
 ) -> Result<Report, ApplyError> {
     booted(guest, kernel, options)?;
+    hooks::ready(guest, kernel, arena, options)?;
+    let going: BTreeSet<UpdateId> = request.instead_of.iter().copied().collect();
     let mut turn = Turn::new(arena, request.id, true);
-    let going = request.instead_of.iter().copied().collect();
     turn.leave(&going)?;
+    place_in(&mut turn, guest, kernel, arena, request)?;
+    enter(&mut turn.draft, request);
+    let leaves = |moment| {
+        request
+            .instead_of
+            .iter()
+            .map(move |update| (*update, moment))
+    };
+    let hooks = request.package.hooks();
+    let asks = hooks.is_some_and(|hooks| hooks.has(Moment::BeforeApply))
+        || leaves(Moment::BeforeRevert).any(|(update, at)| hooks::has(arena, update, at));
+    if asks && !options.check_only {
+        // A hook is not run for what cannot be: everything but the commit is done before.
+        let check = ApplyOptions {
+            check_only: true,
+            ..*options
+        };
+        turn.switch(guest, kernel, arena, request.model, &check)?;
+        let mut alone = Turn::new(arena, request.id, true);
+        place_in(&mut alone, guest, kernel, arena, request)?;
+        // Unless it comes into effect, it is on its way out.
+        alone.draft.drain(&BTreeSet::from([request.id]));
+        hooks::switch(alone, guest, kernel, arena, options)?;
+        let before = [(request.id, Moment::BeforeApply)].into_iter();
+        for hook in before.chain(leaves(Moment::BeforeRevert)) {
+            hooks::run(guest, kernel, arena, hook, options)?;
+        }
+        turn = Turn::new(arena, request.id, true);
+        turn.map(guest, kernel, arena)?;
+        turn.leave(&going)?;
+        turn.draft.drains.remove(&request.id);
+        turn.draft.free.remove(&request.id);
+        enter(&mut turn.draft, request);
+    }
+    let report = turn.switch(guest, kernel, arena, request.model, options)?;
+    if !options.check_only {
+        let behind = leaves(Moment::AfterRevert).chain([(request.id, Moment::AfterApply)]);
+        hooks::run_behind(guest, kernel, arena, behind, options)?;
+    }
+    Ok(report)
+}
+
+/// Has `turn` place what the update brings.
+fn place_in<G: Guest>(
+    turn: &mut Turn,
+    guest: &G,
+    kernel: &Kernel,
+    arena: &Arena,
+    request: &Request<'_>,
+) -> Result<(), ApplyError> {
     turn.map(guest, kernel, arena)?;
     let placed = place(guest, kernel, arena, &mut turn.draft, request.package)?;
     turn.plan.place_all(&placed.linked, &turn.map)?;
@@ -183,17 +241,22 @@ pub fn apply<G: Guest>(
         writes: turn.plan.writes.clone(),
         ..placed
     };
-    for redirection in &placed.linked.redirections {
+    turn.draft.placed.insert(request.id, Arc::new(placed));
+    Ok(())
+}
+
+/// Lists the editions of an update that is placed.
+fn enter(draft: &mut Holdings, request: &Request<'_>) {
+    let placed = draft.placed.get(&request.id).cloned();
+    for redirection in placed.iter().flat_map(|placed| &placed.linked.redirections) {
         let edition = Listed {
             update: request.id,
             at: redirection.edition,
             head: redirection.head.at,
         };
-        turn.draft.functions.add(&redirection.target, edition);
+        draft.functions.add(&redirection.target, edition);
     }
-    turn.draft.placed.insert(request.id, Arc::new(placed));
-    turn.draft.uses.insert(request.id, request.how.clone());
-    turn.switch(guest, kernel, arena, request.model, options)
+    draft.uses.insert(request.id, request.how.clone());
 }
 
 /// Takes updates back, all in the same moment. Their code stays where it is until it is known that no thread is in it, nor will return to it.
@@ -208,11 +271,21 @@ pub fn revert<G: Guest>(
     model: Model,
     options: &ApplyOptions<'_>,
 ) -> Result<Report, ApplyError> {
+    hooks::ready(guest, kernel, arena, options)?;
     let update = updates.first().copied().unwrap_or_default();
+    let going = updates.iter().copied().collect();
+    Turn::new(arena, update, false).leave(&going)?;
+    for update in updates {
+        let hook = (*update, Moment::BeforeRevert);
+        hooks::run(guest, kernel, arena, hook, options)?;
+    }
     let mut turn = Turn::new(arena, update, false);
     turn.map(guest, kernel, arena)?;
-    turn.leave(&updates.iter().copied().collect())?;
-    turn.switch(guest, kernel, arena, model, options)
+    turn.leave(&going)?;
+    let report = turn.switch(guest, kernel, arena, model, options)?;
+    let behind = updates.iter().map(|update| (*update, Moment::AfterRevert));
+    hooks::run_behind(guest, kernel, arena, behind, options)?;
+    Ok(report)
 }
 
 /// Uses the editions of an update in effect in another way: for other calls, or counted. Where one store does that, the guest is not paused.
@@ -286,7 +359,7 @@ fn place<G: Guest>(
     link::same_kernel(package, &live)?;
     let ours = range(&arena.layout.code);
     let redirected = |at| arena.holds.functions.redirected(at);
-    let editions = package.editions().iter();
+    let editions = package.redirected();
     let targets = editions
         .map(|edition| Target::find(kernel, guest, edition, &ours, returns, redirected))
         .collect::<Result<Vec<_>, _>>()?;
@@ -305,6 +378,8 @@ fn place<G: Guest>(
 
 #[cfg(test)]
 mod fault_tests;
+#[cfg(test)]
+mod hooks_tests;
 #[cfg(test)]
 mod passing_tests;
 #[cfg(test)]

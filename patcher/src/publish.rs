@@ -173,7 +173,7 @@ impl Unit {
         orc: Option<OrcTable>,
     ) -> Result<Self, PublishError> {
         let at = Gva(linked.code.at);
-        let heads = linked.redirections.iter().map(|redirection| Symbol {
+        let heads = linked.all_redirections().map(|redirection| Symbol {
             at: redirection.head.at,
             size: redirection.head.bytes.len() as u64,
             name: format!("exopatch_original_{}", redirection.target.name),

@@ -205,6 +205,7 @@ fn many(stock: Stock, rounds: usize) {
         check_only: false,
         doing: &|_| {},
         written: &|| {},
+        hook: &|_| {},
     };
     let ours = |known: Published| -> BTreeSet<_> {
         let code = known.code.into_iter().map(|(range, _)| range.start);

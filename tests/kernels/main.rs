@@ -14,6 +14,7 @@ mod contexts;
 mod end;
 mod first_class;
 mod flavours;
+mod hooks;
 mod input;
 mod instant;
 mod killed;

@@ -187,6 +187,7 @@ impl Scene {
             check_only: false,
             doing: &|_| {},
             written: &|| written.set(true),
+            hook: &|_| {},
         };
         let mut counted = Counted {
             guest: self.guest.vm.guest().expect("a guest that nobody else has"),

@@ -192,6 +192,7 @@ fn options<'a>(task: &Undo<'a>) -> ApplyOptions<'a> {
         check_only: false,
         doing: task.doing,
         written: task.written,
+        hook: task.hook,
     }
 }
 
@@ -242,6 +243,7 @@ impl Patcher for KernelPatcher {
             check_only: task.check,
             doing: task.doing,
             written: task.written,
+            hook: task.hook,
         };
         loop {
             self.find(&mut guest, &image, deadline, task.doing)?;
@@ -410,6 +412,7 @@ impl Patcher for KernelPatcher {
             check_only: false,
             doing: &|_| {},
             written: &|| {},
+            hook: &|_| {},
         };
         match apply::settle(&mut guest, kernel, arena, &options) {
             Ok(()) => Ok(()),

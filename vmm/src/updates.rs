@@ -18,6 +18,7 @@ pub use self::record::{BROKEN, Cost, Failing, Passing, Problem, State, Straggler
 use self::worker::Worker;
 use crate::events::{EventKind, Events};
 use crate::views::{Asked, Seen, View};
+use ::patcher::apply::hooks::{HookEvent, Stage};
 pub use ::patcher::apply::{Calls, Edition, Life, Model};
 pub use ::patcher::edition::list::Use;
 
@@ -437,6 +438,31 @@ impl Book {
         drop(updates);
         self.tell(&update);
         Some(update)
+    }
+
+    /// Tells of a hook that began or ended.
+    fn tell_hook(&self, hook: &HookEvent) {
+        let HookEvent {
+            update,
+            name,
+            moment,
+            stage,
+        } = hook;
+        let (code, what) = match stage {
+            Stage::Began => ("hook_began", format!("began ({moment})")),
+            Stage::Ended { result, after } => {
+                let ms = after.as_millis();
+                ("hook_ended", format!("ended with {result} after {ms} ms"))
+            }
+            Stage::Failed { why, after } => {
+                let ms = after.as_millis();
+                ("hook_failed", format!("failed after {ms} ms: {why}"))
+            }
+        };
+        self.events.publish(EventKind::Other {
+            code: code.to_owned(),
+            message: format!("hook {name} of update {update} {what}"),
+        });
     }
 
     fn tell(&self, update: &Update) {

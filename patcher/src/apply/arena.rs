@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::handlers::{self, Counters, Made, Workshop};
+use super::hooks::{self, Started};
 use super::live::Inhabited;
 use super::passing::Passing;
 use super::tune::Clocks;
@@ -90,6 +91,10 @@ pub struct Holdings {
     pub placed: BTreeMap<UpdateId, Arc<Placed>>,
     /// Who was in the code of an update that is no longer in effect, when that was looked at last.
     pub drains: BTreeMap<UpdateId, Option<String>>,
+    /// Hooks that were begun and have not been seen to end, by update.
+    pub(super) hooks: BTreeMap<UpdateId, Started>,
+    /// The last run of a hook.
+    pub(super) run: u64,
     /// Updates in whose code nobody was found, and that the kernel is to forget.
     pub(super) free: BTreeSet<UpdateId>,
     /// Updates that the kernel has forgotten, while one of its CPUs may still be reading what it knew of them.
@@ -146,6 +151,8 @@ impl Arena {
             functions: Functions::default(),
             placed: BTreeMap::new(),
             drains: BTreeMap::new(),
+            hooks: BTreeMap::new(),
+            run: 0,
             free: BTreeSet::new(),
             forgotten: BTreeMap::new(),
             vcpus: 0,
@@ -377,7 +384,8 @@ impl Holdings {
     #[must_use]
     pub fn is_settling(&self) -> bool {
         let leaves = !self.drains.is_empty() || !self.forgotten.is_empty();
-        leaves || !self.worn.is_empty() || !self.passing.is_empty()
+        let hooks = !self.hooks.is_empty() || self.functions.of(hooks::TICKER).next().is_some();
+        leaves || hooks || !self.worn.is_empty() || !self.passing.is_empty()
     }
 
     /// The periods of grace that have yet to end.
@@ -431,6 +439,7 @@ impl Holdings {
     fn settle(&mut self, watched: &[Watched]) {
         let who = |code: &Range<Gva>| watched.iter().find(|watched| watched.code == *code);
         self.clear_worn(|code| who(code).is_some_and(|found| found.by.is_none()));
+        let begins = self.functions.of(hooks::TICKER).next().is_some();
         let mut gone = Vec::new();
         for (update, drain) in &mut self.drains {
             let Some(placed) = self.placed.get(update) else {
@@ -440,10 +449,14 @@ impl Holdings {
             match who(code).map(|found| &found.by) {
                 None => {}
                 Some(Some(who)) => *drain = Some(who.to_string()),
-                Some(None) => {
-                    *drain = None;
-                    gone.push(*update);
-                }
+                Some(None) => match self.hooks.get_mut(update) {
+                    Some(started) if !begins => *drain = Some(started.close()),
+                    Some(_) => {}
+                    None => {
+                        *drain = None;
+                        gone.push(*update);
+                    }
+                },
             }
         }
         // Whoever is still in a handler may go on to where it led.

@@ -25,6 +25,7 @@ fn options() -> ApplyOptions<'static> {
         check_only: false,
         doing: &|_| {},
         written: &|| {},
+        hook: &|_| {},
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::ApplyError;
 use super::arena::Arena;
+use super::hooks;
 use super::switch::{end_passing, keep, lead};
 use super::tries::{ApplyOptions, CommitFailed};
 use crate::edition::list::{ListError, UpdateId};
@@ -20,6 +21,7 @@ pub fn settle<G: Guest>(
     arena: &mut Arena,
     options: &ApplyOptions<'_>,
 ) -> Result<(), ApplyError> {
+    hooks::ready(guest, kernel, arena, options)?;
     let passing = arena.holds.passing.iter();
     let updates: Vec<UpdateId> = passing.map(|passing| passing.update).collect();
     let only_drains = updates.is_empty();

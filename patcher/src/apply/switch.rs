@@ -323,9 +323,9 @@ fn head_of(draft: &Holdings, target: &Target) -> Option<Gva> {
     let redirections = draft
         .placed
         .values()
-        .flat_map(|placed| &placed.linked.redirections);
-    let mut of_it = redirections.filter(|it| it.target.function == target.function);
-    of_it.next_back().map(|redirection| redirection.head.at)
+        .flat_map(|placed| placed.linked.all_redirections());
+    let of_it = redirections.filter(|it| it.target.function == target.function);
+    of_it.last().map(|redirection| redirection.head.at)
 }
 
 /// `way`, or the original by its head where that leads nowhere else.

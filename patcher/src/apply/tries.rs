@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use super::hooks::HookEvent;
 use crate::commit::{Blocked, CommitError, Quiescent, Running, Scanned, Times};
 use crate::guest::counted::Counted;
 use crate::guest::{Guest, GuestError, PausedGuest};
@@ -62,6 +63,8 @@ pub struct ApplyOptions<'a> {
     pub doing: &'a dyn Fn(String),
     /// Told that everything has been written, before the guest runs again: from then on nothing is undone.
     pub written: &'a dyn Fn(),
+    /// Told of hooks that begin and end.
+    pub hook: &'a dyn Fn(&HookEvent),
 }
 
 /// An operation that could not be done.

@@ -81,6 +81,7 @@ pub(super) fn options<'a>(check_only: bool) -> ApplyOptions<'a> {
         check_only,
         doing: &|_| {},
         written: &|| {},
+        hook: &|_| {},
     }
 }
 

@@ -16,6 +16,8 @@ use super::object::{Package, PackageError, build_id_text};
 pub const HEADER: &str = include_str!("exopatch.h");
 /// The header that the compiler includes before them: it makes static branches test their keys.
 const KEYS: &str = include_str!("exopatch_keys.h");
+/// The header that editions with hooks include too.
+const HOOKS: &str = include_str!("exopatch_hooks.h");
 
 /// Why no package was made.
 #[derive(Debug, thiserror::Error)]
@@ -260,11 +262,12 @@ fn write_tree(what: &Build<'_>, source: &[u8], stem: &str, work: &Path) -> Resul
         "#define EXOPATCH_KERNEL \"{}\"\n",
         build_id_text(what.build_id)
     );
-    let files: [(String, &[u8]); 5] = [
+    let files: [(String, &[u8]); 6] = [
         (format!("{stem}.c"), &text),
         ("Kbuild".into(), kbuild.as_bytes()),
         ("exopatch.h".into(), HEADER.as_bytes()),
         ("exopatch_keys.h".into(), KEYS.as_bytes()),
+        ("exopatch_hooks.h".into(), HOOKS.as_bytes()),
         ("exopatch_kernel.h".into(), kernel.as_bytes()),
     ];
     for (name, bytes) in files {

@@ -1,15 +1,17 @@
 //! Whether an address of a package's own code or data may get to be known to the guest: in a timer, a list, a table, a message that is printed later.
 //!
 //! An edition that no thread is in any more can still be reached through such an address, so its room is only used again when no
-//! relocation hands one out. Direct branches do not, nor do instructions that read or write a variable in place.
+//! relocation hands one out. Direct branches do not, nor do instructions that read or write a variable in place. What runs hooks does, but
+//! only until they have ended, which is waited for (see [`crate::apply::hooks`]).
 
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic};
 
+use super::hook::CELLS;
 use super::link::ORIGINAL;
 use super::object::{Package, Place, Relocation, Section};
 
-/// Tables that the kernel reads while they are published, and not after.
-const TABLES: [&str; 2] = ["__ex_table", "__bug_table"];
+/// Tables that the kernel reads while they are published, and not after; and what runs hooks, which the kernel knows until the last has ended.
+const TABLES: [&str; 3] = ["__ex_table", "__bug_table", CELLS];
 
 /// The first place of `package` that hands an address of its own out, for people to read; `None` when there is none.
 #[must_use]
@@ -23,8 +25,12 @@ pub fn escape(package: &Package) -> Option<String> {
 fn escape_of(package: &Package, section: &Section) -> Option<String> {
     let own = |relocation: &&Relocation| {
         let symbol = package.symbols().get(relocation.symbol);
-        symbol.is_some_and(|symbol| {
-            matches!(symbol.place, Place::Here(..)) || symbol.name.starts_with(ORIGINAL)
+        symbol.is_some_and(|symbol| match symbol.place {
+            Place::Here(index, _) => {
+                let at = package.sections().get(index);
+                at.is_none_or(|section| section.name != CELLS)
+            }
+            _ => symbol.name.starts_with(ORIGINAL),
         })
     };
     let mut own: Vec<&Relocation> = section.relocations.iter().filter(own).collect();

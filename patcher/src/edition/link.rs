@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 
 use crate::addr::Gva;
 use crate::edition::handler::{HandlerError, Thunk};
+use crate::edition::hook::Moment;
 use crate::edition::object::{Edition, Package, Place, Relocation, Section, build_id_text};
 use crate::edition::predicate::{self, PredicateError};
 use crate::edition::reloc::{Kind, Overflow};
@@ -143,6 +144,17 @@ pub struct Redirection {
     pub head: Head,
 }
 
+/// The hooks of a package with an address for everything.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hooks {
+    /// When each runs, its name and its first byte.
+    pub list: Vec<(Moment, String, Gva)>,
+    /// From where they are begun.
+    pub ticker: Redirection,
+    /// The words by which they are run.
+    pub cells: Gva,
+}
+
 /// A package with an address for everything.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Linked {
@@ -152,6 +164,8 @@ pub struct Linked {
     pub data: Placed,
     /// What is redirected where.
     pub redirections: Vec<Redirection>,
+    /// Its hooks, and what they are run by.
+    pub hooks: Option<Hooks>,
     /// Unwind entries of the editions: from where each applies, in the kernel's own encoding.
     pub orc: Vec<(Gva, Vec<u8>)>,
     /// Functions of the editions.
@@ -171,9 +185,15 @@ impl Linked {
         let thunks = self.thunks.iter();
         thunks.map(|it| (it.name.clone(), it.at)).collect()
     }
+
+    /// All functions that it may redirect, that from which its hooks are begun too.
+    pub fn all_redirections(&self) -> impl Iterator<Item = &Redirection> {
+        let ticker = self.hooks.iter().map(|hooks| &hooks.ticker);
+        self.redirections.iter().chain(ticker)
+    }
 }
 
-/// Links `package` for the functions in `targets`, one for each of its editions, in order.
+/// Links `package` for the functions in `targets`, one for each that it [may redirect](Package::redirected), in order.
 ///
 /// Room is taken from `space`; on an error it is as it was.
 ///
@@ -199,7 +219,7 @@ pub fn link(
         kernel,
         layout: &layout,
         heads: Vec::new(),
-        editions: package.editions(),
+        editions: package.redirected().collect(),
     };
     for (target, offset) in targets.iter().zip(&heads) {
         linker
@@ -242,16 +262,27 @@ pub fn link(
         );
     }
     let at = |section, offset| Gva(layout.address(section).wrapping_add(offset));
-    let redirections = targets
+    let mut redirections: Vec<Redirection> = targets
         .into_iter()
         .zip(linker.heads)
-        .zip(package.editions())
+        .zip(package.redirected())
         .map(|((target, head), edition)| Redirection {
             target,
             edition: at(edition.section, edition.offset),
             head,
         })
         .collect();
+    let hooks = package.hooks().and_then(|hooks| {
+        Some(Hooks {
+            ticker: redirections.pop()?,
+            cells: at(hooks.cells, 0),
+            list: hooks
+                .list
+                .iter()
+                .map(|it| (it.moment, it.name.clone(), at(it.section, it.offset)))
+                .collect(),
+        })
+    });
     let orc = package
         .orc()
         .iter()
@@ -270,6 +301,7 @@ pub fn link(
         code,
         data,
         redirections,
+        hooks,
         orc,
         functions,
         thunks,
@@ -461,7 +493,7 @@ struct Linker<'a, K> {
     kernel: &'a K,
     layout: &'a Layout,
     heads: Vec<Head>,
-    editions: &'a [Edition],
+    editions: Vec<&'a Edition>,
 }
 
 impl<K: Resolve> Linker<'_, K> {

@@ -161,6 +161,13 @@ impl Functions {
         Ok(())
     }
 
+    /// Takes the editions of `update` off the lists, whatever lies on them.
+    pub(crate) fn take_off(&mut self, update: UpdateId) {
+        for function in self.by_address.values_mut() {
+            function.editions.retain(|edition| edition.update != update);
+        }
+    }
+
     /// Whether `update` can be taken away together with the others of `going`.
     fn may_go(&self, update: UpdateId, going: &BTreeSet<UpdateId>) -> Result<(), ListError> {
         let mine: BTreeSet<Gva> = self.of(update).collect();

@@ -1,9 +1,10 @@
-//! An edition package (`.xpu`): the ELF relocatable that the kernel's own build makes, with up to three sections of ours.
+//! An edition package (`.xpu`): the ELF relocatable that the kernel's own build makes, with up to five sections of ours.
 //!
 //! `.exopatch.kernel` holds the build-id of the kernel that it is for, in hexadecimal; `.exopatch.editions` one record for
-//! each function that it replaces; `.exopatch.predicates` one for each function that rules may ask (all are made by `exopatch.h`). Holding
-//! a [`Package`] proves that every relocation is of a kind that can be applied, lies inside its section and names a symbol that exists; that
-//! every edition and every predicate is a function of the package, and no two predicates have one name; and that nothing in it needs
+//! each function that it replaces; `.exopatch.predicates` one for each function that rules may ask; `.exopatch.hooks` one for each of its hooks,
+//! and `.exopatch.ticker` the one by which these get to run (all are made by `exopatch.h` and `exopatch_hooks.h`). Holding a [`Package`]
+//! proves that every relocation is of a kind that can be applied, lies inside its section and names a symbol that exists; that
+//! every edition, predicate and hook is a function of the package, and no two predicates have one name; and that nothing in it needs
 //! more of the kernel than memory and symbols. Follows the ELF-64 specification.
 
 mod read;
@@ -14,6 +15,7 @@ use object::LittleEndian;
 use object::Object as _;
 use object::read::elf::ElfFile64;
 
+use super::hook::{Hooks, Moment};
 use super::reloc::Kind;
 
 /// The largest package that is looked at, in bytes.
@@ -164,6 +166,26 @@ pub enum PackageError {
         /// How many.
         count: usize,
     },
+    /// A hook is not a function of the package.
+    #[error("the hook {name} is not a function that the package defines")]
+    NotAHook {
+        /// Its name.
+        name: String,
+    },
+    /// Two hooks of one moment.
+    #[error("the package has two hooks that run {moment}; have one call the other")]
+    TwoHooks {
+        /// When they run.
+        moment: Moment,
+    },
+    /// It replaces the function from which hooks are begun.
+    #[error(
+        "the package has hooks and replaces {function}, from which hooks are begun; put the two into packages of their own"
+    )]
+    ReplacesTicker {
+        /// The function.
+        function: String,
+    },
 }
 
 /// A section that gets memory in the arena.
@@ -286,6 +308,7 @@ pub struct Package {
     build_id: Vec<u8>,
     editions: Vec<Edition>,
     predicates: Vec<Predicate>,
+    hooks: Option<Hooks>,
     sections: Vec<Section>,
     symbols: Vec<Symbol>,
     orc: Vec<OrcEntry>,
@@ -331,6 +354,18 @@ impl Package {
     #[must_use]
     pub fn predicates(&self) -> &[Predicate] {
         &self.predicates
+    }
+
+    /// What runs before and after its editions come or go, if anything does.
+    #[must_use]
+    pub fn hooks(&self) -> Option<&Hooks> {
+        self.hooks.as_ref()
+    }
+
+    /// What it replaces, and behind that what hooks are begun by: all of it needs a function that can be redirected.
+    pub fn redirected(&self) -> impl Iterator<Item = &Edition> {
+        let ticker = self.hooks.iter().map(|hooks| &hooks.ticker);
+        self.editions.iter().chain(ticker)
     }
 
     /// What gets memory.

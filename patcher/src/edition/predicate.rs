@@ -83,7 +83,7 @@ pub fn check(package: &Package, sections: &[Section]) -> Result<(), PredicateErr
     if package.predicates().is_empty() {
         return Ok(());
     }
-    let editions = package.editions().iter();
+    let editions = package.redirected();
     let mut walk = Walk {
         package,
         sections,

@@ -52,7 +52,7 @@ fn range(linked: &Linked) -> Range<Gva> {
 /// Each edition under the name of the function that it replaces, each head under the one by which an edition calls it, and what asks predicates.
 fn pieces(linked: &Linked) -> Vec<(Range<Gva>, String)> {
     let mut starts = Vec::new();
-    for redirection in &linked.redirections {
+    for redirection in linked.all_redirections() {
         let name = &redirection.target.name;
         starts.push((redirection.edition, name.clone()));
         starts.push((redirection.head.at, format!("exopatch_original_{name}")));
@@ -74,7 +74,7 @@ fn table(linked: &Linked, kernel: &Kernel, like: &OrcTable) -> Result<OrcTable, 
     let code = range(linked);
     let mut entries = vec![(code.start, like.silence())];
     entries.extend(linked.orc.iter().cloned());
-    for redirection in &linked.redirections {
+    for redirection in linked.all_redirections() {
         entries.extend(of_head(redirection, kernel, like));
     }
     for thunk in &linked.thunks {

@@ -3,6 +3,7 @@
 //! The kernel's build sorts everything that needs care at run time into sections of its own (`include/asm-generic/vmlinux.lds.h`
 //! lists them), so refusing a section by name refuses what it stands for.
 
+use crate::edition::hook::CELLS;
 use crate::publish::{BUGS, FIXUPS};
 
 /// What is done with a section.
@@ -14,7 +15,7 @@ pub enum Role {
     Data,
     /// Zeroed variables: room in the data half.
     Zeroed,
-    /// Read by us, not placed: the records of editions and predicates, the unwind table.
+    /// Read by us, not placed: the records of editions, predicates and hooks, the unwind table.
     Ours,
     /// Left out; `why` that loses nothing.
     LeftOut {
@@ -52,6 +53,8 @@ const DATA: &[&str] = &[
     ".data..ro_after_init",
     ".data..cacheline_aligned",
     ".data..shared_aligned",
+    // What hooks are run by.
+    CELLS,
     // Debug messages that nobody can switch on, for the kernel does not know of them.
     "__dyndbg",
     "__dyndbg_classes",
@@ -62,6 +65,8 @@ const OURS: &[&str] = &[
     ".exopatch.kernel",
     ".exopatch.editions",
     ".exopatch.predicates",
+    ".exopatch.hooks",
+    ".exopatch.ticker",
     ".orc_unwind",
     ".orc_unwind_ip",
     ".altinstructions",

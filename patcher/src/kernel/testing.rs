@@ -159,7 +159,7 @@ pub(crate) const DATA_SYMBOLS: &[(u64, &str)] = &[
     (0x37c0, "mod_tree"),
     (0x3800, "module_bug_list"),
     (0x3e00, "__start_mcount_loc"),
-    (0x3e10, "__stop_mcount_loc"),
+    (0x3e18, "__stop_mcount_loc"),
     (0, "_sdata"),
     (0x3f80, "_edata"),
     (PARTS, "__start_rodata"),
@@ -510,6 +510,13 @@ pub(crate) fn text() -> Vec<u8> {
             0xe8, 0x40, 0, 0, 0, 0x55, 0x48, 0x89, 0xe5, 0x41, 0x54, 0x41, 0x5c, 0x5d, 0xc3,
         ],
     );
+    // `behind_patient` can be too, and returns at once: call __fentry__; push rbp; mov rbp, rsp; nop; pop rbp; ret
+    put(
+        0x480,
+        &[
+            0xe8, 0x40, 0, 0, 0, 0x55, 0x48, 0x89, 0xe5, 0x90, 0x5d, 0xc3,
+        ],
+    );
     // `return_to_handler`: sub rsp, 16
     put(0x500, &[0x48, 0x83, 0xec, 0x10]);
     orc::calls().for_each(|at| text[at] = 0xe8);
@@ -517,11 +524,12 @@ pub(crate) fn text() -> Vec<u8> {
     text
 }
 
-/// The variables; most are zero. The tracer's table lists `victim` and `patient`.
+/// The variables; most are zero. The tracer's table lists `victim`, `patient` and `behind_patient`.
 fn data() -> Vec<u8> {
     let mut data = vec![0; 0x4000];
     data[0x3e00..0x3e08].copy_from_slice(&(TEXT + 0x300).to_le_bytes());
     data[0x3e08..0x3e10].copy_from_slice(&(TEXT + 0x440).to_le_bytes());
+    data[0x3e10..0x3e18].copy_from_slice(&(TEXT + 0x480).to_le_bytes());
     // The first taint is a module's, the second is not, the third is.
     data[0x3730..0x3739].copy_from_slice(b"PG\x01S \x00O \x01");
     patched::data(&mut data);

@@ -87,7 +87,7 @@ pub enum UpdateCommand {
     Revert {
         /// Number of the update
         id: u64,
-        /// Give up after this time; the update then stays applied
+        /// Give up after this time, that of hooks included; the update then stays applied
         #[arg(long, value_name = "TIME", default_value = "5s", value_parser = parse_time)]
         deadline: Duration,
         /// Return at once; see `exopatch update show`
@@ -143,7 +143,7 @@ pub struct Package {
     /// The package, made by `exopatch build`
     #[arg(value_name = "FILE.xpu")]
     file: PathBuf,
-    /// Give up after this time; the guest is then as it was
+    /// Give up after this time, that of hooks included; the guest is then as it was, but for what hooks of the package did
     #[arg(long, value_name = "TIME", default_value = "5s", value_parser = parse_time)]
     deadline: Duration,
 }

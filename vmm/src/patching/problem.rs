@@ -3,6 +3,7 @@
 
 use std::error::Error;
 
+use patcher::apply::hooks::HookError;
 use patcher::apply::tune::SetsError;
 use patcher::apply::{ApplyError, CommitFailed};
 use patcher::commit::{Blocked, CommitError};
@@ -113,6 +114,12 @@ pub(super) fn package(cause: &PackageError) -> Problem {
         | PackageError::TooManyPredicates { .. } => (
             "package_predicates_wrong",
             "see exopatch.h for how a package defines predicates",
+        ),
+        PackageError::NotAHook { .. }
+        | PackageError::TwoHooks { .. }
+        | PackageError::ReplacesTicker { .. } => (
+            "package_hooks_wrong",
+            "see exopatch_hooks.h for how a package defines hooks",
         ),
         PackageError::NoOrc | PackageError::Ours { .. } | PackageError::TwoTables { .. } => (
             "package_not_ours",
@@ -283,6 +290,34 @@ pub(super) fn arena(cause: &ArenaError) -> Problem {
     refused("arena_not_mappable", cause, REPORT)
 }
 
+/// A hook kept a switch from being made.
+fn hook(cause: &HookError) -> Problem {
+    let (failing, code, hint) = match cause {
+        HookError::Refused { .. } => (
+            Failing::Refused,
+            "hook_refused",
+            "the package's author knows what that result says",
+        ),
+        HookError::Late { .. } => (
+            Failing::Deadline,
+            "hook_late",
+            "give a longer --deadline; exopatch update show says who is still in its code",
+        ),
+        HookError::Unended { .. } => (
+            Failing::Conflict,
+            "hook_not_ended",
+            "wait until it has ended (exopatch update show)",
+        ),
+        HookError::Taken { .. } => (
+            Failing::Conflict,
+            "hook_cannot_begin",
+            "revert that update first",
+        ),
+        HookError::Cells { .. } => (Failing::Failed, "guest_unreadable", REPORT),
+    };
+    Problem::new(failing, code, NOT_APPLIED, cause.to_string(), hint)
+}
+
 /// An apply failed.
 pub(super) fn apply(cause: &ApplyError) -> Problem {
     match cause {
@@ -322,6 +357,7 @@ pub(super) fn apply(cause: &ApplyError) -> Problem {
         ApplyError::Handler(error) => refused("cannot_choose", error, "change the rule"),
         ApplyError::Full(error) => refused("arena_full", error, FULL),
         ApplyError::Set(error) => refused("cannot_bind", error, REPORT),
+        ApplyError::Hook(error) => hook(error),
         ApplyError::Commit(error) => commit(NOT_APPLIED, error),
     }
 }

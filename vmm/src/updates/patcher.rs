@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use ::patcher::apply::hooks::HookEvent;
 use ::patcher::apply::{Calls, Edition, Model, Report};
 use ::patcher::edition::list::Use;
 
@@ -118,6 +119,8 @@ pub struct Task<'a> {
     pub doing: &'a dyn Fn(String),
     /// Tells that everything has been written.
     pub written: &'a dyn Fn(),
+    /// Tells of hooks that begin and end.
+    pub hook: &'a dyn Fn(&HookEvent),
 }
 
 /// One revert, as the patcher gets it.
@@ -129,6 +132,8 @@ pub struct Undo<'a> {
     pub doing: &'a dyn Fn(String),
     /// Tells that everything has been written.
     pub written: &'a dyn Fn(),
+    /// Tells of hooks that begin and end.
+    pub hook: &'a dyn Fn(&HookEvent),
 }
 
 /// What a verification found.

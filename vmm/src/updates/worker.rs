@@ -200,6 +200,7 @@ impl<P: Patcher> Worker<P> {
             functions: &|functions| drop(book.change(id, |update| update.functions = functions)),
             doing: &|doing| drop(book.change(id, |update| update.doing = Some(doing))),
             written: &|| written.set(true),
+            hook: &|hook| book.tell_hook(hook),
         };
         let result = if Instant::now() >= order.deadline {
             Err(too_late())
@@ -209,6 +210,9 @@ impl<P: Patcher> Worker<P> {
         if written.get() {
             self.took_effect(id, &instead_of);
             self.watch();
+        } else if !self.patcher.editions(id).is_empty() {
+            // Its hooks have run: its code is there, and on its way out.
+            self.present.insert(id);
         }
         self.forget();
         self.wait = FIRST_WAIT;
@@ -284,6 +288,7 @@ impl<P: Patcher> Worker<P> {
             deadline,
             doing: &|doing| drop(book.change(id, |update| update.doing = Some(doing))),
             written: &|| written.set(true),
+            hook: &|hook| book.tell_hook(hook),
         };
         self.wait = FIRST_WAIT;
         self.work(|patcher| work(patcher, &task))

@@ -154,6 +154,7 @@ fn try_it(
         check_only,
         doing: &|_| {},
         written: &|| {},
+        hook: &|_| {},
     };
     commit(guest, kernel, plan, &options).map(|(report, _)| report)
 }
@@ -254,6 +255,7 @@ fn panics_at(fault: Fault) -> (FakeGuest, bool, bool) {
         check_only: false,
         doing: &|_| {},
         written: &|| written.set(true),
+        hook: &|_| {},
     };
     let (kernel, plan) = (Fake::default(), plan());
     let end = catch_unwind(AssertUnwindSafe(|| {
@@ -382,6 +384,7 @@ fn a_check_that_takes_too_long_commits_nothing() {
         check_only: false,
         doing: &|_| {},
         written: &|| {},
+        hook: &|_| {},
     };
     let error = commit(&mut guest, &Fake::default(), &plan(), &options).unwrap_err();
     assert!(

@@ -65,11 +65,13 @@ pub(super) fn read(file: &Elf<'_>) -> Result<Package, PackageError> {
     }
     let functions = reader.functions()?;
     let predicates = reader.predicates(&functions)?;
+    let hooks = reader.hooks(&editions, &functions)?;
     let alternatives = reader.alternatives()?;
     Ok(Package {
         build_id,
         editions,
         predicates,
+        hooks,
         sections: reader.sections,
         symbols: reader.symbols,
         orc,

@@ -9,6 +9,7 @@ use object::{
 };
 use proptest::prelude::*;
 
+use crate::edition::hook::CELLS;
 use crate::edition::predicate;
 
 use super::{MAX_PACKAGE, Package, PackageError, Place, build_id_text, parse_build_id};
@@ -143,6 +144,27 @@ impl Maker {
         };
         self.predicates = Some(section);
         self.record(section, name, 0, symbol, addend);
+    }
+
+    /// Declares hooks, each by its moment's number, name and offset in `.text`, that the code at an offset of `.text` begins from `function`; the
+    /// section of the cells is so many bytes long, and holds the address of `.text`.
+    pub(crate) fn hooks(
+        &mut self,
+        hooks: &[(u32, &str, u64)],
+        (function, ticker): (&str, u64),
+        cells: usize,
+    ) {
+        let section = self.section(".exopatch.hooks", SectionKind::ReadOnlyData, &[]);
+        for &(moment, name, offset) in hooks {
+            let symbol = self.symbol(name, Some((self.text, offset)));
+            self.record(section, name, moment, symbol, 0);
+        }
+        let section = self.section(".exopatch.ticker", SectionKind::ReadOnlyData, &[]);
+        let symbol = self.symbol("ticker", Some((self.text, ticker)));
+        self.record(section, function, 0, symbol, 0);
+        let cells = self.section(CELLS, SectionKind::Data, &vec![0; cells]);
+        let text = self.object.section_symbol(self.text);
+        self.relocate(cells, 0, 1, text, 0);
     }
 
     fn record(
@@ -469,5 +491,42 @@ proptest! {
     fn truncation_never_panics(len in any::<prop::sample::Index>()) {
         let bytes = sample().finish();
         let _ = Package::parse(&bytes[..len.index(bytes.len())]);
+    }
+}
+
+/// A package with these hooks, begun from `function`.
+fn hooked(hooks: &[(u32, &str, u64)], function: &str, cells: usize) -> Result<Package, String> {
+    let mut maker = Maker::new(&[0xc3; 16]);
+    maker.edition("f", 0, 0);
+    maker.hooks(hooks, (function, 4), cells);
+    maker.orc();
+    Package::parse(&maker.finish()).map_err(|error| error.to_string())
+}
+
+#[test]
+fn hooks_are_read_and_wrong_ones_refused() {
+    let all = [(0, "a", 1), (1, "b", 2), (2, "c", 3), (3, "d", 5)];
+    let package = hooked(&all, "g", 40).unwrap();
+    let hooks = package.hooks().unwrap();
+    let names: Vec<&str> = hooks.list.iter().map(|hook| hook.name.as_str()).collect();
+    assert_eq!(names, ["a", "b", "c", "d"]);
+    assert_eq!(hooks.ticker.function, "g");
+    assert_eq!(package.editions().len(), 1);
+    assert_eq!(package.redirected().count(), 2);
+    assert_eq!(crate::edition::escape::escape(&package), None);
+    let two = [(0, "a", 1), (0, "b", 2)];
+    for (hooks, function, cells, want) in [
+        (
+            &two[..],
+            "g",
+            40,
+            "two hooks that run before the update is applied",
+        ),
+        (&[(4, "a", 1)], "g", 40, "a hook of no known moment"),
+        (&[(0, "a", 1)], "g", 39, "is of another layout"),
+        (&[(0, "a", 1)], "f", 40, "has hooks and replaces f"),
+    ] {
+        let got = hooked(hooks, function, cells).unwrap_err();
+        assert!(got.contains(want), "{got}");
     }
 }

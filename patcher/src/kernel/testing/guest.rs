@@ -387,9 +387,9 @@ impl TinyGuest {
         Kernel::locate(image, self, &self.vcpus).unwrap()
     }
 
-    /// Puts NOPs where `victim` and `patient` call the tracer.
+    /// Puts NOPs where `victim`, `patient` and `behind_patient` call the tracer.
     pub(crate) fn trace_nothing(&mut self) {
-        for function in ["victim", "patient"] {
+        for function in ["victim", "patient", "behind_patient"] {
             self.put_bytes(self.at(function), &[0x0f, 0x1f, 0x44, 0, 0]);
         }
     }

@@ -210,6 +210,7 @@ fn recorded(figures: &mut Figures, stock: Stock, dump: &Path) -> Result<(), Stri
             check_only: false,
             doing: &|_| (),
             written: &|| (),
+            hook: &|_| {},
         };
         let request = Request::new(1, &package);
         let report = apply(&mut guest, &kernel, &mut arena, &request, &options)

@@ -126,6 +126,7 @@ fn rounds(
             check_only: false,
             doing: &|_| (),
             written: &|| (),
+            hook: &|_| {},
         };
         let request = Request {
             model,

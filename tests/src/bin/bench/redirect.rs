@@ -157,6 +157,7 @@ impl Bench {
             check_only: false,
             doing: &|_| (),
             written: &|| (),
+            hook: &|_| {},
         };
         let (kernel, arena) = (&self.kernel, &mut self.arena);
         change_set(&mut machine, arena, "marks", &[0x8905], &[])

@@ -1,14 +1,18 @@
-//! The records that `exopatch.h` makes: of the functions that a package replaces, and of those that rules may ask.
+//! The records that `exopatch.h` and `exopatch_hooks.h` make: of the functions that a package replaces, of those that rules may ask, and of hooks.
 //!
 //! All are alike: a pointer to a function of the package, the length of the record, a number, and a name, with a zero behind it.
 
 use object::Object as _;
 
 use super::{NAME_LEN, Reader};
+use crate::edition::hook::{CELLS, CELLS_LEN, Hook, Hooks, Moment};
 use crate::edition::object::{Edition, Function, MAX_PREDICATES, PackageError, Predicate};
 
-/// Bytes of one record: `struct exopatch_edition` and `struct exopatch_predicate` of `exopatch.h`.
+/// Bytes of one record: `struct exopatch_edition` and its like.
 const RECORD_LEN: usize = 16 + NAME_LEN;
+
+/// The record of what begins hooks.
+const TICKER: &str = ".exopatch.ticker";
 
 /// One of them.
 struct Record {
@@ -63,6 +67,14 @@ impl Reader<'_, '_> {
         if self.file.section_by_name(section).is_none() {
             return Err(PackageError::NoEdition);
         }
+        let editions = self.editions_in(section)?;
+        if editions.is_empty() {
+            return Err(PackageError::NoEdition);
+        }
+        Ok(editions)
+    }
+
+    fn editions_in(&mut self, section: &'static str) -> Result<Vec<Edition>, PackageError> {
         let mut editions: Vec<Edition> = Vec::new();
         for record in self.records(section)? {
             let (function, position) = (record.name, record.number);
@@ -82,10 +94,61 @@ impl Reader<'_, '_> {
                 offset,
             });
         }
-        if editions.is_empty() {
-            return Err(PackageError::NoEdition);
-        }
         Ok(editions)
+    }
+
+    /// The records of `.exopatch.hooks`, each of the beginning of one of `functions`, and what they are run by.
+    pub(super) fn hooks(
+        &mut self,
+        editions: &[Edition],
+        functions: &[Function],
+    ) -> Result<Option<Hooks>, PackageError> {
+        let section = ".exopatch.hooks";
+        if self.file.section_by_name(section).is_none() {
+            return Ok(None);
+        }
+        let wrong = |section, why| PackageError::Ours { section, why };
+        let mut list: Vec<Hook> = Vec::new();
+        for record in self.records(section)? {
+            let moment = Moment::from_number(record.number);
+            let moment = moment.ok_or_else(|| wrong(section, "holds a hook of no known moment"))?;
+            let (place, name) = (record.place, record.name);
+            let Some((section, offset)) = place.filter(|place| is_function(functions, *place))
+            else {
+                return Err(PackageError::NotAHook { name });
+            };
+            if list.iter().any(|other| other.moment == moment) {
+                return Err(PackageError::TwoHooks { moment });
+            }
+            list.push(Hook {
+                name,
+                moment,
+                section,
+                offset,
+            });
+        }
+        self.ours(TICKER)?;
+        let mut tickers = self.editions_in(TICKER)?;
+        let (Some(ticker), true) = (tickers.pop(), tickers.is_empty()) else {
+            return Err(wrong(TICKER, "does not hold one record"));
+        };
+        if editions.iter().any(|it| it.function == ticker.function) {
+            let function = ticker.function;
+            return Err(PackageError::ReplacesTicker { function });
+        }
+        let sections = self.sections.iter().enumerate();
+        let mut cells = sections.filter(|(_, section)| section.name == CELLS);
+        let (Some((cells, holds)), None) = (cells.next(), cells.next()) else {
+            return Err(wrong(CELLS, "is missing, or there more than once"));
+        };
+        if holds.bytes.len() < CELLS_LEN || !holds.align.is_multiple_of(8) {
+            return Err(wrong(CELLS, "is of another layout"));
+        }
+        Ok(Some(Hooks {
+            list,
+            ticker,
+            cells,
+        }))
     }
 
     /// The records of `.exopatch.predicates`, each of the beginning of one of `functions`.
@@ -117,11 +180,8 @@ impl Reader<'_, '_> {
             if name.starts_with(|c: char| c.is_ascii_digit()) || !name.chars().all(letter) {
                 return Err(wrong("holds a record without a function name"));
             }
-            let is_function = |&(section, offset): &(usize, u64)| {
-                let mut functions = functions.iter();
-                functions.any(|it| (it.section, it.offset) == (section, offset))
-            };
-            let Some((section, offset)) = place.filter(is_function) else {
+            let Some((section, offset)) = place.filter(|place| is_function(functions, *place))
+            else {
                 return Err(PackageError::NotAPredicate { name });
             };
             if predicates.iter().any(|other| other.name == name) {
@@ -135,6 +195,12 @@ impl Reader<'_, '_> {
         }
         Ok(predicates)
     }
+}
+
+/// Whether one of `functions` begins there: in a section, at an offset.
+fn is_function(functions: &[Function], place: (usize, u64)) -> bool {
+    let mut functions = functions.iter();
+    functions.any(|it| (it.section, it.offset) == place)
 }
 
 fn word(record: &[u8], at: usize) -> Option<u32> {
