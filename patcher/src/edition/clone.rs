@@ -23,7 +23,7 @@ use super::object::{Edition, Function, Made, Package, Place, Relocation, Section
 use super::reloc::Kind;
 use crate::addr::{Gva, LinkAddr};
 use crate::guest::ReadPhys;
-use crate::kernel::changed::{Cause, compare_part};
+use crate::kernel::changed::{Cause, Change, compare_part};
 use crate::kernel::image::Image;
 use crate::kernel::locate::Kernel;
 use crate::kernel::symbols::Symbol as KernelSymbol;
@@ -138,9 +138,12 @@ fn live<R: ReadPhys>(
     let jump = redirected.and_then(|target| target.jump.range(target.displaced.len() as u64));
     let mut changes = Vec::new();
     let ours = jump.as_slice();
-    compare_part(kernel, guest, ours, range, |change| {
-        changes.push(change.clone())
-    })?;
+    let each = |change: &Change| changes.push(change.clone());
+    let summary = compare_part(kernel, guest, ours, range, each)?;
+    // What is given back after boot is not compared, and no function any more.
+    if range.end.offset_from(range.start) != Some(summary.compared) {
+        return Err(Reason::NotText);
+    }
     for change in changes {
         use Cause::{Alternative, CallThunk, Paravirt, Retpoline, ReturnThunk, RuntimeConst};
         match change.cause {
@@ -303,5 +306,7 @@ impl<'a> Maker<'a> {
     }
 }
 
+#[cfg(test)]
+mod run_tests;
 #[cfg(test)]
 mod tests;

@@ -44,8 +44,8 @@ pub struct Refused {
 /// What stands in the way of moving a function.
 #[derive(Debug, thiserror::Error)]
 pub enum Reason {
-    /// Its bytes are in no text of the kernel's file.
-    #[error("it is in no code of the kernel's file")]
+    /// Its bytes are in no text of the kernel's file that stays after boot.
+    #[error("it is in no code of the kernel's file that stays after boot")]
     NotText,
     /// Nothing says where addresses are in its code.
     #[error(
