@@ -113,16 +113,16 @@ fn world(ops: &[Op], cut: usize) -> World {
                 a.mov(rsi, if *there { DATA } else { 8 }).unwrap();
                 a.set_label(&mut here).unwrap();
                 a.mov(rdx, ptr(rsi)).unwrap();
-                faults.push((here, blocks[further(number, *by)]));
+                faults.push((here, further(number, *by)));
             }
             Op::Branch(condition, by) => branch(&mut a, *condition, blocks[further(number, *by)]),
             Op::Jump(by) => a.jmp(blocks[further(number, *by)]).unwrap(),
             Op::Static { on, when_on, to } => {
                 let mut here = a.create_label();
                 a.set_label(&mut here).unwrap();
-                let to = blocks[further(number, *to)];
+                let to = further(number, *to);
                 if on == when_on {
-                    a.jmp(to).unwrap();
+                    a.jmp(blocks[to]).unwrap();
                 } else {
                     a.db(&NOP5).unwrap();
                 }
@@ -156,7 +156,7 @@ fn world(ops: &[Op], cut: usize) -> World {
             let short = code[usize::try_from(start - AT).unwrap()] == 0xeb;
             StaticBranch {
                 range: Gva(start)..Gva(start + if short { 2 } else { 5 }),
-                to: Gva(ip(to)),
+                to: Gva(ip(&blocks[*to])),
                 count: Gva(*key),
                 when_on: *when_on,
             }
@@ -166,7 +166,7 @@ fn world(ops: &[Op], cut: usize) -> World {
             at: Gva(ip(here)),
             bytes: vec![0; 12],
             insn: 0,
-            leads: vec![(4, Gva(ip(to)))],
+            leads: vec![(4, Gva(ip(&blocks[*to])))],
         });
         original.parts.push(Part {
             name: name.to_owned(),
@@ -178,7 +178,10 @@ fn world(ops: &[Op], cut: usize) -> World {
         });
     }
     original.parts.retain(|part| !part.code.is_empty());
-    run.fixups = faults.iter().map(|(here, to)| (ip(here), ip(to))).collect();
+    run.fixups = faults
+        .iter()
+        .map(|(here, to)| (ip(here), ip(&blocks[*to])))
+        .collect();
     run.store(DATA, 8, 0x1234_5678);
     run.code = vec![(AT, code), (OUTER, outer())];
     World { original, run }
@@ -235,9 +238,10 @@ proptest! {
             To::Here(offset, _) => CLONE + offset,
             To::There(at) => at.0,
         };
-        let fixups = rows.iter().map(|row| (place(row.fields[0].1), place(row.fields[1].1))).collect();
+        let mut moved = run;
+        moved.fixups = rows.iter().map(|row| (place(row.fields[0].1), place(row.fields[1].1))).collect();
         // Nothing of the original is there any more.
-        let code = vec![(CLONE, linked(&clone)), (OUTER, outer())];
-        prop_assert_eq!(answer(Run { code, fixups, ..run }, CLONE, argument), want);
+        moved.code = vec![(CLONE, linked(&clone)), (OUTER, outer())];
+        prop_assert_eq!(answer(moved, CLONE, argument), want);
     }
 }

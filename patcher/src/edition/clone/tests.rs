@@ -9,7 +9,8 @@ use crate::addr::Gva;
 use crate::edition::escape::escape;
 use crate::edition::object::{Package, Place};
 use crate::edition::reloc::Kind;
-use crate::kernel::testing::guest::{SLIDE, TinyGuest};
+use crate::kernel::changed::tests::booted;
+use crate::kernel::testing::guest::SLIDE;
 use crate::kernel::testing::patched::{PATCHED, TRAMPOLINE};
 use crate::kernel::testing::{BUILD_ID, Form};
 
@@ -242,7 +243,7 @@ fn faults_go_on_in_the_clone() {
 #[test]
 fn a_function_with_sites_of_every_kind_is_cloned_from_a_running_kernel() {
     for form in [Form::New, Form::OldSorted] {
-        let mut guest = TinyGuest::new(form, 4);
+        let mut guest = booted(form);
         let kernel = guest.kernel();
         let made = |names: &[&str]| {
             let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
