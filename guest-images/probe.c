@@ -25,6 +25,7 @@
  *   marks COUNT THREADS               ask SIOCATMARK with memory that is there, that a fault must bring, that is read-only, that is not there, and
  *                                     that is the kernel's; "marks: KIND ERRNONAME N ..." a kind: what was answered, and how often. An answer of OK must
  *                                     have added one to the number there, and any other have left it
+ *   entries                           list a directory into memory that is not there, and into memory that is; "entries: ERRNONAME, then some"
  *   steps COUNT                       step a child through COUNT instructions; "steps: made N of COUNT"
  *   breakpoint SECONDS                call a function on which a hardware breakpoint is set; "breakpoint: calls N hits N"
  *   power-button                      open the power button, go to the background, power off when it is pressed
@@ -71,7 +72,7 @@ _Noreturn void fail(const char *what)
 
 static _Noreturn void usage(void)
 {
-	fprintf(stderr, "usage: probe siocatmark|siocatmark-loop|answers|tally|calls|as|heartbeat|clock|kexec|devmem|busy|churn|bpf|sleepers|datagrams|signals|futexes|marks|steps|breakpoint|power-button ...\n");
+	fprintf(stderr, "usage: probe siocatmark|siocatmark-loop|answers|tally|calls|as|heartbeat|clock|kexec|devmem|busy|churn|bpf|sleepers|datagrams|signals|futexes|marks|steps|breakpoint|power-button|entries ...\n");
 	exit(2);
 }
 
@@ -638,6 +639,19 @@ static int power_button(void)
 	fail("poll");
 }
 
+static int entries(void)
+{
+	int dir = open("/", O_RDONLY | O_DIRECTORY);
+	if (dir < 0)
+		fail("open");
+	char room[4096];
+	long nowhere = syscall(SYS_getdents64, dir, (void *)8, sizeof(room));
+	const char *why = nowhere < 0 ? strerrorname_np(errno) : "nothing";
+	long bytes = syscall(SYS_getdents64, dir, room, sizeof(room));
+	printf("entries: %s, then %s\n", why, bytes > 0 ? "some" : "none");
+	return 0;
+}
+
 int main(int argc, char **argv)
 {
 	setvbuf(stdout, NULL, _IOLBF, 0);
@@ -689,5 +703,7 @@ int main(int argc, char **argv)
 		return breakpoint(number(arg[0], 1000000));
 	if (!strcmp(name, "power-button") && args == 0)
 		return power_button();
+	if (!strcmp(name, "entries") && args == 0)
+		return entries();
 	usage();
 }

@@ -31,7 +31,7 @@ const UNLOAD: &str =
 const LOAD: &str = "insmod /lib/modules/evdev.ko && grep -q ^evdev /proc/modules";
 
 /// The functions of `/proc/PID/stack` from the innermost out, each with what stands in brackets behind it.
-fn told(guest: &mut Guest, pid: &str) -> Vec<String> {
+pub(crate) fn told(guest: &mut Guest, pid: &str) -> Vec<String> {
     let stack = guest.file(&format!("/proc/{pid}/stack"));
     let frame = |line: &str| {
         let place = line.strip_prefix("[<0>] ").expect("a frame");

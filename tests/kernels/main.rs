@@ -9,6 +9,7 @@ mod at;
 mod boot;
 mod bpf;
 mod clocks;
+mod clones;
 mod coexist;
 mod contexts;
 mod end;

@@ -7,12 +7,14 @@ mod come;
 mod look;
 mod problem;
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use patcher::apply::{
     self, ApplyError, ApplyOptions, Arena, Calls, Edition, Model, Report, Request,
 };
+use patcher::edition::clone;
 use patcher::edition::list::Use;
 use patcher::edition::object::Package;
 use patcher::guest::{Guest, GuestError, PausedGuest, Registers};
@@ -26,7 +28,7 @@ use patcher::observe;
 use crate::guest::KvmGuest;
 use crate::kernel_index;
 use crate::updates::{
-    KernelInfo, Passing, Patcher, Problem, Room, Running, Straggler, Task, Undo, Verified,
+    Brings, KernelInfo, Passing, Patcher, Problem, Room, Running, Straggler, Task, Undo, Verified,
 };
 use crate::views::{self, Asked, Seen, View};
 use crate::vm::{State, Vm};
@@ -219,21 +221,43 @@ fn look(guest: &mut KvmGuest, image: &Arc<Image>, deadline: Instant) -> Result<L
     }
 }
 
+/// The package of the clones of functions of the kernel that the guest runs.
+fn clones(
+    guest: &KvmGuest,
+    kernel: &Kernel,
+    arena: &Arena,
+    names: &[String],
+) -> Result<Package, Problem> {
+    let redirected = |at| arena.holds.functions.redirected(at);
+    clone::package(kernel, guest, names, redirected).map_err(|error| problem::clones(&error))
+}
+
 impl Patcher for KernelPatcher {
     fn apply(&mut self, task: &Task<'_>) -> Result<Report, Problem> {
-        let package = Package::parse(task.package).map_err(|error| problem::package(&error))?;
-        let editions = package.editions().iter();
-        (task.functions)(editions.map(|edition| edition.function.clone()).collect());
+        let package = match task.brings {
+            Brings::Package(bytes) => {
+                let package = Package::parse(bytes).map_err(|error| problem::package(&error))?;
+                let editions = package.editions().iter();
+                (task.functions)(editions.map(|edition| edition.function.clone()).collect());
+                Some(package)
+            }
+            Brings::Clones(names) => {
+                (task.functions)(names.clone());
+                None
+            }
+        };
         let reading = Instant::now();
         let image = self.image(task.doing)?;
         // Reading it is done once, and by us: the time that was given is for the guest.
         let deadline = task.deadline + reading.elapsed();
         // Known without the guest: then it need not be waited for.
-        if package.build_id() != image.build_id() {
+        if let Some(package) = &package
+            && package.build_id() != image.build_id()
+        {
             return Err(problem::other_build(package.build_id(), image.build_id()));
         }
         // Functions that come together belong together, unless somebody says that they do not.
-        let usual = match package.editions() {
+        let usual = |package: &Package| match package.editions() {
             [_] => Model::Immediate,
             _ => Model::PerTask,
         };
@@ -250,12 +274,19 @@ impl Patcher for KernelPatcher {
             let Some(Found { kernel, arena }) = &mut self.found else {
                 continue;
             };
+            let package = match (&package, task.brings) {
+                (Some(package), _) => Cow::Borrowed(package),
+                (None, brings) => {
+                    (task.doing)("cloning".to_owned());
+                    Cow::Owned(clones(&guest, kernel, arena, brings.clones())?)
+                }
+            };
             (task.doing)("linking and planning".to_owned());
             let request = Request {
                 id: task.update,
                 package: &package,
                 instead_of: task.instead_of,
-                model: task.model.unwrap_or(usual),
+                model: task.model.unwrap_or(usual(&package)),
                 how: task.how.clone(),
             };
             let error = match apply::apply(&mut guest, kernel, arena, &request, &options) {

@@ -39,8 +39,8 @@ pub type Done<T> = Box<dyn FnOnce(Result<T, Problem>) + Send>;
 pub struct Order {
     /// A name for people.
     pub name: String,
-    /// The package's bytes.
-    pub package: Vec<u8>,
+    /// What it brings.
+    pub brings: Brings,
     /// Do everything but write.
     pub check: bool,
     /// Whose place it takes.
@@ -51,6 +51,35 @@ pub struct Order {
     pub how: Use,
     /// When to give up.
     pub deadline: Instant,
+}
+
+/// What an update brings.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Brings {
+    /// The editions of a package: its bytes.
+    Package(Vec<u8>),
+    /// Clones of the kernel's own functions, by their names.
+    Clones(Vec<String>),
+}
+
+impl Brings {
+    /// The package's bytes; none of clones.
+    #[must_use]
+    pub fn package(&self) -> &[u8] {
+        match self {
+            Self::Package(bytes) => bytes,
+            Self::Clones(_) => &[],
+        }
+    }
+
+    /// The functions to be cloned; none of a package.
+    #[must_use]
+    pub fn clones(&self) -> &[String] {
+        match self {
+            Self::Package(_) => &[],
+            Self::Clones(names) => names,
+        }
+    }
 }
 
 /// The updates that go when another one comes.
@@ -349,7 +378,7 @@ impl Book {
             state: State::Queued,
             doing: None,
             check: order.check,
-            package_bytes: order.package.len(),
+            package_bytes: order.brings.package().len(),
             functions: Vec::new(),
             instead_of: Vec::new(),
             model: order.model,

@@ -528,6 +528,7 @@ impl<K: Resolve> Linker<'_, K> {
         }
         let value = match symbol.place {
             Place::Here(section, offset) => self.layout.address(section).wrapping_add(offset),
+            Place::At(at) => at.0,
             Place::Kernel | Place::LeftOut => self.resolve(&symbol.name)?,
         };
         let place = base.0.wrapping_add(relocation.offset as u64);

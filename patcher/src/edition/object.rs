@@ -17,6 +17,7 @@ use object::read::elf::ElfFile64;
 
 use super::hook::{Hooks, Moment};
 use super::reloc::Kind;
+use crate::addr::Gva;
 
 /// The largest package that is looked at, in bytes.
 pub const MAX_PACKAGE: usize = 16 << 20;
@@ -232,8 +233,10 @@ pub enum Place {
     Here(usize, u64),
     /// In a section that is left out.
     LeftOut,
-    /// In the kernel.
+    /// In the kernel, to be found by its name.
     Kernel,
+    /// At this place of the running kernel.
+    At(Gva),
 }
 
 /// A function that the package replaces.
@@ -315,6 +318,34 @@ pub struct Package {
     functions: Vec<Function>,
     alternatives: AlternativeTable,
     left_out: Vec<(String, &'static str)>,
+}
+
+/// What a package is made of that was never a file.
+#[derive(Debug, Default)]
+pub(crate) struct Made {
+    pub(crate) build_id: Vec<u8>,
+    pub(crate) editions: Vec<Edition>,
+    pub(crate) sections: Vec<Section>,
+    pub(crate) symbols: Vec<Symbol>,
+    pub(crate) orc: Vec<OrcEntry>,
+    pub(crate) functions: Vec<Function>,
+}
+
+impl From<Made> for Package {
+    fn from(made: Made) -> Self {
+        Self {
+            build_id: made.build_id,
+            editions: made.editions,
+            predicates: Vec::new(),
+            hooks: None,
+            sections: made.sections,
+            symbols: made.symbols,
+            orc: made.orc,
+            functions: made.functions,
+            alternatives: AlternativeTable::default(),
+            left_out: Vec::new(),
+        }
+    }
 }
 
 impl Package {

@@ -274,7 +274,7 @@ impl Walk<'_> {
         let is_call = instruction.is_call_near();
         let (to, base) = match symbol.place {
             Place::Here(to, base) => (to, base),
-            Place::Kernel | Place::LeftOut => {
+            Place::Kernel | Place::At(_) | Place::LeftOut => {
                 return match symbol.name.as_str() {
                     "__fentry__" if is_call => Ok(()),
                     "__x86_return_thunk" if !is_call => Ok(()),

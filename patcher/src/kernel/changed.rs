@@ -283,4 +283,4 @@ fn text(kernel: &Kernel) -> Result<Range<LinkAddr>, ChangedError> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

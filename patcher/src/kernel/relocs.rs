@@ -81,6 +81,26 @@ impl Relocs {
         [0, 1, 2].map(|list| self.lists[list].1.len() / 4)
     }
 
+    /// The sites at which the image holds addresses that move with it, each with its bytes: eight, or four that stand for sign-extended ones.
+    pub(crate) fn absolute(&self) -> impl Iterator<Item = (LinkAddr, usize)> + '_ {
+        let lists = self.lists.iter().filter(|(kind, _)| *kind != Kind::Sub32);
+        lists.flat_map(|(kind, list)| self.entries(list).map(|at| (at, kind.width())))
+    }
+
+    fn entries(&self, list: &Range<usize>) -> impl Iterator<Item = LinkAddr> + '_ {
+        let data: &[u8] = (*self.bytes).as_ref();
+        let entries = data.get(list.clone()).unwrap_or_default().as_chunks().0;
+        entries.iter().map(|entry: &[u8; 4]| site(entry))
+    }
+
+    /// Whether the image holds a four-byte address at `at` that moves with it.
+    pub(crate) fn has_absolute(&self, at: LinkAddr) -> bool {
+        let [.., (_, list)] = &self.lists;
+        let data: &[u8] = (*self.bytes).as_ref();
+        let entries: &[[u8; 4]] = data.get(list.clone()).unwrap_or_default().as_chunks().0;
+        entries.binary_search_by_key(&at, site).is_ok()
+    }
+
     /// Applies to `bytes`, the image's at `at`, what a kernel does that runs `slide` (modulo 2^64) above its link address.
     /// A field that is only partly in `bytes` is left as it is: such bytes are not to be relied on.
     ///
@@ -101,8 +121,6 @@ impl Relocs {
                 .unwrap_or_default()
                 .as_chunks()
                 .0;
-            let site =
-                |entry: &[u8; 4]| LinkAddr(i64::from(i32::from_le_bytes(*entry)).cast_unsigned());
             let first = entries.partition_point(|entry| site(entry) < at);
             for site in entries[first..]
                 .iter()
@@ -121,6 +139,10 @@ impl Relocs {
         }
         Ok(())
     }
+}
+
+fn site(entry: &[u8; 4]) -> LinkAddr {
+    LinkAddr(i64::from(i32::from_le_bytes(*entry)).cast_unsigned())
 }
 
 impl Kind {

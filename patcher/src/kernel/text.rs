@@ -98,18 +98,24 @@ impl Kernel {
     pub fn expected_text(&self, range: Range<Gva>) -> Result<Vec<u8>, TextError> {
         let link = LinkAddr(range.start.0.wrapping_sub(self.slide()))
             ..LinkAddr(range.end.0.wrapping_sub(self.slide()));
-        let shipped = self.image().shipped()?;
-        if let Some(site) = shipped
-            .sites()
-            .within(link.clone())
-            .into_iter()
-            .find(|site| changes(site.kind))
-        {
-            return Err(TextError::Undecidable {
+        let sites = self.image().shipped()?.sites().within(link);
+        match sites.into_iter().find(|site| changes(site.kind)) {
+            Some(site) => Err(TextError::Undecidable {
                 at: self.runtime(site.range.start),
                 site,
-            });
+            }),
+            None => self.shipped_text(range),
         }
+    }
+
+    /// The bytes that the image says of the kernel's text at `range`, relocated: what is there may differ where the kernel patches itself.
+    ///
+    /// # Errors
+    /// When that is no text, or the image does not say.
+    pub fn shipped_text(&self, range: Range<Gva>) -> Result<Vec<u8>, TextError> {
+        let link = LinkAddr(range.start.0.wrapping_sub(self.slide()))
+            ..LinkAddr(range.end.0.wrapping_sub(self.slide()));
+        let shipped = self.image().shipped()?;
         let section = self.image().sections().iter().find(|section| {
             section.executable && section.range.start <= link.start && link.end <= section.range.end
         });

@@ -178,6 +178,7 @@ impl Run {
     fn compute(&mut self, of: &Instruction) -> Option<()> {
         let size = Self::size(of, 0);
         match of.mnemonic() {
+            Mnemonic::Nop => Some(()),
             Mnemonic::Mov | Mnemonic::Movzx => self.write(of, 0, self.read(of, 1)?),
             Mnemonic::Movsx => {
                 let value = signed(self.read(of, 1)?, Self::size(of, 1));

@@ -142,7 +142,10 @@ impl Machine for Double {
     }
 
     fn apply(&self, apply: Order, done: Done<Update>) -> Result<Update, ApiError> {
-        assert!(!apply.package.starts_with(b"panic"), "told to panic");
+        assert!(
+            !apply.brings.package().starts_with(b"panic"),
+            "told to panic"
+        );
         assert!(apply.deadline > Instant::now());
         let queued = Update {
             id: u64::try_from(self.updates.lock().unwrap().len()).unwrap() + 1,
@@ -150,7 +153,7 @@ impl Machine for Double {
             state: UpdateState::Queued,
             doing: None,
             check: apply.check,
-            package_bytes: u64::try_from(apply.package.len()).unwrap(),
+            package_bytes: u64::try_from(apply.brings.package().len()).unwrap(),
             functions: Vec::new(),
             instead_of: match apply.instead_of {
                 InsteadOf::These(these) => these,
@@ -168,9 +171,9 @@ impl Machine for Double {
             error: None,
         };
         let refusal = |status, code| Err(ApiError::new(status, code, "m", "c", "h"));
-        let end = if apply.package.starts_with(b"refuse") {
+        let end = if apply.brings.package().starts_with(b"refuse") {
             refusal(StatusCode::UNPROCESSABLE_ENTITY, "wrong_kernel")
-        } else if apply.package.starts_with(b"late") {
+        } else if apply.brings.package().starts_with(b"late") {
             refusal(StatusCode::GATEWAY_TIMEOUT, "not_quiescent")
         } else {
             Ok(Update {

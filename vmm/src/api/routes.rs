@@ -9,6 +9,7 @@ mod sets;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use ::patcher::edition::clone::MAX_CLONES;
 use ::patcher::rule::Rule;
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header};
@@ -30,7 +31,7 @@ use super::wire::{
     Kernel, PowerButton, RevertQuery, Stop, Transition, Update, UpdateList, UseQuery, Verification,
     Vm,
 };
-use crate::updates::{InsteadOf, Order, Use};
+use crate::updates::{Brings, InsteadOf, Order, Use};
 
 /// How long those who collect metrics wait for what is counted in the guest: they come again.
 const COUNTS_WITHIN: Duration = Duration::from_secs(1);
@@ -284,9 +285,9 @@ async fn update(State(api): State<Api>, Id(id): Id) -> Result<Json<Update>, ApiE
     found.map(Json).ok_or_else(|| ApiError::no_update(id))
 }
 
-/// Applies (or only checks) an update package; it is applied whole or not at all, whether the client stays or not
+/// Applies (or only checks) an update package, or clones of the kernel's own functions; it is applied whole or not at all, whether the client stays or not
 #[utoipa::path(post, path = "/v1/updates", tag = "updates", params(ApplyQuery),
-    request_body(content = Vec<u8>, content_type = "application/octet-stream", description = "The .xpu file"),
+    request_body(content = Vec<u8>, content_type = "application/octet-stream", description = "The .xpu file; empty with `clone`"),
     responses(
         (status = CREATED, description = "Applied", body = Update),
         (status = OK, description = "Checked; nothing was written", body = Update),
@@ -318,7 +319,7 @@ async fn apply(
     };
     let (done, ended) = reply();
     let order = Order {
-        package,
+        brings: brings(package, query.clone.as_deref())?,
         name,
         check,
         instead_of: instead_of(query.instead_of.as_deref())?,
@@ -328,6 +329,21 @@ async fn apply(
     };
     let queued = api.machine.apply(order, done)?;
     settle(queued, ended, query.wait, status).await
+}
+
+/// What an update brings: a package, or clones of the functions that an option names.
+fn brings(package: Vec<u8>, clones: Option<&str>) -> Result<Brings, ApiError> {
+    let Some(clones) = clones else {
+        return Ok(Brings::Package(package));
+    };
+    let names: Vec<String> = clones.split(',').map(str::to_owned).collect();
+    let named = |name: &String| !name.is_empty() && !name.chars().any(char::is_control);
+    if !package.is_empty() || names.len() > MAX_CLONES || !names.iter().all(named) {
+        return Err(ApiError::malformed(format_args!(
+            "clone must be the names of at most {MAX_CLONES} functions with commas between them, and the body empty"
+        )));
+    }
+    Ok(Brings::Clones(names))
 }
 
 /// The updates that an option names: `all`, or numbers with commas between them.

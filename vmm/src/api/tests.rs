@@ -357,6 +357,12 @@ fn a_wrong_call_for_updates_says_what_is_wrong() {
     let api = Served::new();
     let malformed = "malformed_request";
     api.check("GET /v1/updates/one", "", b"", 400, malformed, "one");
+    for (call, body) in [
+        ("POST /v1/updates?clone=a", &b"good"[..]),
+        ("POST /v1/updates?clone=a,,b", b""),
+    ] {
+        api.check(call, XPU, body, 400, malformed, "clone must be");
+    }
     api.check(
         "GET /v1/updates/9",
         "",

@@ -155,6 +155,8 @@ pub struct ApplyQuery {
     pub instead_of: Option<String>,
     /// Who may be where at the switch. Left out: `immediate` for an update of one function, `per-task` for one of several, which belong together.
     pub model: Option<Model>,
+    /// Instead of a package: functions of the kernel, by name with commas between them, whose editions are their own clones. The body is then empty.
+    pub clone: Option<String>,
     /// The calls that its editions are for, as a rule; all when left out.
     #[param(max_length = 4096)]
     pub rule: Option<String>,
@@ -337,7 +339,7 @@ pub struct Update {
     pub doing: Option<String>,
     /// Was asked to be checked only.
     pub check: bool,
-    /// Length of the package.
+    /// Length of the package; 0 for clones.
     pub package_bytes: u64,
     /// The kernel functions that it replaces, once the package was read.
     pub functions: Vec<String>,

@@ -41,6 +41,28 @@ pub enum UpdateCommand {
         #[command(flatten)]
         how: How,
     },
+    /// Apply clones of the kernel's own functions: each becomes an edition of itself, to be counted, or used for the calls of a rule
+    #[command(after_help = EXIT_CODES)]
+    Clone {
+        /// The functions
+        #[arg(required = true, value_name = "FUNCTION")]
+        functions: Vec<String>,
+        /// Do everything but write to the guest
+        #[arg(long)]
+        check: bool,
+        /// Take the place of these updates (numbers with commas between them), or of `all`: they go in the same moment
+        #[arg(long, value_name = "IDS")]
+        instead_of: Option<String>,
+        /// Who may be where at the switch; by default `immediate` for one function, `per-task` for several
+        #[arg(long, value_enum)]
+        model: Option<Model>,
+        /// Which calls the clones are for, and whether they are counted
+        #[command(flatten)]
+        how: How,
+        /// Give up after this time; the guest is then as it was
+        #[arg(long, value_name = "TIME", default_value = "5s", value_parser = parse_time)]
+        deadline: Duration,
+    },
     /// Do everything that apply does, but write nothing to the guest
     #[command(after_help = EXIT_CODES)]
     Check {
@@ -148,6 +170,28 @@ pub struct Package {
     deadline: Duration,
 }
 
+/// What is handed in.
+struct Brings {
+    name: String,
+    body: Vec<u8>,
+    deadline: Duration,
+}
+
+impl Package {
+    fn read(self) -> Result<Brings, Failure> {
+        let Self { file, deadline } = self;
+        let body = std::fs::read(&file).map_err(|cause| Failure::File {
+            path: file.clone(),
+            cause,
+        })?;
+        Ok(Brings {
+            name: name_of(&file),
+            body,
+            deadline,
+        })
+    }
+}
+
 impl Client {
     /// Carries out an `update` command.
     ///
@@ -168,12 +212,40 @@ impl Client {
                     let model = model.map(|model| model.name().to_owned());
                     let [rule, count] = how.query();
                     let options = [("instead_of", instead_of), ("model", model), rule, count];
-                    self.apply(package, check, no_wait, options.into(), on_deadline)
+                    let brings = package.read()?;
+                    self.apply(brings, check, no_wait, options.into(), on_deadline)
                         .await
+                }
+                UpdateCommand::Clone {
+                    functions,
+                    check,
+                    instead_of,
+                    model,
+                    how,
+                    deadline,
+                } => {
+                    let model = model.map(|model| model.name().to_owned());
+                    let [rule, count] = how.query();
+                    let clone = ("clone", Some(functions.join(",")));
+                    let options = [
+                        ("instead_of", instead_of),
+                        ("model", model),
+                        rule,
+                        count,
+                        clone,
+                    ];
+                    let brings = Brings {
+                        name: name_of(Path::new(&format!("clone of {}", functions.join(" ")))),
+                        body: Vec::new(),
+                        deadline,
+                    };
+                    let keep = OnDeadline::Keep;
+                    self.apply(brings, check, false, options.into(), keep).await
                 }
                 UpdateCommand::Check { package } => {
                     let keep = OnDeadline::Keep;
-                    self.apply(package, true, false, Vec::new(), keep).await
+                    self.apply(package.read()?, true, false, Vec::new(), keep)
+                        .await
                 }
                 UpdateCommand::Use { id, how, deadline } => {
                     let call = Call::post(format!("/v1/updates/{id}/use"))
@@ -231,22 +303,22 @@ impl Client {
 
     async fn apply(
         &self,
-        package: Package,
+        brings: Brings,
         check: bool,
         no_wait: bool,
         options: Vec<(&'static str, Option<String>)>,
         on_deadline: OnDeadline,
     ) -> Result<(), Failure> {
-        let Package { file, deadline } = package;
-        let body = std::fs::read(&file).map_err(|cause| Failure::File {
-            path: file.clone(),
-            cause,
-        })?;
+        let Brings {
+            name,
+            body,
+            deadline,
+        } = brings;
         let began = Instant::now();
         let call = Call::post("/v1/updates")
             .query(&options)
             .query(&[
-                ("name", Some(name_of(&file))),
+                ("name", Some(name)),
                 ("check", check.then(|| "true".to_owned())),
                 ("wait", no_wait.then(|| "false".to_owned())),
             ])

@@ -7,6 +7,7 @@ use patcher::apply::hooks::HookError;
 use patcher::apply::tune::SetsError;
 use patcher::apply::{ApplyError, CommitFailed};
 use patcher::commit::{Blocked, CommitError};
+use patcher::edition::clone::{CloneError, Reason, Refused};
 use patcher::edition::link::LinkError;
 use patcher::edition::list::ListError;
 use patcher::edition::object::PackageError;
@@ -473,6 +474,28 @@ fn target(cause: &TargetError) -> Problem {
         TargetError::Refused(error) => refusal(error),
         TargetError::NotShipped(error) => refused("kernel_not_understood", error, REPORT),
         TargetError::Unreadable { .. } | TargetError::Probes(_) => unreadable(cause),
+    }
+}
+
+/// There are no clones of the functions that were named.
+pub(super) fn clones(cause: &CloneError) -> Problem {
+    match cause {
+        CloneError::Symbol(error) => symbol(error, cause),
+        CloneError::NotShipped(error) => refused("kernel_not_understood", error, REPORT),
+        CloneError::Twice { .. } => refused("clone_twice", cause, "name each function once"),
+        CloneError::Refused(Refused {
+            reason: Reason::Changed { .. } | Reason::Compared(_) | Reason::Unreadable(_),
+            ..
+        }) => refused(
+            "clone_text_changed",
+            cause,
+            "take the guest's probes off, or try again: it may have been changing its text",
+        ),
+        CloneError::Refused(_) => refused(
+            "clone_not_possible",
+            cause,
+            "name a function that can be moved, or write an edition of this one",
+        ),
     }
 }
 

@@ -6,12 +6,13 @@ use ::patcher::apply::hooks::HookEvent;
 use ::patcher::apply::{Calls, Edition, Model, Report};
 use ::patcher::edition::list::Use;
 
+use super::Brings;
 use super::record::{Passing, Problem};
 use crate::views::{Asked, Seen, View};
 
 /// What a kernel patcher does for the session. It runs on the session's thread only.
 pub trait Patcher: 'static {
-    /// Applies a package, or only checks it. Before the deadline, or not at all.
+    /// Applies what an update brings, or only checks it. Before the deadline, or not at all.
     ///
     /// # Errors
     /// The guest is then as it was, but for [`Failing::Broken`](super::Failing::Broken).
@@ -107,13 +108,13 @@ pub struct Task<'a> {
     pub model: Option<Model>,
     /// How its editions are used.
     pub how: &'a Use,
-    /// The package's bytes.
-    pub package: &'a [u8],
+    /// What it brings.
+    pub brings: &'a Brings,
     /// Write nothing.
     pub check: bool,
     /// When to give up.
     pub deadline: Instant,
-    /// Tells which functions the package replaces.
+    /// Tells which functions it replaces.
     pub functions: &'a dyn Fn(Vec<String>),
     /// Tells what is being done or waited for.
     pub doing: &'a dyn Fn(String),

@@ -101,7 +101,7 @@ pub struct Update {
     pub doing: Option<String>,
     /// Was asked to be checked only.
     pub check: bool,
-    /// Length of its package.
+    /// Length of its package; nothing for clones.
     pub package_bytes: usize,
     /// The kernel functions that it replaces, once the package was read.
     pub functions: Vec<String>,

@@ -10,9 +10,9 @@ use ::patcher::apply::Report;
 use ::patcher::kernel::shadow::Shadow;
 
 use super::{
-    ASKING, BROKEN, Calls, Counted, Done, Edition, Failing, InsteadOf, KernelInfo, Life, Order,
-    Passing, Patcher, Problem, QUEUE, Room, Session, State, Straggler, Task, Undo, Update, Use,
-    Verified,
+    ASKING, BROKEN, Brings, Calls, Counted, Done, Edition, Failing, InsteadOf, KernelInfo, Life,
+    Order, Passing, Patcher, Problem, QUEUE, Room, Session, State, Straggler, Task, Undo, Update,
+    Use, Verified,
 };
 use crate::events::{EventKind, Events};
 use crate::views::{Asked, Seen, View};
@@ -43,7 +43,7 @@ impl Patcher for Scripted {
         self.go.recv().unwrap();
         (task.functions)(vec!["f".to_owned()]);
         (task.doing)("scanning".to_owned());
-        match task.package {
+        match task.brings.package() {
             b"refuse" => Err(problem(Failing::Refused, "no")),
             b"tear" => Err(problem(Failing::Broken, BROKEN)),
             b"panic" => panic!("as it was told"),
@@ -257,7 +257,7 @@ struct Fixture {
 fn order(package: &[u8], check: bool, deadline: Instant) -> Order {
     Order {
         name: "n".to_owned(),
-        package: package.to_vec(),
+        brings: Brings::Package(package.to_vec()),
         check,
         instead_of: InsteadOf::These(Vec::new()),
         model: None,

@@ -194,7 +194,7 @@ impl<P: Patcher> Worker<P> {
             instead_of: &instead_of,
             model: order.model,
             how: &order.how,
-            package: &order.package,
+            brings: &order.brings,
             check: order.check,
             deadline: order.deadline,
             functions: &|functions| drop(book.change(id, |update| update.functions = functions)),

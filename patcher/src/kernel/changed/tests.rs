@@ -17,7 +17,7 @@ const PATIENT: u64 = TEXT + 0x440;
 const NOP5: [u8; 5] = [0x0f, 0x1f, 0x44, 0, 0];
 
 /// A guest whose kernel has made of its text what its processor and keys ask for.
-fn booted(form: Form) -> TinyGuest {
+pub(crate) fn booted(form: Form) -> TinyGuest {
     let mut guest = TinyGuest::new(form, 4);
     let features = guest.at("boot_cpu_data") + 4 + u64::from(PRESENT / 32) * 4;
     guest.put_bytes(features, &(1_u32 << (PRESENT % 32)).to_le_bytes());
