@@ -21,6 +21,9 @@ const MAX_PARTS: usize = 8;
 const KEY_TAKEN: u64 = 1;
 const KEY_FLAGS: u64 = 3;
 
+/// Reads a range of text.
+type Text<'a> = &'a dyn Fn(&Range<Gva>) -> Result<Vec<u8>, Reason>;
+
 /// Where bytes come from: a running kernel, or an image alone.
 pub(super) struct Source<'a> {
     pub(super) image: &'a Image,
@@ -28,7 +31,7 @@ pub(super) struct Source<'a> {
     /// Runtime address minus link address.
     pub(super) slide: u64,
     /// Text as it is, but for what changes at any time.
-    pub(super) text: &'a dyn Fn(&Range<Gva>) -> Result<Vec<u8>, Reason>,
+    pub(super) text: Text<'a>,
     /// So many bytes of a table.
     pub(super) table: &'a dyn Fn(Gva, usize) -> Result<Vec<u8>, Reason>,
     /// The addresses that the image's data holds, once they were needed.
