@@ -248,7 +248,9 @@ impl<'a> Steps<'a> {
             }
             steps.end(first);
             for (number, step) in steps.all.iter().enumerate().skip(first) {
-                steps.by_address.insert(step.at, number);
+                if !matches!(step.what, What::On(_)) {
+                    steps.by_address.insert(step.at, number);
+                }
             }
             let end = steps.all.last().map_or(Gva(part.at), Step::end);
             steps
@@ -264,14 +266,21 @@ impl<'a> Steps<'a> {
             What::Plain(it) => matches!(it.mnemonic(), Mnemonic::Int3 | Mnemonic::Nop),
             _ => false,
         };
-        while self.all.len() > first + 1 && self.all.last().is_some_and(padding) {
-            self.all.pop();
+        let own = self.all.get(first..).unwrap_or_default();
+        let padded = own.iter().rev().take_while(|step| padding(step)).count();
+        let leaves = own
+            .iter()
+            .rev()
+            .nth(padded)
+            .is_some_and(|last| match &last.what {
+                What::Plain(it) | What::Branch(it) => leaves(it),
+                What::Test(_) | What::On(_) => false,
+            });
+        // Nothing leads to padding behind what leaves.
+        if leaves {
+            self.all.truncate(self.all.len() - padded);
         }
         let Some(last) = self.all.last() else { return };
-        let leaves = match &last.what {
-            What::Plain(it) | What::Branch(it) => leaves(it),
-            What::Test(_) | What::On(_) => false,
-        };
         if !leaves {
             let at = last.end();
             self.all.push(Step {
@@ -313,7 +322,7 @@ impl<'a> Steps<'a> {
                 }
                 What::Branch(it) => Some(self.dest(step.at, Gva(it.near_branch_target()))?),
                 What::Test(branch) => Some(self.dest(step.at, branch.to)?),
-                What::On(to) => Some(Dest::Out(*to)),
+                What::On(to) => Some(self.dest(step.at, *to)?),
             });
         }
         for (step, dest) in self.all.iter_mut().zip(dests) {

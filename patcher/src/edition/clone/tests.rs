@@ -85,12 +85,12 @@ fn calls_of_itself_are_of_the_original_and_jumps_are_not() {
 fn what_would_run_on_does_so_in_the_original() {
     // call AT+0x100, which does not return; NOPs
     let clone = moved(&[0xe8, 0xfb, 0, 0, 0, 0x66, 0x90]);
-    assert_eq!(clone.code[5..], [0xe9, 0, 0, 0, 0]);
+    assert_eq!(clone.code[5..], [0x66, 0x90, 0xe9, 0, 0, 0, 0]);
     assert_eq!(
         clone.relocations[1],
-        (6, Kind::Pc32, To::There(Gva(AT + 5)), -4)
+        (8, Kind::Pc32, To::There(Gva(AT + 7)), -4)
     );
-    assert_eq!(clone.parts[0].rules.last(), Some(&(5, Gva(AT + 5))));
+    assert_eq!(clone.parts[0].rules.last(), Some(&(7, Gva(AT + 7))));
 }
 
 #[test]
