@@ -24,8 +24,10 @@ fn part(nth: usize) -> f64 {
 }
 
 /// All updates, once none of them is on its way.
-fn settled(api: &mut Api) -> Vec<Value> {
+fn settled(guest: &Guest) -> Vec<Value> {
     let end = Instant::now() + LIMIT;
+    // A connection that is not used for long is closed.
+    let mut api = Api::connect(guest.client.socket()).expect("the API");
     loop {
         let all = api.call("GET /v1/updates", b"").expect("the updates");
         let all = all["updates"].as_array().cloned().unwrap_or_default();
@@ -66,7 +68,6 @@ fn killed(stock: Stock) {
     let pid = one_line(&mut guest, callers);
     let package = stock.edition("pair_one");
     let package = package.to_str().expect("UTF-8");
-    let mut api = Api::connect(guest.client.socket()).expect("the API");
     let revert = |id: u64| ["update".to_owned(), "revert".to_owned(), id.to_string()];
     let apply = ["update", "apply", package].map(str::to_owned);
     let run = |guest: &Guest, args: &[String], time: Option<Duration>| {
@@ -91,10 +92,10 @@ fn killed(stock: Stock) {
 
     let (mut done, mut left) = (0, 0);
     for nth in 0..count("EXOPATCH_KILLS", KILLS) {
-        let before = in_effect(&settled(&mut api));
+        let before = in_effect(&settled(&guest));
         let operation = before.map_or_else(|| apply.to_vec(), |id| revert(id).to_vec());
         run(&guest, &operation, Some(usual.mul_f64(part(nth))));
-        let after = in_effect(&settled(&mut api));
+        let after = in_effect(&settled(&guest));
         let changed = before.is_some() != after.is_some();
         *(if changed { &mut done } else { &mut left }) += 1;
         let said = one_line(&mut guest, "probe tally 1 0 1");
@@ -103,7 +104,7 @@ fn killed(stock: Stock) {
     }
     println!("{stock:?}: {done} done, {left} not, in {usual:?} at most each");
     assert!(done > 0 && left > 0, "{done} {left}");
-    if let Some(id) = in_effect(&settled(&mut api)) {
+    if let Some(id) = in_effect(&settled(&guest)) {
         run(&guest, &revert(id), None);
     }
     let end =

@@ -4,7 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::passing_tests::{ELSEWHERE, bound, sleeping};
 use super::whole_tests::{calling, options};
-use super::{ApplyError, Arena, Model, Request, apply, force, revert, settle};
+use super::{ApplyError, Arena, Model, Request, apply, revert, settle};
 use crate::addr::Gpa;
 use crate::edition::object::Package;
 use crate::guest::fake::{FakeGuest, Fault};
@@ -38,16 +38,6 @@ fn look(scene: &mut Scene, kernel: &Kernel, _: &Package) -> Result<(), ApplyErro
     settle(&mut scene.guest, kernel, &mut scene.arena, &options(false))
 }
 
-fn press(scene: &mut Scene, kernel: &Kernel, _: &Package) -> Result<(), ApplyError> {
-    force(
-        &mut scene.guest,
-        kernel,
-        &mut scene.arena,
-        1,
-        &options(false),
-    )
-}
-
 fn leave(scene: &mut Scene, kernel: &Kernel, _: &Package) -> Result<(), ApplyError> {
     let Scene { guest, arena } = scene;
     revert(guest, kernel, arena, &[1], Model::PerTask, &options(false)).map(drop)
@@ -66,7 +56,7 @@ fn told(scene: &Scene) -> String {
     )
 }
 
-/// Does `step` with `fault`; `None` if it was not come to, else whether the operation said that it failed.
+/// Does `step` with `fault`; whether it failed by that.
 fn faulted(
     scene: &mut Scene,
     kernel: &Kernel,
@@ -130,10 +120,4 @@ fn a_fault_at_any_step_of_a_switch_by_task_is_got_over() {
         ("given back", None, look),
     ]);
     assert!(faults > 100, "{faults}");
-}
-
-#[test]
-fn a_fault_at_any_step_of_a_forced_switch_is_got_over() {
-    let faults = check(&[("switch", None, come as Step), ("force", None, press)]);
-    assert!(faults > 50, "{faults}");
 }

@@ -14,6 +14,7 @@ use crate::kernel::testing::{FORMS, Form, TEXT};
 
 const VICTIM: u64 = TEXT + 0x300;
 const PATIENT: u64 = TEXT + 0x440;
+const BEHIND_PATIENT: u64 = TEXT + 0x480;
 const NOP5: [u8; 5] = [0x0f, 0x1f, 0x44, 0, 0];
 
 /// A guest whose kernel has made of its text what its processor and keys ask for.
@@ -30,6 +31,7 @@ pub(crate) fn booted(form: Form) -> TinyGuest {
     let mut write = |at: u64, bytes: &[u8]| guest.put_bytes(at + SLIDE, bytes);
     write(VICTIM, &NOP5);
     write(PATIENT, &NOP5);
+    write(BEHIND_PATIENT, &NOP5);
     write(FENCE, &[0x0f, 0xae, 0xe8, 0x66, 0x90]);
     write(MOVED, &branch(0xe8, MOVED, TEXT + 0x340));
     write(STATIC_CALL, &branch(0xe8, STATIC_CALL, VICTIM));
