@@ -272,17 +272,7 @@ pub fn link(
             head,
         })
         .collect();
-    let hooks = package.hooks().and_then(|hooks| {
-        Some(Hooks {
-            ticker: redirections.pop()?,
-            cells: at(hooks.cells, 0),
-            list: hooks
-                .list
-                .iter()
-                .map(|it| (it.moment, it.name.clone(), at(it.section, it.offset)))
-                .collect(),
-        })
-    });
+    let hooks = hooks_at(package, &layout, &mut redirections);
     let orc = package
         .orc()
         .iter()
@@ -307,6 +297,24 @@ pub fn link(
         thunks,
         fixups,
         bugs,
+    })
+}
+
+/// The hooks of `package`; what has them begin is the last of its `redirections`, and is taken off these.
+fn hooks_at(
+    package: &Package,
+    layout: &Layout,
+    redirections: &mut Vec<Redirection>,
+) -> Option<Hooks> {
+    let hooks = package.hooks()?;
+    let at = |section, offset| Gva(layout.address(section).wrapping_add(offset));
+    let list = hooks.list.iter();
+    Some(Hooks {
+        ticker: redirections.pop()?,
+        cells: at(hooks.cells, 0),
+        list: list
+            .map(|it| (it.moment, it.name.clone(), at(it.section, it.offset)))
+            .collect(),
     })
 }
 

@@ -288,17 +288,22 @@ impl Client {
                     let call = Call::post(format!("/v1/updates/{id}/verify")).deadline(deadline);
                     let found: Verification =
                         self.with_progress("verifying", self.call(call)).await?;
-                    self.print(&found, show::verification)?;
-                    if found.intact {
-                        return Ok(());
-                    }
-                    let places = found.differences.len();
-                    Err(Failure::Differs(format!(
-                        "update {id} is not in the guest as it was written: {places} places differ"
-                    )))
+                    self.verified(id, &found)
                 }
             }
         })
+    }
+
+    /// Shows what a verification of update `id` found.
+    fn verified(&self, id: u64, found: &Verification) -> Result<(), Failure> {
+        self.print(found, show::verification)?;
+        if found.intact {
+            return Ok(());
+        }
+        let places = found.differences.len();
+        Err(Failure::Differs(format!(
+            "update {id} is not in the guest as it was written: {places} places differ"
+        )))
     }
 
     async fn apply(

@@ -70,6 +70,13 @@ fn compute(a: &mut CodeAssembler, kind: u8, number: i32) {
     }
 }
 
+fn load(a: &mut CodeAssembler) {
+    let from = MemoryOperand::with_base_displ(Register::RIP, DATA.cast_signed());
+    let load = Instruction::with2(Code::Mov_r64_rm64, Register::RSI, from);
+    a.add_instruction(load.unwrap()).unwrap();
+    a.lea(rax, rax + rsi).unwrap();
+}
+
 fn branch(a: &mut CodeAssembler, condition: u8, to: CodeLabel) {
     match condition {
         0 => a.je(to).unwrap(),
@@ -93,12 +100,7 @@ fn world(ops: &[Op], cut: usize) -> World {
         a.cmp(rdi, 77).unwrap();
         match op {
             Op::Compute(kind, by) => compute(&mut a, *kind, *by),
-            Op::Load => {
-                let from = MemoryOperand::with_base_displ(Register::RIP, DATA.cast_signed());
-                let load = Instruction::with2(Code::Mov_r64_rm64, Register::RSI, from);
-                a.add_instruction(load.unwrap()).unwrap();
-                a.lea(rax, rax + rsi).unwrap();
-            }
+            Op::Load => load(&mut a),
             Op::Call => a.call(OUTER).unwrap(),
             Op::Label => {
                 // Its own place is not the same in a clone: only the distance is.
