@@ -24,6 +24,8 @@ use crate::outside::{inside, number};
 
 /// The function that is replaced.
 const FUNCTION: &str = "unix_ioctl";
+/// Bytes of the room that is there for tracers, just before the jump.
+const TRACERS: u64 = 5;
 /// Steps that are made through a call: more than any way to an edition takes.
 const STEPS: usize = 3000;
 /// Calls that are timed at a time, and how often.
@@ -171,8 +173,7 @@ impl Bench {
         let edition = arena.holds.editions(update);
         let edition = edition.first().ok_or("the update has no edition")?.at;
         drop(machine);
-        // The function's own first instruction, which makes room for tracers, is executed in any case.
-        let added = self.steps_to(edition)? - 1;
+        let added = self.added(edition, self.jump()?)?;
         let ns = self.time()?;
         let mut machine = self.machine()?;
         let undone = revert(
@@ -187,7 +188,14 @@ impl Bench {
         Ok(json!({ "added": added, "ns": ns }))
     }
 
-    /// The guest's own means: what it puts into the place of the function's first instruction is all added.
+    /// Where the function's jump goes: what stands before it is executed in any case.
+    fn jump(&self) -> Result<Gva, String> {
+        let mut functions = self.arena.holds.functions.iter();
+        let function = functions.find(|function| function.target.name == FUNCTION);
+        Ok(function.ok_or("nothing was redirected")?.target.jump)
+    }
+
+    /// The guest's own means: what it puts into the room that is there for tracers is all added.
     fn peer(&mut self, module: &str) -> Result<Value, String> {
         self.guest.must(&format!("insmod /files/{module}.ko"));
         let entry = self
@@ -195,7 +203,8 @@ impl Bench {
             .must(&format!("grep ' answer.*\\[{module}\\]' /proc/kallsyms"));
         let entry = entry.split_whitespace().next().unwrap_or_default();
         let entry = u64::from_str_radix(entry, 16).map_err(|error| format!("{entry}: {error}"))?;
-        let added = self.steps_to(Gva(entry))?;
+        let room = Gva(self.jump()?.0 - TRACERS);
+        let added = self.added(Gva(entry), room)?;
         let ns = self.time()?;
         let end = format!(
             "if [ -d /sys/kernel/livepatch/{module} ]; then echo 0 >/sys/kernel/livepatch/{module}/enabled; while [ -d /sys/kernel/livepatch/{module} ]; do usleep 20000; done; fi; rmmod {module}"
@@ -204,8 +213,8 @@ impl Bench {
         Ok(json!({ "added": added, "ns": ns }))
     }
 
-    /// Instructions that a call executes before it comes to `edition`.
-    fn steps_to(&self, edition: Gva) -> Result<usize, String> {
+    /// Instructions that a call executes before it comes to `edition`, but for those of the function before `own`.
+    fn added(&self, edition: Gva, own: Gva) -> Result<usize, String> {
         let function = self.kernel.symbol(FUNCTION);
         let function = function.map_err(|error| error.to_string())?;
         let mut machine = self.machine()?;
@@ -226,7 +235,7 @@ impl Bench {
             }
             std::thread::sleep(Duration::from_millis(20));
         }
-        path.iter().position(|at| *at == edition).ok_or_else(|| {
+        let came = path.iter().position(|at| *at == edition).ok_or_else(|| {
             let begin: Vec<String> = path
                 .iter()
                 .take(40)
@@ -238,7 +247,10 @@ impl Bench {
                 path.len(),
                 begin.join(" ")
             )
-        })
+        })?;
+        let way = path.iter().take(came);
+        let added = way.filter(|at| !(function..own).contains(*at));
+        Ok(added.count())
     }
 
     /// Nanoseconds that a call takes, as its caller sees it.
