@@ -100,6 +100,8 @@ struct Bench {
     package: Package,
     /// The updates so far.
     updates: u64,
+    /// Where the function's jump goes, once there was one.
+    jump: Gva,
 }
 
 /// Measures one kernel, in the lab or on hardware.
@@ -123,6 +125,7 @@ pub(crate) fn measure(stock: Stock) -> Result<Value, String> {
         arena,
         package,
         updates: 0,
+        jump: Gva(0),
     };
     let mut values = serde_json::Map::new();
     values.insert("own".to_owned(), json!({ "ns": bench.time()? }));
@@ -173,7 +176,8 @@ impl Bench {
         let edition = arena.holds.editions(update);
         let edition = edition.first().ok_or("the update has no edition")?.at;
         drop(machine);
-        let added = self.added(edition, self.jump()?)?;
+        self.jump = self.led()?;
+        let added = self.added(edition, self.jump)?;
         let ns = self.time()?;
         let mut machine = self.machine()?;
         let undone = revert(
@@ -189,7 +193,7 @@ impl Bench {
     }
 
     /// Where the function's jump goes: what stands before it is executed in any case.
-    fn jump(&self) -> Result<Gva, String> {
+    fn led(&self) -> Result<Gva, String> {
         let mut functions = self.arena.holds.functions.iter();
         let function = functions.find(|function| function.target.name == FUNCTION);
         Ok(function.ok_or("nothing was redirected")?.target.jump)
@@ -203,7 +207,7 @@ impl Bench {
             .must(&format!("grep ' answer.*\\[{module}\\]' /proc/kallsyms"));
         let entry = entry.split_whitespace().next().unwrap_or_default();
         let entry = u64::from_str_radix(entry, 16).map_err(|error| format!("{entry}: {error}"))?;
-        let room = Gva(self.jump()?.0 - TRACERS);
+        let room = Gva(self.jump.0 - TRACERS);
         let added = self.added(Gva(entry), room)?;
         let ns = self.time()?;
         let end = format!(
