@@ -14,7 +14,7 @@ use crate::stacking::wait_gone;
 use crate::witness::{assert_clean, count, one_line};
 
 /// What a call answers that was handed on to another generation than its own.
-const MIXED: [&str; 2] = ["EBADE", "EFAULT"];
+pub(crate) const MIXED: [&str; 2] = ["EBADE", "EFAULT"];
 /// What the generations answer: the kernel's own, `pair_one`, `pair_two`.
 const ANSWERS: [&str; 3] = ["OK", "EXDEV", "ETIME"];
 /// Switches in a row, unless `EXOPATCH_SWITCHES` says otherwise.

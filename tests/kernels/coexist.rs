@@ -7,7 +7,7 @@ use crate::patch::{apply, revert};
 use crate::witness::{SETTLE, assert_clean, assert_unchanged, boot_asking, one_line, wait_answer};
 
 /// What SIOCATMARK on a datagram socket answers now.
-fn ask(guest: &mut Guest) -> String {
+pub(crate) fn ask(guest: &mut Guest) -> String {
     let line = one_line(guest, "probe siocatmark 1");
     line.rsplit(' ').next().unwrap_or_default().to_owned()
 }

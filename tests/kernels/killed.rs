@@ -8,6 +8,7 @@ use tests::api::Api;
 use tests::guest::{Guest, Options};
 use tests::stock::{self, LTS_6_1, NEWEST_6_12, Stock};
 
+use crate::adaptive::MIXED;
 use crate::rules::{sum, tally};
 use crate::witness::{assert_clean, count, one_line};
 
@@ -15,8 +16,6 @@ use crate::witness::{assert_clean, count, one_line};
 const KILLS: usize = 40;
 /// The longest that an operation takes to its end.
 const LIMIT: Duration = Duration::from_secs(30);
-/// What a call answers that was handed on to another generation than its own.
-const MIXED: [&str; 2] = ["EBADE", "EFAULT"];
 
 /// Numbers that are spread evenly from 0 to 1, the same each time (after H. Weyl, 1916: multiples of an irrational number).
 fn part(nth: usize) -> f64 {

@@ -6,17 +6,12 @@ use serde_json::Value;
 use tests::guest::{Guest, Options};
 use tests::stock::{LTS_6_1, NEWEST_6_12, Stock, peers};
 
+use crate::coexist::ask;
 use crate::patch::{apply, revert};
 use crate::witness::{assert_clean, one_line};
 
 /// How long it may take to be noticed.
 const LIMIT: Duration = Duration::from_secs(20);
-
-/// What SIOCATMARK on a datagram socket answers now.
-fn ask(guest: &mut Guest) -> String {
-    let line = one_line(guest, "probe siocatmark 1");
-    line.rsplit(' ').next().unwrap_or_default().to_owned()
-}
 
 /// Waits until the one edition of an update is in this state, and gives the reason.
 fn wait_state(guest: &Guest, id: u64, state: &str) -> String {

@@ -140,18 +140,16 @@ impl<P: Patcher> Worker<P> {
         if let Err(problem) = self.work(|patcher| patcher.settle(deadline)) {
             tracing::debug!(?problem, "the guest's threads could not be looked at");
         }
-        self.wait = next_wait(self.wait, before, self.bound());
-        self.looked = Instant::now();
         self.forget();
         self.refresh();
+        self.wait = next_wait(self.wait, before, self.bound());
+        self.looked = Instant::now();
     }
 
-    /// How many tasks have yet to make a switch that is under way.
+    /// How many tasks have yet to make a switch that is under way, as the book has it: asking the patcher has it name every frame of theirs.
     fn bound(&self) -> usize {
-        let passing = self
-            .present
-            .iter()
-            .filter_map(|id| self.patcher.passing(*id));
+        let updates = self.book.lock();
+        let passing = updates.iter().filter_map(|update| update.passing.as_ref());
         passing.map(|passing| passing.tasks.len()).sum()
     }
 
