@@ -12,6 +12,7 @@ pub mod passing;
 mod settle;
 pub mod shadows;
 mod switch;
+pub mod times;
 pub mod tries;
 pub mod tune;
 
@@ -97,11 +98,9 @@ pub enum ApplyError {
     /// No handler can be made.
     #[error(transparent)]
     Handler(#[from] HandlerError),
-    /// A rule goes by a switch that there is not.
-    #[error(
-        "no switch is called {name}, so there is no `during {name}`; a rule can go by the clock (for, until, after), or by a set"
-    )]
-    NoSwitch {
+    /// A rule goes by a time that the host has not named.
+    #[error("no time is called {name}, so there is no `during {name}`")]
+    NoTime {
         /// Its name.
         name: String,
     },

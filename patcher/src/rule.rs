@@ -11,7 +11,7 @@
 //! | `pid in set NAME`; also `task`, `cgroup`, an argument, a field | what the host has put into a set |
 //! | `share 10%`, `share 1/50` | so many of the calls that come to this test, evenly |
 //! | `first 100`, `rate 5/s` | the first calls that come to it; so many in a second |
-//! | `during NAME`, `for 10s`, `until 2026-01-01T00:00:00Z`, `after ...` | calls while the host says so, or by its clock |
+//! | `during NAME`, `for 10s`, `until 2026-01-01T00:00:00Z`, `after ...` | calls while the host has begun NAME and not ended it, or by its clock |
 //! | `predicate NAME` | what a function of the update's package answers, given the call's arguments (see [`crate::edition::predicate`]) |
 //!
 //! A value is compared by `=`, `!=`, `<`, `<=`, `>`, `>=`, `in A..B` (both included) and `in {...}`, and is a number or an enumerator's name.
@@ -90,7 +90,7 @@ pub enum Test {
 /// When a test by time is true.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum During {
-    /// While the host has switched this on.
+    /// While the host has begun this and not ended it.
     Named(String),
     /// For so many milliseconds from when the rule takes effect.
     For(u64),
@@ -196,14 +196,21 @@ pub enum Literal {
 }
 
 impl Rule {
-    /// The first switch of the host's that it goes by.
-    #[must_use]
-    pub fn switch(&self) -> Option<&str> {
+    /// The named times that it goes by.
+    pub fn times(&self) -> impl Iterator<Item = &str> {
+        let mut times = Vec::new();
+        self.add_times(&mut times);
+        times.into_iter()
+    }
+
+    fn add_times<'a>(&'a self, times: &mut Vec<&'a str>) {
         match self {
-            Self::Test(Test::During(During::Named(name))) => Some(name),
-            Self::Test(_) => None,
-            Self::Not(rule) => rule.switch(),
-            Self::All(rules) | Self::Any(rules) => rules.iter().find_map(Self::switch),
+            Self::Test(Test::During(During::Named(name))) => times.push(name),
+            Self::Test(_) => {}
+            Self::Not(rule) => rule.add_times(times),
+            Self::All(rules) | Self::Any(rules) => {
+                rules.iter().for_each(|rule| rule.add_times(times));
+            }
         }
     }
 

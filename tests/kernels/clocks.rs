@@ -141,10 +141,47 @@ fn in_seconds(seconds: i64) -> (SystemTime, String) {
     (UNIX_EPOCH + Duration::from_secs(at), text.trim().to_owned())
 }
 
+/// Times that are begun and ended while all ask, without a pause.
+fn by_named_time(asking: &Asking) {
+    let time = |how: &str, name: &str| asking.guest.client.call(&["time", how, name]);
+    let id = asking.id.to_string();
+    let unknown = ["update", "use", &id, "--when", "during lunch"];
+    let unknown = asking.guest.client.call(&unknown);
+    assert_eq!(unknown.refusal("an unknown time"), "rule_not_resolvable");
+    assert_eq!(time("begin", "2nd").refusal("no name"), "time_name");
+    assert_eq!(time("drop", "lunch").refusal("no time"), "no_such_time");
+
+    let _ = time("end", "lunch").expect("a time");
+    asking.use_for("during lunch");
+    asking.assert_only_old("before lunch");
+    for _ in 0..3 {
+        let _ = time("begin", "lunch").expect("lunch begins");
+        asking.assert_only_new("during lunch");
+        let _ = time("end", "lunch").expect("lunch ends");
+        asking.assert_only_old("after lunch");
+    }
+    // A time that has begun is shown by a handler that is made later.
+    let _ = time("begin", "lunch").expect("lunch begins");
+    asking.use_for("during lunch and cpu < 77");
+    asking.assert_only_new("during lunch, otherwise");
+    asking.use_for("not during lunch");
+    asking.assert_only_old("not during lunch");
+    assert_eq!(
+        time("drop", "lunch").refusal("a time in use"),
+        "time_in_use"
+    );
+    let list = asking.guest.client.call(&["time", "list"]).expect("times");
+    let lunch = serde_json::json!({ "times": [{ "name": "lunch", "on": true }] });
+    assert_eq!(list, lunch);
+    asking.use_for(NEVER);
+    let _ = time("drop", "lunch").expect("a time that no rule goes by");
+}
+
 /// Rules that hold for a time, or from one on.
 fn by_time(stock: Stock) {
     let asking = Asking::begin(stock, NEVER);
     asking.assert_only_old("never");
+    by_named_time(&asking);
 
     // Each time that such a rule takes effect, its time begins.
     for round in 0..2 {

@@ -10,6 +10,7 @@ mod progress;
 mod screen;
 pub mod set;
 mod show;
+pub mod time;
 pub mod top;
 pub mod update;
 pub mod vm;

@@ -138,6 +138,16 @@ impl KernelPatcher {
         Ok(())
     }
 
+    /// The guest, and the arena of its kernel once that has booted.
+    fn arena(&mut self) -> Result<(KvmGuest, &mut Arena), Problem> {
+        let image = self.image(&|_| {})?;
+        let mut guest = self.guest()?;
+        let deadline = Instant::now() + LONGEST_WAIT;
+        self.find(&mut guest, &image, deadline, &|_| {})?;
+        let found = self.found.as_mut().ok_or_else(problem::gone)?;
+        Ok((guest, &mut found.arena))
+    }
+
     /// Forgets the kernel that was found if the guest no longer runs it; whether that is so.
     ///
     /// One look can mislead, for instance at a vCPU that is between two states: several must agree.
@@ -339,13 +349,7 @@ impl Patcher for KernelPatcher {
     }
 
     fn change_set(&mut self, name: &str, add: &[u64], remove: &[u64]) -> Result<usize, Problem> {
-        let image = self.image(&|_| {})?;
-        let mut guest = self.guest()?;
-        let deadline = Instant::now() + LONGEST_WAIT;
-        self.find(&mut guest, &image, deadline, &|_| {})?;
-        let Some(Found { arena, .. }) = &mut self.found else {
-            return Err(problem::gone());
-        };
+        let (mut guest, arena) = self.arena()?;
         let changed = apply::tune::change_set(&mut guest, arena, name, add, remove);
         changed.map_err(|error| problem::sets(&error))
     }
@@ -362,6 +366,25 @@ impl Patcher for KernelPatcher {
         let sets = holds.flat_map(|holds| &holds.sets);
         sets.map(|(name, set)| (name.clone(), set.keys().collect()))
             .collect()
+    }
+
+    fn set_time(&mut self, name: &str, on: bool) -> Result<(), Problem> {
+        let (mut guest, arena) = self.arena()?;
+        let set = apply::times::set_time(&mut guest, arena, name, on);
+        set.map_err(|error| problem::times(&error))
+    }
+
+    fn drop_time(&mut self, name: &str) -> Result<(), Problem> {
+        let Some(Found { arena, .. }) = &mut self.found else {
+            return Err(problem::gone());
+        };
+        apply::times::drop_time(arena, name).map_err(|error| problem::times(&error))
+    }
+
+    fn times(&self) -> Vec<(String, bool)> {
+        let found = self.found.iter();
+        let times = found.flat_map(|found| found.arena.holds.times());
+        times.map(|(name, on)| (name.clone(), *on)).collect()
     }
 
     fn is_watching(&self) -> bool {

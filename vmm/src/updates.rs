@@ -110,6 +110,9 @@ enum Job {
     ChangeSet(String, Vec<u64>, Vec<u64>, Done<usize>),
     DropSet(String, Done<()>),
     Sets(Done<Vec<(String, Vec<u64>)>>),
+    SetTime(String, bool, Done<()>),
+    DropTime(String, Done<()>),
+    Times(Done<Vec<(String, bool)>>),
     Count,
     Verify(u64, Instant, Done<Verified>),
     Kernel(Instant, Done<KernelInfo>),
@@ -133,6 +136,9 @@ impl std::fmt::Debug for Job {
             Self::ChangeSet(..) => "ChangeSet",
             Self::DropSet(..) => "DropSet",
             Self::Sets(..) => "Sets",
+            Self::SetTime(..) => "SetTime",
+            Self::DropTime(..) => "DropTime",
+            Self::Times(..) => "Times",
             Self::Count => "Count",
             Self::Verify(..) => "Verify",
             Self::Kernel(..) => "Kernel",
@@ -269,6 +275,30 @@ impl Session {
     /// When too many operations wait.
     pub fn sets(&self, done: Done<Vec<(String, Vec<u64>)>>) -> Result<(), Problem> {
         self.hand_in(Job::Sets(done))
+    }
+
+    /// Begins or ends a time that rules go by.
+    ///
+    /// # Errors
+    /// When too many operations wait.
+    pub fn set_time(&self, name: String, on: bool, done: Done<()>) -> Result<(), Problem> {
+        self.hand_in(Job::SetTime(name, on, done))
+    }
+
+    /// Does away with a time.
+    ///
+    /// # Errors
+    /// When too many operations wait.
+    pub fn drop_time(&self, name: String, done: Done<()>) -> Result<(), Problem> {
+        self.hand_in(Job::DropTime(name, done))
+    }
+
+    /// Asks for all times, and whether each is now.
+    ///
+    /// # Errors
+    /// When too many operations wait.
+    pub fn times(&self, done: Done<Vec<(String, bool)>>) -> Result<(), Problem> {
+        self.hand_in(Job::Times(done))
     }
 
     /// Asks whether the guest still holds what an update wrote.

@@ -144,13 +144,14 @@ impl Workshop {
         draft: &mut Holdings,
     ) -> Result<Made, ApplyError> {
         let sets = draft.set_places();
-        let (brought, space) = (&draft.placed, &mut draft.space);
-        let choices = choices(kernel, target, way, brought)?;
+        let (brought, times, space) = (&draft.placed, &draft.clocks.times, &mut draft.space);
+        let choices_of = |way| choices(kernel, target, way, brought, times);
+        let choices = choices_of(way)?;
         let old = bound.map_or(&[][..], |(_, way)| way);
         let bound = match bound {
             Some((tasks, way)) => Some(Bound {
                 tasks,
-                choices: self::choices(kernel, target, way, brought)?,
+                choices: choices_of(way)?,
             }),
             None => None,
         };
@@ -213,11 +214,13 @@ fn choices(
     target: &Target,
     way: &[Step],
     brought: &BTreeMap<UpdateId, Arc<Brought>>,
+    times: &BTreeMap<String, bool>,
 ) -> Result<Vec<Choice>, ApplyError> {
     let choice = |step: &Step| {
-        if let Some(name) = step.rule.as_ref().and_then(|rule| rule.switch()) {
+        let mut going_by = step.rule.iter().flat_map(|rule| rule.times());
+        if let Some(name) = going_by.find(|name| !times.contains_key(*name)) {
             let name = name.to_owned();
-            return Err(ApplyError::NoSwitch { name });
+            return Err(ApplyError::NoTime { name });
         }
         let brought = step.update.and_then(|update| brought.get(&update));
         let predicates = brought.map(|brought| brought.linked.predicates());

@@ -246,3 +246,34 @@ fn who_goes_on_for_an_edition_is_told_from_who_never_came_to_it() {
         assert!(arena.holds.passing.is_empty());
     }
 }
+
+/// Who sleeps in an edition that was taken back by force keeps nobody from taking back the next one: what he is bound to is the original.
+#[test]
+fn what_drains_does_not_keep_the_next_update() {
+    for form in FORMS {
+        let (mut guest, kernel, mut arena, task, at) = sleeping(form);
+        guest.poke(at, &ELSEWHERE.to_le_bytes()).unwrap();
+        let package = calling(form);
+        let options = options(false);
+        let apply = |guest: &mut FakeGuest, arena: &mut Arena, id| {
+            let request = Request {
+                model: Model::PerTask,
+                ..Request::new(id, &package)
+            };
+            apply(guest, &kernel, arena, &request, &options)
+        };
+        let back = |guest: &mut FakeGuest, arena: &mut Arena, id| {
+            revert(guest, &kernel, arena, &[id], Model::PerTask, &options)
+        };
+        apply(&mut guest, &mut arena, 1).unwrap();
+        let edition = arena.holds.placed[&1].linked.redirections[0].edition;
+        guest.poke(at, &(edition.0 + 10).to_le_bytes()).unwrap();
+        back(&mut guest, &mut arena, 1).unwrap();
+        force(&mut guest, &kernel, &mut arena, 1, &options).unwrap();
+        apply(&mut guest, &mut arena, 2).unwrap();
+        assert_eq!(bound(&arena), [[task]], "{form:?}");
+        back(&mut guest, &mut arena, 2).unwrap();
+        assert!(arena.holds.passing.is_empty(), "{form:?}");
+        assert!(arena.holds.placed.contains_key(&1), "he is still in it");
+    }
+}

@@ -120,7 +120,7 @@ impl Turn {
     fn end_own_passing(&mut self, arena: &Arena) -> Result<(), ListError> {
         let passing = arena.holds.passing.iter();
         for passing in passing.filter(|passing| self.going.contains(&passing.update)) {
-            if self.bound_to_gone(passing) {
+            if self.bound_to_gone(&arena.holds, passing) {
                 let functions = passing.functions.iter();
                 let mut functions = functions.filter_map(|at| arena.holds.functions.get(*at));
                 let name = functions
@@ -140,14 +140,15 @@ impl Turn {
         Ok(())
     }
 
-    /// Whether the old side of a switch has code of updates that are on no list any more.
-    fn bound_to_gone(&self, passing: &Passing) -> bool {
-        let gone = |update: &UpdateId| {
-            !self.going.contains(update) && self.draft.functions.of(*update).next().is_none()
+    /// Whether the old side of a switch leads to editions of updates that are on no list any more.
+    fn bound_to_gone(&self, holds: &Holdings, passing: &Passing) -> bool {
+        let switched = |made: &&Arc<Made>| passing.functions.contains(&made.function);
+        let made = holds.made.iter().filter(switched);
+        let led_to = made.flat_map(|made| made.bound.iter().filter_map(|step| step.update));
+        let gone = |update: UpdateId| {
+            !self.going.contains(&update) && self.draft.functions.of(update).next().is_none()
         };
-        let placed = self.draft.placed.iter();
-        let mut gone = placed.filter(|(update, _)| gone(update));
-        gone.any(|(_, placed)| passing.old.contains(&placed.resident.code.range))
+        led_to.into_iter().any(gone)
     }
 
     /// The functions that are to be led elsewhere.

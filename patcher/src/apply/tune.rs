@@ -3,6 +3,7 @@
 //! A number that a rule names is one store; so is a clock's tick, and each key that comes into a set or leaves it. Handlers look at such a word
 //! once, so that every call goes by what was before or by what is after.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -22,8 +23,8 @@ use crate::rule::{During, Rule};
 
 /// Slots of a set that nobody gave a size, as a power of two.
 pub const SET_BITS: u8 = 10;
-/// The longest name of a set, in bytes.
-pub const MAX_SET_NAME: usize = 64;
+/// The longest name of a set or a time, in bytes.
+pub const MAX_NAME: usize = 64;
 
 /// What the clocks of handlers have shown so far.
 #[derive(Clone, Debug, Default)]
@@ -32,6 +33,8 @@ pub struct Clocks {
     since: Vec<Since>,
     /// When tokens were last given out.
     second: Option<Instant>,
+    /// The times that the host begins and ends, and whether each is now.
+    pub(super) times: BTreeMap<String, bool>,
 }
 
 /// Since when a rule is in effect.
@@ -42,27 +45,27 @@ struct Since {
     start: Instant,
 }
 
-/// Why a set cannot be changed. It is as it was.
+/// Why a set, or a time, cannot be changed. It is as it was.
 #[derive(Debug, thiserror::Error)]
 pub enum SetsError {
     /// There is none of that name.
-    #[error("no set is called {name}")]
+    #[error("there is none called {name}")]
     None {
         /// The name.
         name: String,
     },
     /// The name is none that a rule can use.
     #[error(
-        "`{name}` cannot be a set's name: letters, digits and _ can, at most {MAX_SET_NAME}, the first of them no digit"
+        "`{name}` cannot be a name: letters, digits and _ can, at most {MAX_NAME}, the first of them no digit"
     )]
     Name {
         /// The name.
         name: String,
     },
     /// A rule in effect asks for it.
-    #[error("update {update} asks for set {name}; revert it or use it otherwise first")]
+    #[error("the rule of update {update} asks for {name}; revert it or use it otherwise first")]
     Used {
-        /// The set.
+        /// What it asks for.
         name: String,
         /// The update.
         update: UpdateId,
@@ -86,7 +89,11 @@ fn physical(arena: &Arena, at: Gva) -> Result<Gpa, PlanError> {
     arena.layout.data.physical(at, 8).ok_or(outside)
 }
 
-fn store<G: Guest>(guest: &mut G, arena: &Arena, stores: &[Store]) -> Result<(), SetsError> {
+pub(super) fn store<G: Guest>(
+    guest: &mut G,
+    arena: &Arena,
+    stores: &[Store],
+) -> Result<(), SetsError> {
     for store in stores {
         guest.store(physical(arena, store.at)?, store.value)?;
     }
@@ -140,13 +147,14 @@ pub(super) fn retune<G: Guest>(
 /// When the arena cannot be written.
 pub fn tick<G: Guest>(guest: &mut G, arena: &mut Arena, now: Instant) -> Result<(), SetsError> {
     arena.holds.note_rules(now);
-    let mut clocks = std::mem::take(&mut arena.holds.clocks);
+    let clocks = &mut arena.holds.clocks;
     let second = clocks
         .second
         .is_none_or(|last| now.duration_since(last) >= Duration::from_secs(1));
     if second {
         clocks.second = Some(now);
     }
+    let clocks = &arena.holds.clocks;
     let mut due = Vec::new();
     for made in &arena.holds.made {
         for cell in &made.assembled.cells {
@@ -159,9 +167,7 @@ pub fn tick<G: Guest>(guest: &mut G, arena: &mut Arena, now: Instant) -> Result<
             due.push(Store { at: cell.at, value });
         }
     }
-    let stored = store(guest, arena, &due);
-    arena.holds.clocks = clocks;
-    stored
+    store(guest, arena, &due)
 }
 
 impl Clocks {
@@ -174,21 +180,21 @@ impl Clocks {
     fn shown(&self, during: &During, step: Option<&Step>, now: Instant) -> u64 {
         let since = step.and_then(|step| self.of(step.update?, step.rule.as_ref()?));
         let start = since.map_or(now, |since| since.start);
-        u64::from(is_on(during, start, now))
+        u64::from(self.is_on(during, start, now))
     }
-}
 
-/// Whether it is time.
-fn is_on(during: &During, since: Instant, now: Instant) -> bool {
-    let clock = || {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        now.map_or(0, |now| now.as_secs())
-    };
-    match during {
-        During::For(ms) => now.duration_since(since) < Duration::from_millis(*ms),
-        During::Until(end) => clock() < end.seconds(),
-        During::After(start) => clock() >= start.seconds(),
-        During::Named(_) => false,
+    /// Whether it is time.
+    fn is_on(&self, during: &During, since: Instant, now: Instant) -> bool {
+        let clock = || {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH);
+            now.map_or(0, |now| now.as_secs())
+        };
+        match during {
+            During::For(ms) => now.duration_since(since) < Duration::from_millis(*ms),
+            During::Until(end) => clock() < end.seconds(),
+            During::After(start) => clock() >= start.seconds(),
+            During::Named(time) => self.times.get(time).is_some_and(|on| *on),
+        }
     }
 }
 
@@ -292,9 +298,36 @@ impl Holdings {
     #[must_use]
     pub fn has_clocks(&self) -> bool {
         let cells = self.made.iter().flat_map(|made| &made.assembled.cells);
-        let mut uses = cells.map(|cell| &cell.what);
-        uses.any(|what| matches!(what, Use::Tokens(_) | Use::During(_)))
+        cells.map(|cell| &cell.what).any(|what| match what {
+            Use::Tokens(_) => true,
+            Use::During(during) => !matches!(during, During::Named(_)),
+            Use::Constant | Use::Calls => false,
+        })
     }
+
+    /// The times that the host begins and ends, and whether each is now.
+    #[must_use]
+    pub fn times(&self) -> &BTreeMap<String, bool> {
+        &self.clocks.times
+    }
+
+    /// The first update in effect whose rule is one of these.
+    pub(super) fn goes_by(&self, asks: impl Fn(&Rule) -> bool) -> Option<UpdateId> {
+        let mut uses = self.uses.iter();
+        let found = uses.find(|(_, how)| how.rule.as_ref().is_some_and(|rule| asks(rule)));
+        found.map(|(update, _)| *update)
+    }
+}
+
+/// Whether rules can call something by this name.
+pub(super) fn named(name: &str) -> Result<(), SetsError> {
+    let letter = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    let first = name.chars().next().is_some_and(|c| !c.is_ascii_digit());
+    if !first || !name.chars().all(letter) || name.len() > MAX_NAME {
+        let name = name.to_owned();
+        return Err(SetsError::Name { name });
+    }
+    Ok(())
 }
 
 /// Puts keys into a set, which is made if there is none of that name, and takes others out. The guest runs on.
@@ -311,12 +344,7 @@ pub fn change_set<G: Guest>(
     let mut set = match arena.holds.sets.get(name) {
         Some(set) => set.clone(),
         None => {
-            let letter = |c: char| c.is_ascii_alphanumeric() || c == '_';
-            let first = name.chars().next().is_some_and(|c| !c.is_ascii_digit());
-            if !first || !name.chars().all(letter) || name.len() > MAX_SET_NAME {
-                let name = name.to_owned();
-                return Err(SetsError::Name { name });
-            }
+            named(name)?;
             let at = arena.holds.space.data.take(8 << SET_BITS, 64)?;
             let set = Set::new(at, SET_BITS, Keys::Wide)?;
             let words = set.bytes();
@@ -353,11 +381,8 @@ pub fn drop_set(arena: &mut Arena, name: &str) -> Result<(), SetsError> {
         let name = name.to_owned();
         return Err(SetsError::None { name });
     };
-    let uses = arena.holds.uses.iter();
-    let mut asks =
-        uses.filter(|(_, how)| how.rule.as_ref().is_some_and(|rule| rule.asks_for(name)));
-    if let Some((update, _)) = asks.next() {
-        let (name, update) = (name.to_owned(), *update);
+    if let Some(update) = arena.holds.goes_by(|rule| rule.asks_for(name)) {
+        let name = name.to_owned();
         return Err(SetsError::Used { name, update });
     }
     arena.holds.sets.remove(name);

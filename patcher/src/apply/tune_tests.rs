@@ -3,13 +3,14 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::times::{drop_time, set_time};
 use super::tune::{SetsError, change_set, drop_set, tick};
 use super::whole_tests::{booted, options, package};
 use super::{ApplyError, Arena, Request, apply, reuse, revert};
 use crate::addr::Gva;
 use crate::apply::Model;
 use crate::edition::list::Use;
-use crate::guest::fake::{Call, FakeGuest};
+use crate::guest::fake::{Call, FakeGuest, Fault};
 use crate::kernel::locate::Kernel;
 use crate::kernel::testing::{BUILD_ID, Form};
 use crate::plan::Lead;
@@ -156,7 +157,46 @@ fn clocks_go_on_by_stores() {
         how("during lunch"),
         &options(false),
     );
-    assert!(matches!(named, Err(ApplyError::NoSwitch { name }) if name == "lunch"));
+    assert!(matches!(named, Err(ApplyError::NoTime { name }) if name == "lunch"));
+}
+
+#[test]
+fn a_time_begins_and_ends_by_stores() {
+    let (mut guest, kernel, mut arena) = ruled("pid = 1");
+    for name in ["2nd", "", "a-b", "é"] {
+        let named = set_time(&mut guest, &mut arena, name, true);
+        assert!(matches!(named, Err(SetsError::Name { .. })), "{name}");
+    }
+    let none = drop_time(&mut arena, "lunch");
+    assert!(matches!(none, Err(SetsError::None { .. })));
+    set_time(&mut guest, &mut arena, "lunch", true).unwrap();
+    let rule = how("during lunch or not during lunch");
+    reuse(&mut guest, &kernel, &mut arena, 1, rule, &options(false)).unwrap();
+    let values = |guest: &FakeGuest, arena: &Arena| -> Vec<u64> {
+        let cells = cells(guest, &kernel, arena).into_iter();
+        cells.map(|(_, value)| value).collect()
+    };
+    assert_eq!(
+        values(&guest, &arena),
+        [1, 1],
+        "a handler begins as it is now"
+    );
+    assert!(!arena.holds.has_clocks(), "nothing goes on by itself");
+    guest.calls.clear();
+    set_time(&mut guest, &mut arena, "lunch", false).unwrap();
+    assert_eq!(values(&guest, &arena), [0, 0]);
+    set_time(&mut guest, &mut arena, "other", true).unwrap();
+    assert_eq!(values(&guest, &arena), [0, 0], "of another name");
+    let used = drop_time(&mut arena, "lunch");
+    assert!(matches!(used, Err(SetsError::Used { update: 1, .. })));
+    drop_time(&mut arena, "other").unwrap();
+    assert!(!guest.calls.contains(&Call::Pause));
+
+    // A store that fails leaves the time as it was, for what is made from then on.
+    guest.fault = Fault::Stores;
+    assert!(set_time(&mut guest, &mut arena, "lunch", true).is_err());
+    guest.fault = Fault::Never;
+    assert!(!arena.holds.times()["lunch"]);
 }
 
 /// The first cell of the only handler.
@@ -249,7 +289,7 @@ fn sets_are_made_filled_and_done_away_with() {
     let wrong = change(&mut arena, "chosen", &[9, 0], &[]).unwrap_err();
     assert!(wrong.contains("zero cannot be in a set"), "{wrong}");
     let wrong = change(&mut arena, "2nd", &[], &[]).unwrap_err();
-    assert!(wrong.contains("`2nd` cannot be a set's name"), "{wrong}");
+    assert!(wrong.contains("`2nd` cannot be a name"), "{wrong}");
     let set = arena.holds.sets["chosen"].clone();
     let mut keys: Vec<u64> = set.keys().collect();
     keys.sort_unstable();

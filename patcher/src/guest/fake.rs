@@ -37,6 +37,8 @@ pub enum Fault {
     Write(usize),
     /// The nth write and every one after it: an undo fails too.
     WritesFrom(usize),
+    /// Every store into a running guest.
+    Stores,
     /// Every pause misses its deadline.
     Pause,
     /// The nth call of any kind panics, counted from zero: reads as well.
@@ -214,6 +216,11 @@ impl Guest for FakeGuest {
             return Err(missing());
         }
         self.step();
+        if self.fault == Fault::Stores {
+            return Err(GuestError::Machine {
+                cause: "a store was made to fail".to_owned(),
+            });
+        }
         self.poke(at, &value.to_le_bytes())
     }
 
@@ -256,7 +263,7 @@ impl PausedGuest for FakePaused<'_> {
             len: bytes.len(),
         });
         let fails = match self.guest.fault {
-            Fault::Never | Fault::Pause | Fault::Panic(_) => false,
+            Fault::Never | Fault::Stores | Fault::Pause | Fault::Panic(_) => false,
             Fault::PanicAndWrites(n) => self.guest.steps.get() > n,
             Fault::Write(n) => nth == n,
             Fault::WritesFrom(n) => nth >= n,

@@ -194,6 +194,14 @@ pub(super) fn changed_set(name: String, len: usize) -> wire::Set {
     }
 }
 
+/// All times that rules go by.
+pub(super) fn times(times: Vec<(String, bool)>) -> wire::TimeList {
+    let times = times.into_iter();
+    wire::TimeList {
+        times: times.map(|(name, on)| wire::Time { name, on }).collect(),
+    }
+}
+
 /// What was counted.
 pub(super) fn counted(counted: updates::Counted) -> Counted {
     let calls = counted.calls.into_iter().map(|calls| wire::Calls {

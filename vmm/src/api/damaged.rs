@@ -20,7 +20,7 @@ use super::routes::{Api, router};
 use super::wire::ErrorBody;
 
 const METHODS: [&str; 5] = ["GET", "POST", "HEAD", "DELETE", "PUT"];
-const GETS: [&str; 14] = [
+const GETS: [&str; 16] = [
     "/v1/health",
     "/v1/vm",
     "/v1/kernel",
@@ -35,8 +35,10 @@ const GETS: [&str; 14] = [
     "/v1/events",
     "/v1/updates",
     "/v1/updates/1",
+    "/v1/sets",
+    "/v1/times",
 ];
-const POSTS: [&str; 8] = [
+const POSTS: [&str; 10] = [
     "/v1/vm/pause",
     "/v1/vm/resume",
     "/v1/vm/power-button",
@@ -45,6 +47,8 @@ const POSTS: [&str; 8] = [
     "/v1/updates",
     "/v1/updates/1/revert",
     "/v1/updates/1/verify",
+    "/v1/sets/some",
+    "/v1/times/some",
 ];
 const KEYS: [&str; 13] = [
     "of",

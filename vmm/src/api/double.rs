@@ -11,8 +11,8 @@ use axum::http::StatusCode;
 use super::error::ApiError;
 use super::machine::{Counted, Done, Machine};
 use super::wire::{
-    Arena, CallList, Calls, Dump, Kernel, Pause, Pauses, Report, Set, SetList, Stop, Update,
-    UpdateState, Verification, Vm, VmState,
+    Arena, CallList, Calls, Dump, Kernel, Pause, Pauses, Report, Set, SetList, Stop, Time,
+    TimeList, Update, UpdateState, Verification, Vm, VmState,
 };
 use crate::events::Events;
 use crate::updates::{InsteadOf, Order, Use};
@@ -124,7 +124,7 @@ impl Machine for Double {
     }
 
     fn view(&self, asked: Asked, _: Instant, done: Done<Seen<View>>) -> Result<(), ApiError> {
-        let none = |code| Err(ApiError::new(StatusCode::NOT_FOUND, code, "m", "c", "h"));
+        let none = |code| Err(no_such(code));
         let answer = match asked {
             Asked::Stack(stack::Asked::Task(9)) => none("no_such_task"),
             Asked::Disasm(asked) if asked.position == Some(9) => none("no_such_position"),
@@ -225,13 +225,7 @@ impl Machine for Double {
 
     fn drop_set(&self, name: String, done: Done<SetList>) -> Result<(), ApiError> {
         done(match name.as_str() {
-            "none" => Err(ApiError::new(
-                StatusCode::NOT_FOUND,
-                "no_such_set",
-                "m",
-                "c",
-                "h",
-            )),
+            "none" => Err(no_such("no_such_set")),
             _ => Ok(SetList::default()),
         });
         Ok(())
@@ -239,6 +233,24 @@ impl Machine for Double {
 
     fn sets(&self, done: Done<SetList>) -> Result<(), ApiError> {
         done(Ok(SetList::default()));
+        Ok(())
+    }
+
+    fn set_time(&self, name: String, on: bool, done: Done<Time>) -> Result<(), ApiError> {
+        done(Ok(Time { name, on }));
+        Ok(())
+    }
+
+    fn drop_time(&self, name: String, done: Done<TimeList>) -> Result<(), ApiError> {
+        done(match name.as_str() {
+            "none" => Err(no_such("no_such_time")),
+            _ => Ok(TimeList::default()),
+        });
+        Ok(())
+    }
+
+    fn times(&self, done: Done<TimeList>) -> Result<(), ApiError> {
+        done(Ok(TimeList::default()));
         Ok(())
     }
 
@@ -352,4 +364,9 @@ fn view(asked: Asked) -> View {
             not_compared: None,
         }),
     }
+}
+
+/// There is nothing of that name.
+fn no_such(code: &str) -> ApiError {
+    ApiError::new(StatusCode::NOT_FOUND, code, "m", "c", "h")
 }

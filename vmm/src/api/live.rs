@@ -207,6 +207,24 @@ impl Machine for Live {
         self.session.sets(done).map_err(convert::error)
     }
 
+    fn set_time(&self, name: String, on: bool, done: Done<wire::Time>) -> Result<(), ApiError> {
+        let of = name.clone();
+        let done = translated(done, move |()| wire::Time { name: of, on });
+        self.session
+            .set_time(name, on, done)
+            .map_err(convert::error)
+    }
+
+    fn drop_time(&self, name: String, done: Done<wire::TimeList>) -> Result<(), ApiError> {
+        let done = translated(done, |()| wire::TimeList::default());
+        self.session.drop_time(name, done).map_err(convert::error)
+    }
+
+    fn times(&self, done: Done<wire::TimeList>) -> Result<(), ApiError> {
+        let done = translated(done, convert::times);
+        self.session.times(done).map_err(convert::error)
+    }
+
     fn counted(&self, done: Done<Counted>) -> Result<(), ApiError> {
         let done = translated(done, convert::counted);
         self.session.counted(done).map_err(convert::error)

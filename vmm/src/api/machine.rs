@@ -142,6 +142,24 @@ pub trait Machine: Send + Sync + 'static {
     /// When too many operations wait already.
     fn sets(&self, done: Done<wire::SetList>) -> Result<(), ApiError>;
 
+    /// Begins or ends a time that rules go by; calls `done` with what it then is.
+    ///
+    /// # Errors
+    /// When too many operations wait already.
+    fn set_time(&self, name: String, on: bool, done: Done<wire::Time>) -> Result<(), ApiError>;
+
+    /// Does away with a time; calls `done` with an empty list once it is gone.
+    ///
+    /// # Errors
+    /// When too many operations wait already.
+    fn drop_time(&self, name: String, done: Done<wire::TimeList>) -> Result<(), ApiError>;
+
+    /// Asks for all times; calls `done` with them.
+    ///
+    /// # Errors
+    /// When too many operations wait already.
+    fn times(&self, done: Done<wire::TimeList>) -> Result<(), ApiError>;
+
     /// Asks what is counted; calls `done` with the answer.
     ///
     /// # Errors

@@ -5,6 +5,7 @@
 
 mod kernel;
 mod sets;
+mod times;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -83,6 +84,7 @@ pub(super) fn described() -> OpenApiRouter<Api> {
         .routes(routes!(force))
         .routes(routes!(calls))
         .merge(sets::described())
+        .merge(times::described())
         .routes(routes!(metrics_page))
         .routes(routes!(verify))
         .routes(routes!(openapi))

@@ -484,6 +484,30 @@ pub struct SetChange {
     pub remove: Vec<String>,
 }
 
+/// A time that rules go by: `during NAME`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Time {
+    /// Its name.
+    pub name: String,
+    /// Whether it has begun and not ended.
+    pub on: bool,
+}
+
+/// All such times.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct TimeList {
+    /// The times, by name.
+    pub times: Vec<Time>,
+}
+
+/// Whether a time is to be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TimeChange {
+    /// Begin it, or else end it.
+    pub on: bool,
+}
+
 /// All calls that are counted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct CallList {

@@ -16,6 +16,7 @@ use clap::{ArgAction, CommandFactory, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use crate::client::set::SetCommand;
+use crate::client::time::TimeCommand;
 use crate::client::top::TopArgs;
 use crate::client::update::UpdateCommand;
 use crate::client::vm::VmCommand;
@@ -68,6 +69,9 @@ pub enum Command {
     /// Fill and empty the sets that rules ask for
     #[command(subcommand)]
     Set(SetCommand),
+    /// Begin and end the times that rules go by
+    #[command(subcommand)]
+    Time(TimeCommand),
     /// Watch functions and their editions: calls a second, what drains, who is waited for, pauses
     Top(TopArgs),
     /// Show the kernel of a running virtual machine, or all of a recorded guest's kernel
@@ -95,6 +99,7 @@ pub fn main() -> ExitCode {
         Command::Vm(command) => call(&cli.global, |client| client.vm(command)),
         Command::Update(command) => call(&cli.global, |client| client.update(command)),
         Command::Set(command) => call(&cli.global, |client| client.set(command)),
+        Command::Time(command) => call(&cli.global, |client| client.time(command)),
         Command::Top(args) => call(&cli.global, |client| client.top(args)),
         Command::Kernel(args) => kernel::main(&args, &cli.global),
         Command::Build(args) => build::main(&args, &cli.global),

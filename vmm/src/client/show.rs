@@ -2,7 +2,7 @@
 
 use super::{clean, words};
 use crate::api::wire::{
-    CallList, Dump, Kernel, PowerButton, Report, SetList, Transition, Update, UpdateList,
+    CallList, Dump, Kernel, PowerButton, Report, SetList, TimeList, Transition, Update, UpdateList,
     Verification, Vm, VmState,
 };
 
@@ -230,6 +230,15 @@ pub(super) fn sets(list: &SetList) -> String {
     for set in &list.sets {
         let (name, keys) = (clean(&set.name), clean(&set.keys.join(" ")));
         table.push_str(&format!("{name:<24}{:>8}  {keys}\n", set.len));
+    }
+    table
+}
+
+pub(super) fn times(list: &TimeList) -> String {
+    let mut table = format!("{:<24}{}\n", "TIME", "NOW");
+    for time in &list.times {
+        let on = if time.on { "yes" } else { "no" };
+        table.push_str(&format!("{:<24}{on}\n", clean(&time.name)));
     }
     table
 }

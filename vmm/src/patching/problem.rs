@@ -353,7 +353,11 @@ pub(super) fn apply(cause: &ApplyError) -> Problem {
             error,
             "exopatch kernel types shows a function's arguments and what lies behind them",
         ),
-        ApplyError::NoSwitch { .. } => refused("rule_not_resolvable", cause, "change the rule"),
+        ApplyError::NoTime { .. } => refused(
+            "rule_not_resolvable",
+            cause,
+            "exopatch time end NAME makes it, and exopatch time begin NAME begins it; or go by the clock: for, until, after",
+        ),
         ApplyError::Store(error) => guest(error),
         ApplyError::Handler(error) => refused("cannot_choose", error, "change the rule"),
         ApplyError::Full(error) => refused("arena_full", error, FULL),
@@ -387,20 +391,34 @@ fn publish(cause: &PublishError) -> Problem {
 
 /// A set could not be changed.
 pub(super) fn sets(cause: &SetsError) -> Problem {
+    let message = "the set was not changed, or not wholly";
+    asked_for("set", message, cause)
+}
+
+/// A time could not be begun, ended or done away with.
+pub(super) fn times(cause: &SetsError) -> Problem {
+    asked_for("time", "the time was not changed", cause)
+}
+
+/// A thing of this kind that rules ask for could not be changed.
+fn asked_for(kind: &str, message: &str, cause: &SetsError) -> Problem {
     let problem = |failing, code: &str, hint: &str| {
-        let message = "the set was not changed, or not wholly";
         Problem::new(failing, code, message, cause.to_string(), hint)
     };
     match cause {
         SetsError::None { .. } => problem(
             Failing::Unknown,
-            "no_such_set",
-            "exopatch set list shows all sets",
+            &format!("no_such_{kind}"),
+            &format!("exopatch {kind} list shows all of them"),
         ),
-        SetsError::Name { .. } => problem(Failing::Refused, "set_name", "give it another name"),
+        SetsError::Name { .. } => problem(
+            Failing::Refused,
+            &format!("{kind}_name"),
+            "give it another name",
+        ),
         SetsError::Used { .. } => problem(
             Failing::Conflict,
-            "set_in_use",
+            &format!("{kind}_in_use"),
             "exopatch update list shows all updates, exopatch update show their rules",
         ),
         SetsError::Set(_) => problem(

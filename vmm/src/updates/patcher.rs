@@ -51,6 +51,18 @@ pub trait Patcher: 'static {
     fn drop_set(&mut self, name: &str) -> Result<(), Problem>;
     /// The sets that rules may ask for, with their keys.
     fn sets(&self) -> Vec<(String, Vec<u64>)>;
+    /// Begins or ends a time that rules go by, which is made if there is none of that name.
+    ///
+    /// # Errors
+    /// When the name is none, or the guest cannot be written.
+    fn set_time(&mut self, name: &str, on: bool) -> Result<(), Problem>;
+    /// Does away with a time.
+    ///
+    /// # Errors
+    /// When there is none, or a rule goes by it.
+    fn drop_time(&mut self, name: &str) -> Result<(), Problem>;
+    /// The times that rules may go by, and whether each is now.
+    fn times(&self) -> Vec<(String, bool)>;
     /// Whether there is a function whose calls the guest itself may lead elsewhere.
     fn is_watching(&self) -> bool;
     /// Looks whether it does, while it runs; whether that is not as it was.

@@ -144,6 +144,18 @@ impl Patcher for Scripted {
         Vec::new()
     }
 
+    fn set_time(&mut self, _: &str, _: bool) -> Result<(), Problem> {
+        Ok(())
+    }
+
+    fn drop_time(&mut self, _: &str) -> Result<(), Problem> {
+        Err(problem(Failing::Unknown, "no_such_time"))
+    }
+
+    fn times(&self) -> Vec<(String, bool)> {
+        Vec::new()
+    }
+
     fn is_watching(&self) -> bool {
         !self.shadowed.is_empty()
     }

@@ -71,6 +71,11 @@ impl<P: Patcher> Worker<P> {
                 }
                 Job::DropSet(name, done) => done(self.work(|patcher| patcher.drop_set(&name))),
                 Job::Sets(done) => done(Ok(self.patcher.sets())),
+                Job::SetTime(name, on, done) => {
+                    done(self.work(|patcher| patcher.set_time(&name, on)));
+                }
+                Job::DropTime(name, done) => done(self.work(|patcher| patcher.drop_time(&name))),
+                Job::Times(done) => done(Ok(self.patcher.times())),
                 Job::Count => self.count(),
                 Job::Verify(id, deadline, done) => done(self.verify(id, deadline)),
                 Job::Kernel(deadline, done) => {
