@@ -12,7 +12,7 @@ use patcher::edition::object::Package;
 use patcher::guest::Registers as _;
 use patcher::guest::dump::Dump;
 use patcher::guest::fake::FakeGuest;
-use patcher::kernel::image::{Bytes, Image};
+use patcher::kernel::image::Image;
 use patcher::kernel::locate::Kernel;
 use patcher::kernel::payload::Payload;
 use patcher::observe::verify;
@@ -29,7 +29,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         _ => return Err("usage: apply_recorded BZIMAGE CORE PACKAGE [TIMES]".into()),
     };
     let [image, core, package] = paths.map(std::fs::read);
-    let kernel_image = Arc::new(Image::parse(unpack(&image?)?)?);
+    let kernel_image = Arc::new(Image::parse(Arc::new(Payload::unpack(&image?)?))?);
     let dump = Dump::parse(Arc::new(core?))?;
     let mut guest = FakeGuest::from_dump(&dump, ARENA..Gpa(ARENA.0 + ARENA_LEN))?;
     let kernel = Kernel::locate(kernel_image, &dump, dump.vcpus())?;
@@ -96,13 +96,6 @@ fn main() -> Result<(), Box<dyn Error>> {
         "pages that differ after the last revert (the arena's mapping, and the arena): {pages:?}"
     );
     Ok(())
-}
-
-fn unpack(bzimage: &[u8]) -> Result<Bytes, Box<dyn Error>> {
-    let payload = Payload::find(bzimage)?;
-    let mut bytes = vec![0; payload.size()];
-    payload.decompress_into(&mut bytes)?;
-    Ok(Arc::new(bytes))
 }
 
 /// A line of the table: its name and the value that it shows.

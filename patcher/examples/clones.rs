@@ -18,10 +18,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut args = std::env::args().skip(1);
     let path = args.next().ok_or("usage: clones BZIMAGE [--all]")?;
     let all = args.next().is_some();
-    let file = std::fs::read(&path)?;
-    let payload = Payload::find(&file)?;
-    let mut vmlinux = vec![0; payload.size()];
-    payload.decompress_into(&mut vmlinux)?;
+    let vmlinux = Payload::unpack(&std::fs::read(&path)?)?;
     let image = Image::parse(Arc::new(vmlinux))?;
     let shipped = image.shipped()?;
     let trial = Trial::of(&image);

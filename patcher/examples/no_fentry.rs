@@ -8,44 +8,16 @@ use std::error::Error;
 use std::sync::Arc;
 use std::time::Instant;
 
-use iced_x86::Code;
-use patcher::addr::{Gva, LinkAddr};
+use patcher::addr::LinkAddr;
 use patcher::kernel::image::Image;
 use patcher::kernel::payload::Payload;
 use patcher::plan::{checks, reliance::Callers};
-use patcher::x86::insn;
-
-/// Says whether the function leads into what a jump at `offset` displaces, or is no longer than that.
-fn into(name: &str, code: &[u8], at: LinkAddr, offset: u64) {
-    let start = Gva(at.0 + offset);
-    let rest = usize::try_from(offset)
-        .ok()
-        .and_then(|offset| code.get(offset..));
-    let Ok(displaced) = insn::whole_instructions(rest.unwrap_or_default(), start, insn::JUMP_LEN)
-    else {
-        return;
-    };
-    let len: usize = displaced.iter().map(|instruction| instruction.len()).sum();
-    let padding = displaced
-        .iter()
-        .any(|instruction| instruction.code() == Code::Int3);
-    if padding {
-        println!("padding: {name} {displaced:?}");
-    }
-    let range = start..Gva(start.0 + len as u64);
-    if let Ok(Some(found)) = insn::find_branch_into(code, Gva(at.0), &range) {
-        println!("into: {name} {found:x?}");
-    }
-}
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut args = std::env::args().skip(1);
     let path = args.next().ok_or("usage: no_fentry BZIMAGE [--all]")?;
     let all = args.next().is_some();
-    let file = std::fs::read(&path)?;
-    let payload = Payload::find(&file)?;
-    let mut vmlinux = vec![0; payload.size()];
-    payload.decompress_into(&mut vmlinux)?;
+    let vmlinux = Payload::unpack(&std::fs::read(&path)?)?;
     let image = Image::parse(Arc::new(vmlinux))?;
     let shipped = image.shipped()?;
     let start = Instant::now();
@@ -74,14 +46,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         };
         let head = symbol.address..LinkAddr(symbol.address.0 + 16);
         let sites = shipped.sites().within(head);
-        if let Some(offset) = checks::after_fentry(code, symbol.address, &sites) {
+        if checks::after_fentry(code, symbol.address, &sites).is_some() {
             *counts.entry("with fentry".into()).or_default() += 1;
-            if checks::room("", symbol.size, offset).is_err() {
-                println!("short: {} of {} bytes", symbol.name, symbol.size);
-            }
-            if all {
-                into(&symbol.name, code, symbol.address, offset);
-            }
             continue;
         }
         let region = regions

@@ -35,10 +35,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let [core, image] = paths.as_slice() else {
         return Err("usage: stacks CORE BZIMAGE [--compare FILE] [--quiet]".into());
     };
-    let file = std::fs::read(image)?;
-    let payload = Payload::find(&file)?;
-    let mut vmlinux = vec![0; payload.size()];
-    payload.decompress_into(&mut vmlinux)?;
+    let vmlinux = Payload::unpack(&std::fs::read(image)?)?;
     let image = Arc::new(Image::parse(Arc::new(vmlinux))?);
     println!(
         "unwind table of {} entries",

@@ -30,9 +30,7 @@ const BOUNDED: [(&str, &str, &str); 6] = [
 
 fn load(vmlinuz: &Path) -> Image {
     let file = std::fs::read(vmlinuz).expect("the kernel can be read");
-    let payload = Payload::find(&file).expect("it is a bzImage");
-    let mut vmlinux = vec![0; payload.size()];
-    payload.decompress_into(&mut vmlinux).expect("it unpacks");
+    let vmlinux = Payload::unpack(&file).expect("it unpacks");
     Image::parse(Arc::new(vmlinux)).expect("it is a kernel")
 }
 

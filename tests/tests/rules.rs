@@ -15,9 +15,7 @@ use tests::stock;
 
 fn load(kernel: stock::Stock) -> Image {
     let file = std::fs::read(kernel.file("vmlinuz")).expect("the kernel can be read");
-    let payload = Payload::find(&file).expect("it is a bzImage");
-    let mut vmlinux = vec![0; payload.size()];
-    payload.decompress_into(&mut vmlinux).expect("it unpacks");
+    let vmlinux = Payload::unpack(&file).expect("it unpacks");
     Image::parse(Arc::new(vmlinux)).expect("it is a kernel")
 }
 

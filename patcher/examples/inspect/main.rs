@@ -88,10 +88,7 @@ fn options() -> Result<Options, Box<dyn Error>> {
 
 fn main() -> Result<(), Box<dyn Error>> {
     let options = options()?;
-    let file = std::fs::read(&options.kernel)?;
-    let payload = Payload::find(&file)?;
-    let mut vmlinux = vec![0; payload.size()];
-    payload.decompress_into(&mut vmlinux)?;
+    let vmlinux = Payload::unpack(&std::fs::read(&options.kernel)?)?;
     let image = Arc::new(Image::parse(Arc::new(vmlinux))?);
     let dump = Dump::parse(Arc::new(std::fs::read(&options.dump)?))?;
     let kernel = Kernel::locate(image.clone(), &dump, dump.vcpus())?;

@@ -168,6 +168,17 @@ impl<'a> Payload<'a> {
         self.size
     }
 
+    /// The kernel in `bzimage`, unpacked into memory of its own.
+    ///
+    /// # Errors
+    /// [`PayloadError`].
+    pub fn unpack(bzimage: &[u8]) -> Result<Vec<u8>, PayloadError> {
+        let payload = Payload::find(bzimage)?;
+        let mut kernel = vec![0; payload.size()];
+        payload.decompress_into(&mut kernel)?;
+        Ok(kernel)
+    }
+
     /// Unpacks the kernel into `target`, which must have [`Payload::size`] bytes.
     ///
     /// # Errors

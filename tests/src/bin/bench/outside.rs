@@ -248,11 +248,7 @@ fn unpack(stock: Stock) -> Result<Image, String> {
     let path = stock.file("vmlinuz");
     let failed = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
     let file = fs::read(&path).map_err(|error| failed(&error))?;
-    let payload = Payload::find(&file).map_err(|error| failed(&error))?;
-    let mut vmlinux = vec![0; payload.size()];
-    payload
-        .decompress_into(&mut vmlinux)
-        .map_err(|error| failed(&error))?;
+    let vmlinux = Payload::unpack(&file).map_err(|error| failed(&error))?;
     Image::parse(Arc::new(vmlinux)).map_err(|error| failed(&error))
 }
 

@@ -91,12 +91,7 @@ fn read(path: &Path) -> Result<Vec<u8>, String> {
 /// The kernel in the bzImage.
 fn unpacked(options: &Options) -> Result<Vec<u8>, String> {
     let file = read(&options.kernel)?;
-    let payload = Payload::find(&file).map_err(|error| error.to_string())?;
-    let mut vmlinux = vec![0; payload.size()];
-    payload
-        .decompress_into(&mut vmlinux)
-        .map_err(|error| error.to_string())?;
-    Ok(vmlinux)
+    Payload::unpack(&file).map_err(|error| error.to_string())
 }
 
 /// The file that is booted: its header, which says where the packed kernel is, more often than that.
