@@ -10,6 +10,7 @@ use crate::addr::{Gpa, Gva};
 use crate::guest::{GuestError, PausedGuest, ReadPhys, Registers};
 use crate::journal::{Journal, UndoError};
 use crate::kernel::quiescence::Inside;
+use crate::kernel::rested::Rested;
 use crate::kernel::stack::Watched;
 use crate::plan::refusal::Refusal;
 use crate::plan::{Plan, Purpose, Write, checks};
@@ -92,11 +93,18 @@ pub trait Running {
     /// # Errors
     /// [`Blocked::InFlux`], [`Blocked::Unreadable`].
     fn settled<G: ReadPhys>(&self, guest: &G) -> Result<(), Blocked>;
-    /// No thread is in, or returns into, what the plan forbids.
+    /// What can be told before the pause of who is in nothing that the plan asks about. The guest runs.
+    fn first_look<G: ReadPhys>(&self, guest: &G, plan: &Plan) -> Rested;
+    /// No thread is in, or returns into, what the plan forbids. Those that have `rested` since the first look are not looked at again.
     ///
     /// # Errors
     /// [`Blocked::Busy`], [`Blocked::Unreadable`].
-    fn scan<G: ReadPhys + Registers>(&self, guest: &G, plan: &Plan) -> Result<Scanned, Blocked>;
+    fn scan<G: ReadPhys + Registers>(
+        &self,
+        guest: &G,
+        plan: &Plan,
+        rested: &Rested,
+    ) -> Result<Scanned, Blocked>;
     /// The writes that make the code of `plan` known to it, and have it forget what the plan says.
     ///
     /// # Errors
@@ -178,6 +186,7 @@ impl<'p, P: PausedGuest> Quiescent<'p, P> {
         paused: P,
         kernel: &K,
         plan: &'p Plan,
+        rested: &Rested,
         deadline: Instant,
     ) -> Result<Self, Blocked> {
         let mut times = Times::default();
@@ -185,7 +194,7 @@ impl<'p, P: PausedGuest> Quiescent<'p, P> {
         kernel.prove_same(&paused)?;
         kernel.settled(&paused)?;
         times.prove = lap(&mut clock);
-        let scanned = kernel.scan(&paused, plan)?;
+        let scanned = kernel.scan(&paused, plan, rested)?;
         times.scan = lap(&mut clock);
         let mut found = match &plan.binding {
             Some(binding) => binding.with(&scanned.inside)?.1,

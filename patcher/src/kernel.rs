@@ -4,6 +4,7 @@
 //! Nothing is chosen by the kernel's version: presence of a symbol, a type or a member decides.
 
 pub mod agree;
+pub(crate) mod ahead;
 pub mod alternatives;
 pub mod arena;
 pub mod boot;
@@ -27,6 +28,7 @@ pub mod payload;
 pub mod quiescence;
 pub mod recover;
 pub mod relocs;
+pub mod rested;
 pub(crate) mod running;
 pub mod shadow;
 pub mod sites;

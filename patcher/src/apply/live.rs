@@ -7,6 +7,7 @@ use crate::guest::{ReadPhys, Registers};
 use crate::kernel::alternatives::Alternatives;
 use crate::kernel::locate::Kernel;
 use crate::kernel::quiescence::{Question, quiescent};
+use crate::kernel::rested::Rested;
 use crate::kernel::stack::ScanError;
 use crate::kernel::symbols::{Space, SymbolError};
 use crate::kernel::unwind::OtherCode;
@@ -64,6 +65,16 @@ fn unreadable(cause: impl std::fmt::Display) -> Blocked {
     }
 }
 
+/// What `plan` asks of the guest's threads.
+fn question(plan: &Plan) -> Question<'_> {
+    Question {
+        forbidden: &plan.forbidden,
+        watched: &plan.watched,
+        group: &plan.group,
+        graces: &plan.graces,
+    }
+}
+
 impl Running for Inhabited<'_> {
     fn prove_same<G: ReadPhys + Registers>(&self, guest: &G) -> Result<(), Blocked> {
         let same = self.kernel.prove_same(guest, guest.vcpus());
@@ -82,19 +93,26 @@ impl Running for Inhabited<'_> {
         }
     }
 
-    fn scan<G: ReadPhys + Registers>(&self, guest: &G, plan: &Plan) -> Result<Scanned, Blocked> {
+    fn first_look<G: ReadPhys>(&self, guest: &G, plan: &Plan) -> Rested {
+        // The lists of a guest that runs may be in motion. Then nothing is known before the pause.
+        let rested = Rested::look(self.kernel, guest, &question(plan), &self.others);
+        rested.unwrap_or_default()
+    }
+
+    fn scan<G: ReadPhys + Registers>(
+        &self,
+        guest: &G,
+        plan: &Plan,
+        rested: &Rested,
+    ) -> Result<Scanned, Blocked> {
         // A probe that is not armed yet would be written over our jump when it is.
         for range in &plan.forbidden {
             let probes = self.kernel.kprobes_in(guest, range).map_err(unreadable)?;
             checks::no_kprobe("the redirected function", &probes).map_err(Blocked::Changed)?;
         }
-        let question = Question {
-            forbidden: &plan.forbidden,
-            watched: &plan.watched,
-            group: &plan.group,
-            graces: &plan.graces,
-        };
-        match quiescent(self.kernel, guest, guest.vcpus(), &question, &self.others) {
+        let vcpus = guest.vcpus();
+        let (question, others) = (question(plan), &self.others);
+        match quiescent(self.kernel, guest, vcpus, &question, others, rested) {
             Ok(answer) => Ok(Scanned {
                 tasks: answer.scan.tasks as u64,
                 words: answer.scan.words,

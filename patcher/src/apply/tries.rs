@@ -164,11 +164,12 @@ fn one_try<G: Guest, K: Running>(
     options: &ApplyOptions<'_>,
     seen: &dyn Fn(&Scanned),
 ) -> Result<Tried, CommitFailed> {
+    let rested = kernel.first_look(guest, plan);
     let start = Instant::now();
     let paused = Counted::new(guest.pause(options.deadline).map_err(CommitFailed::Pause)?);
     let stopped = start.elapsed();
     let counts = paused.counts();
-    let quiescent = match Quiescent::check(paused, kernel, plan, options.deadline) {
+    let quiescent = match Quiescent::check(paused, kernel, plan, &rested, options.deadline) {
         Ok(quiescent) => quiescent,
         Err(blocked) => return Ok(Tried::Blocked(blocked)),
     };

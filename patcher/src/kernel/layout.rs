@@ -93,8 +93,19 @@ pub(crate) struct TaskLayout {
     pub(crate) pid: u64,
     pub(crate) comm: u64,
     pub(crate) sp: u64,
+    /// What tells whether a task has run; a kernel without it (`CONFIG_SMP`) is looked at wholly under each pause.
+    pub(crate) turns: Option<TurnsLayout>,
     pub(crate) graph: Option<GraphLayout>,
     pub(crate) rethook: Option<RethookLayout>,
+}
+
+/// How often a task stopped running, because it wanted to and because it had to; when it began; and whether it is on a CPU.
+#[derive(Clone, Debug)]
+pub(crate) struct TurnsLayout {
+    pub(crate) voluntary: u64,
+    pub(crate) involuntary: u64,
+    pub(crate) since: u64,
+    pub(crate) on_cpu: u64,
 }
 
 /// Where the function graph tracer keeps the return addresses that it took from the stack.
@@ -301,8 +312,18 @@ fn task(image: &Image) -> Result<TaskLayout, LayoutError> {
         pid: member("pid")?,
         comm: member("comm")?,
         sp: member("thread.sp")?,
+        turns: turns(&member).ok(),
         graph,
         rethook,
+    })
+}
+
+fn turns(member: &dyn Fn(&str) -> Result<u64, TypeError>) -> Result<TurnsLayout, TypeError> {
+    Ok(TurnsLayout {
+        voluntary: member("nvcsw")?,
+        involuntary: member("nivcsw")?,
+        since: member("start_time")?,
+        on_cpu: member("on_cpu")?,
     })
 }
 

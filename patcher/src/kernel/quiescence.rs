@@ -12,9 +12,10 @@ use std::ops::Range;
 use super::locate::{Kernel, KernelError};
 use super::memory::Memory;
 use super::orc::OrcError;
-use super::stack::{Scan, ScanError, Watched, Who, words};
+use super::rested::Rested;
+use super::stack::{Scan, ScanError, Scanner, Watched, Who, on_stacks};
 use super::tasks::Tasks;
-use super::unwind::{End, Frame, OtherCode, Reason, Unreliable, UnwindError, Whose, each_stack};
+use super::unwind::{End, Followed, Frame, OtherCode, Reason, Unreliable, UnwindError, Whose};
 use crate::addr::Gva;
 use crate::guest::{ReadPhys, Vcpu};
 use crate::publish::Grace;
@@ -67,7 +68,8 @@ pub struct Answer {
     pub graces: Vec<Grace>,
 }
 
-/// Looks at every thread of the paused guest. `others` is code outside the kernel's image that threads may be in.
+/// Looks at every thread of the paused guest, but those that have `rested` since a look with the same question. `others` is code outside the
+/// kernel's image that threads may be in.
 ///
 /// # Errors
 /// [`ScanError::Hit`] when something is inside what is forbidden, and when that cannot be told.
@@ -77,9 +79,10 @@ pub fn quiescent<R: ReadPhys + ?Sized>(
     vcpus: &[Vcpu],
     question: &Question<'_>,
     others: &[OtherCode],
+    rested: &Rested,
 ) -> Result<Answer, ScanError> {
     let memory = Memory::new(kernel, guest).map_err(KernelError::from)?;
-    let tasks = Tasks::read_from(kernel, &memory)?;
+    let tasks = Tasks::read_beside(kernel, &memory, rested)?;
     let watched = question.watched.iter().cloned().map(Watched::new);
     let mut answer = Answer {
         watched: watched.collect(),
@@ -90,22 +93,14 @@ pub fn quiescent<R: ReadPhys + ?Sized>(
         grace.look(vcpus, &tasks);
     }
     let forbidden = question.forbidden;
-    answer.scan = words(
-        kernel,
-        &memory,
-        &tasks,
-        vcpus,
-        (forbidden, question.group),
-        &mut answer.watched,
-    )?;
+    let running = on_stacks(kernel, &memory, vcpus, &tasks)?;
+    let asked = (forbidden, question.group);
+    let mut scanner = Scanner::new(kernel, &memory, asked, &mut answer.watched);
+    answer.scan = scanner.all(vcpus, &tasks, &running)?;
     let mut objection = None;
-    let looked = each_stack(
-        kernel,
-        &memory,
-        &tasks,
-        vcpus,
-        others,
-        &mut |whose, frames, end| {
+    let followed = Followed::new(kernel, &memory, &tasks, others);
+    let looked = followed.map(|mut followed| {
+        followed.all(vcpus, &mut |whose, frames, end| {
             answer.scan.frames += frames.len() as u64;
             answer.note(question.group, &tasks, whose, frames, &end);
             if objection.is_none() {
@@ -115,8 +110,8 @@ pub fn quiescent<R: ReadPhys + ?Sized>(
                 });
                 objection = found.map(|found| (whose, found));
             }
-        },
-    );
+        });
+    });
     answer.scan.bytes_read = memory.bytes_read();
     match looked {
         Ok(()) => objection.map_or(Ok(answer), |(whose, found)| {
@@ -186,7 +181,9 @@ fn judge(
 
 #[cfg(test)]
 mod tests {
-    use super::{End, Frame, Gva, Objection, OtherCode, Question, Reason, Unreliable, judge};
+    use super::{
+        End, Frame, Gva, Objection, OtherCode, Question, Reason, Rested, Unreliable, judge,
+    };
     use crate::kernel::stack::Scan;
     use crate::kernel::testing::guest::{SLIDE, TinyGuest};
     use crate::kernel::testing::orc::{AFTER_CALL, FUNCTION, FUNCTIONS, function};
@@ -214,7 +211,8 @@ mod tests {
                 forbidden: &forbidden,
                 ..Question::default()
             };
-            let got = super::quiescent(&kernel, &guest, &guest.vcpus, &question, &arena);
+            let rested = Rested::default();
+            let got = super::quiescent(&kernel, &guest, &guest.vcpus, &question, &arena, &rested);
             match (got.as_ref().map(|answer| answer.scan), want) {
                 (Ok(Scan { frames, .. }), Ok(want)) => assert_eq!(frames, want),
                 (Err(got), Err(want)) => assert!(got.to_string().contains(want), "{got}"),

@@ -34,6 +34,11 @@ pub(crate) struct Running {
 }
 
 impl Running {
+    /// Whether a vCPU is on the stack of the task of this index.
+    pub(crate) fn is_on(&self, index: usize) -> bool {
+        self.reached.contains_key(&index)
+    }
+
     /// From where up the stack of `task` is live; `None` when nothing of it is.
     pub(crate) fn live_from(&self, index: usize, task: &Task) -> Option<Gva> {
         match (self.reached.get(&index), task.cpu) {

@@ -137,42 +137,22 @@ pub fn stack_words<R: ReadPhys + ?Sized>(
 ) -> Result<Scan, ScanError> {
     let memory = Memory::new(kernel, guest).map_err(KernelError::from)?;
     let tasks = Tasks::read_from(kernel, &memory)?;
-    words(kernel, &memory, &tasks, vcpus, (forbidden, &[]), &mut [])
+    let running = on_stacks(kernel, &memory, vcpus, &tasks)?;
+    let mut scanner = Scanner::new(kernel, &memory, (forbidden, &[]), &mut []);
+    scanner.all(vcpus, &tasks, &running)
 }
 
-/// As [`stack_words`], of a guest whose `tasks` have just been read. The second of the `forbidden` codes is so on stacks of no known task
-/// alone. What is inside `watched` code is no error: it is noted there.
-pub(crate) fn words<R: ReadPhys + ?Sized>(
+/// On which stacks the vCPUs of a guest are whose `tasks` have just been read.
+pub(crate) fn on_stacks<R: ReadPhys + ?Sized>(
     kernel: &Kernel,
     memory: &Memory<'_, R>,
-    tasks: &Tasks,
     vcpus: &[Vcpu],
-    forbidden: (&[Range<Gva>], &[Range<Gva>]),
-    watched: &mut [Watched],
-) -> Result<Scan, ScanError> {
-    let mut scanner = Scanner::new(kernel, memory, forbidden, watched);
+    tasks: &Tasks,
+) -> Result<Running, ScanError> {
     let entry = &kernel.layout().entry_text;
     let entry = kernel.runtime(entry.start)..kernel.runtime(entry.end);
     let word = |at: Gva| memory.u64(at).map_err(KernelError::from);
-    let running = running(&entry, &word, vcpus, tasks)?;
-    scanner.registers(vcpus)?;
-    for (vcpu, stack) in &running.stacks {
-        scanner.words(stack.clone(), || Who::CpuStack(*vcpu))?;
-    }
-    for (index, task) in tasks.tasks.iter().enumerate() {
-        scanner.task(index, task, &running)?;
-    }
-    scanner.unowned = true;
-    for stack in &tasks.unowned {
-        scanner.words(stack.clone(), || Who::Unowned)?;
-    }
-    Ok(Scan {
-        tasks: tasks.tasks.len(),
-        unowned_stacks: tasks.unowned.len(),
-        words: scanner.count,
-        frames: 0,
-        bytes_read: memory.bytes_read(),
-    })
+    running(&entry, &word, vcpus, tasks)
 }
 
 /// Code of which it is asked whether anything is in it.
@@ -197,7 +177,8 @@ impl Watched {
     }
 }
 
-struct Scanner<'a, R: ?Sized> {
+/// Looks through words of the kernel's memory for addresses in given code.
+pub(crate) struct Scanner<'a, R: ?Sized> {
     kernel: &'a Kernel,
     memory: &'a Memory<'a, R>,
     forbidden: &'a [Range<Gva>],
@@ -213,7 +194,9 @@ struct Scanner<'a, R: ?Sized> {
 }
 
 impl<'a, R: ReadPhys + ?Sized> Scanner<'a, R> {
-    fn new(
+    /// A scanner for `forbidden` code; the second part is so on stacks of no known task alone. What is inside `watched` code is no error: it is
+    /// noted there.
+    pub(crate) fn new(
         kernel: &'a Kernel,
         memory: &'a Memory<'a, R>,
         (forbidden, group): (&'a [Range<Gva>], &'a [Range<Gva>]),
@@ -236,6 +219,35 @@ impl<'a, R: ReadPhys + ?Sized> Scanner<'a, R> {
             count: 0,
             buf: Vec::new(),
         }
+    }
+
+    /// Looks at the registers and every stack of a guest that stands still, but for those of tasks that have rested.
+    pub(crate) fn all(
+        &mut self,
+        vcpus: &[Vcpu],
+        tasks: &Tasks,
+        running: &Running,
+    ) -> Result<Scan, ScanError> {
+        self.registers(vcpus)?;
+        for (vcpu, stack) in &running.stacks {
+            self.words(stack.clone(), || Who::CpuStack(*vcpu))?;
+        }
+        for (index, task) in tasks.tasks.iter().enumerate() {
+            if !task.rested || running.is_on(index) {
+                self.task(task, running.live_from(index, task))?;
+            }
+        }
+        self.unowned = true;
+        for stack in &tasks.unowned {
+            self.words(stack.clone(), || Who::Unowned)?;
+        }
+        Ok(Scan {
+            tasks: tasks.tasks.len(),
+            unowned_stacks: tasks.unowned.len(),
+            words: self.count,
+            frames: 0,
+            bytes_read: self.memory.bytes_read(),
+        })
     }
 
     fn check(
@@ -277,12 +289,13 @@ impl<'a, R: ReadPhys + ?Sized> Scanner<'a, R> {
         Ok(())
     }
 
-    fn task(&mut self, index: usize, task: &Task, running: &Running) -> Result<(), ScanError> {
+    /// The stack of `task`, live from `from` up, and what tracers keep for it.
+    pub(crate) fn task(&mut self, task: &Task, from: Option<Gva>) -> Result<(), ScanError> {
         let who = || Who::Task {
             pid: task.pid,
             name: task.name(),
         };
-        if let Some(sp) = running.live_from(index, task) {
+        if let Some(sp) = from {
             let end = Gva(task
                 .stack
                 .end

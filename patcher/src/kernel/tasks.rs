@@ -8,13 +8,14 @@
 
 pub mod process;
 
-use std::collections::HashSet;
 use std::ops::Range;
 
+use super::ahead::Ahead;
 use super::gather::{Bound, Fields, Gather};
 use super::layout::{CpuLayout, TaskLayout};
 use super::locate::{Kernel, KernelError};
 use super::memory::Memory;
+use super::rested::{Recall, Rested};
 use super::vmap;
 use crate::addr::Gva;
 use crate::guest::ReadPhys;
@@ -39,6 +40,10 @@ pub struct Task {
     pub saved_sp: Gva,
     /// The CPU whose current task it is.
     pub cpu: Option<usize>,
+    /// How often it has stopped running, where the kernel tells.
+    pub(crate) turns: Option<Turns>,
+    /// It is as a first look found it, and has not stopped running since: see [`super::rested`].
+    pub(crate) rested: bool,
     /// Return addresses that a tracer took from its stack.
     pub(crate) hidden: Hidden,
 }
@@ -54,6 +59,14 @@ impl Task {
             .unwrap_or(self.comm.len());
         String::from_utf8_lossy(&self.comm[..end]).into_owned()
     }
+}
+
+/// How often a task has stopped running.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Turns {
+    count: u64,
+    /// When it began: another task in the same place began at another time.
+    since: u64,
 }
 
 /// Where return addresses are that are not on the stack.
@@ -112,88 +125,225 @@ impl Tasks {
         kernel: &Kernel,
         memory: &Memory<'_, R>,
     ) -> Result<Self, KernelError> {
+        Self::read_beside(kernel, memory, &Rested::default())
+    }
+
+    /// The same, with little read of those that have `rested`.
+    pub(crate) fn read_beside<R: ReadPhys + ?Sized>(
+        kernel: &Kernel,
+        memory: &Memory<'_, R>,
+        rested: &Rested,
+    ) -> Result<Self, KernelError> {
+        let mut all = Self::listed(kernel, memory, rested)?;
+        let mut areas = vmap::areas(kernel, memory, rested.areas())?;
+        areas.sort_unstable_by_key(|area| area.start);
+        let first = kernel.runtime(kernel.layout().task.init_task);
+        let areas = unowned(&all.tasks, first, areas)?;
+        all.unowned = vmap::unowned_stacks(kernel, memory, &areas, &all.cpus)?;
+        let is_irq = |stack: &Range<Gva>| {
+            let mut cpus = all.cpus.iter();
+            cpus.any(|cpu| cpu.irq_stack.start == stack.start)
+        };
+        all.unowned.retain(|stack| !is_irq(stack));
+        Ok(all)
+    }
+
+    /// Those that lists and CPUs show. Stacks of others are not looked for.
+    pub(crate) fn listed<R: ReadPhys + ?Sized>(
+        kernel: &Kernel,
+        memory: &Memory<'_, R>,
+        rested: &Rested,
+    ) -> Result<Self, KernelError> {
         let layout = &kernel.layout().task;
-        let gather = gather(layout);
+        let reader = Reader::new(kernel);
+        let links = links(layout);
+        let cpus = cpus(kernel, memory)?;
+        let online = cpus.iter().filter(|cpu| cpu.online);
         let mut walk = Walk {
             layout,
             memory,
-            fields: gather.fields(),
-            stack_size: kernel.layout().stack_size,
-            seen: HashSet::new(),
+            links: Ahead::new(&links, rested.order()),
+            reading: reader.reading(memory),
+            recall: rested.recall(),
+            current: online.map(|cpu| cpu.current).collect(),
             tasks: Vec::new(),
         };
-        let cpus = cpus(kernel, memory)?;
         walk.all(kernel.runtime(layout.init_task))?;
+        let mut known = walk.places();
         for cpu in &cpus {
-            walk.also(cpu.idle)?;
-            if cpu.online {
-                walk.also(cpu.current)?;
+            for at in [Some(cpu.idle), cpu.online.then_some(cpu.current)] {
+                walk.also(at.unwrap_or(Gva(0)), &mut known)?;
             }
         }
         let mut tasks = walk.tasks;
         for cpu in cpus.iter().filter(|cpu| cpu.online) {
-            if let Some(task) = tasks.iter_mut().find(|task| task.at == cpu.current) {
+            let index = known.binary_search_by_key(&cpu.current, |(at, _)| *at);
+            let index = index.ok().and_then(|place| known.get(place));
+            if let Some(task) = index.and_then(|(_, index)| tasks.get_mut(*index)) {
                 task.cpu = Some(cpu.index);
             }
         }
-        let owned: HashSet<u64> = tasks.iter().map(|task| task.stack.start.0).collect();
-        let areas = vmap::areas(kernel, memory)?;
-        mapped(&tasks, kernel.runtime(layout.init_task), &areas)?;
-        let mut unowned = vmap::unowned_stacks(kernel, memory, &areas, &owned, &cpus)?;
-        unowned.retain(|stack| cpus.iter().all(|cpu| cpu.irq_stack.start != stack.start));
         Ok(Self {
             tasks,
             cpus,
-            unowned,
+            unowned: Vec::new(),
         })
     }
 }
 
-/// Proves that stacks are mapped areas, all but the first task's: else there could be some that no list shows.
-fn mapped(tasks: &[Task], first: Gva, areas: &[vmap::Area]) -> Result<(), KernelError> {
-    let starts: HashSet<Gva> = areas.iter().map(|area| area.start).collect();
-    let mut stacks = tasks
+/// Of `areas`, sorted, those that are no task's stack.
+///
+/// # Errors
+/// When a stack other than the `first` task's is none of them: then there could be some that no list shows.
+fn unowned(
+    tasks: &[Task],
+    first: Gva,
+    areas: Vec<vmap::Area>,
+) -> Result<Vec<vmap::Area>, KernelError> {
+    let stacks = tasks
         .iter()
         .filter(|task| task.at != first && !task.stack.is_empty());
-    match stacks.find(|task| !starts.contains(&task.stack.start)) {
-        None => Ok(()),
-        Some(task) => {
-            let what = "task's stack, which is no mapped area (CONFIG_VMAP_STACK),";
-            Err(KernelError::Unsound {
-                what,
-                at: task.at,
-                value: task.stack.start.0,
-            })
+    let mut stacks: Vec<(Gva, Gva)> = stacks.map(|task| (task.stack.start, task.at)).collect();
+    stacks.sort_unstable();
+    let mut stacks = stacks.into_iter().peekable();
+    let unmapped = |(start, at): (Gva, Gva)| KernelError::Unsound {
+        what: "task's stack, which is no mapped area (CONFIG_VMAP_STACK),",
+        at,
+        value: start.0,
+    };
+    let mut unowned = Vec::new();
+    for area in areas {
+        match stacks.peek() {
+            Some((start, _)) if *start == area.start => {
+                while stacks.next_if(|(start, _)| *start == area.start).is_some() {}
+            }
+            Some(stack) if stack.0 < area.start => return Err(unmapped(*stack)),
+            _ => unowned.push(area),
+        }
+    }
+    stacks
+        .next()
+        .map_or(Ok(unowned), |stack| Err(unmapped(stack)))
+}
+
+/// What is read of every task: the way to the next ones, and how often it has stopped.
+fn links(layout: &TaskLayout) -> Gather {
+    let mut fields = vec![
+        (layout.tasks, 8),
+        (layout.thread_node, 8),
+        (layout.signal, 8),
+    ];
+    if let Some(turns) = &layout.turns {
+        let all = [turns.voluntary, turns.involuntary, turns.since];
+        fields.extend(all.map(|at| (at, 8)));
+    }
+    Gather::new(&fields)
+}
+
+/// The same, as it was read.
+#[derive(Clone, Copy)]
+struct Links {
+    next_process: u64,
+    next_thread: u64,
+    signal: u64,
+    turns: Option<Turns>,
+}
+
+/// What reads tasks one by one.
+pub(crate) struct Reader<'k> {
+    layout: &'k TaskLayout,
+    stack_size: u64,
+    gather: Gather,
+}
+
+impl<'k> Reader<'k> {
+    pub(crate) fn new(kernel: &'k Kernel) -> Self {
+        let layout = &kernel.layout().task;
+        let mut fields = vec![
+            (layout.stack, 8),
+            (layout.pid, 4),
+            (layout.comm, 16),
+            (layout.sp, 8),
+        ];
+        if let Some(graph) = &layout.graph {
+            fields.extend([(graph.entries, 8), (graph.last, 4)]);
+        }
+        if let Some(rethook) = &layout.rethook {
+            fields.push((rethook.first, 8));
+        }
+        Self {
+            layout,
+            stack_size: kernel.layout().stack_size,
+            gather: Gather::new(&fields),
+        }
+    }
+
+    /// Reads them from `memory`.
+    pub(crate) fn reading<'r, R: ReadPhys + ?Sized>(
+        &'r self,
+        memory: &'r Memory<'r, R>,
+    ) -> Reading<'r, R> {
+        Reading {
+            layout: self.layout,
+            stack_size: self.stack_size,
+            memory,
+            fields: self.gather.fields(),
         }
     }
 }
 
-fn gather(layout: &TaskLayout) -> Gather {
-    let mut fields = vec![
-        (layout.tasks, 16),
-        (layout.thread_node, 16),
-        (layout.signal, 8),
-        (layout.stack, 8),
-        (layout.pid, 4),
-        (layout.comm, 16),
-        (layout.sp, 8),
-    ];
-    if let Some(graph) = &layout.graph {
-        fields.extend([(graph.entries, 8), (graph.last, 4)]);
+/// Tasks as they are read.
+pub(crate) struct Reading<'r, R: ?Sized> {
+    layout: &'r TaskLayout,
+    stack_size: u64,
+    memory: &'r Memory<'r, R>,
+    fields: Fields<'r>,
+}
+
+impl<R: ReadPhys + ?Sized> Reading<'_, R> {
+    /// The task at `at`, which has had these turns.
+    pub(crate) fn task(&mut self, at: Gva, turns: Option<Turns>) -> Result<Task, KernelError> {
+        self.fields.read(self.memory, at)?;
+        let (layout, fields) = (self.layout, &self.fields);
+        let stack = Gva(fields.u64(layout.stack));
+        let unsound = || KernelError::Unsound {
+            what: "task's stack",
+            at,
+            value: stack.0,
+        };
+        let len = if stack.0 == 0 { 0 } else { self.stack_size };
+        let graph = layout.graph.as_ref().map_or((0, 0), |graph| {
+            let last = i64::from(fields.u32(graph.last).cast_signed());
+            let count = u64::try_from(last.saturating_add(graph.first_count)).unwrap_or(0);
+            (fields.u64(graph.entries), count.saturating_mul(graph.unit))
+        });
+        let rethook = layout.rethook.as_ref();
+        Ok(Task {
+            at,
+            pid: fields.u32(layout.pid),
+            comm: fields.array(layout.comm),
+            stack: stack.range(len).ok_or_else(unsound)?,
+            saved_sp: Gva(fields.u64(layout.sp)),
+            cpu: None,
+            turns,
+            rested: false,
+            hidden: Hidden {
+                graph,
+                rethook: rethook.map_or(0, |hook| fields.u64(hook.first)),
+            },
+        })
     }
-    if let Some(rethook) = &layout.rethook {
-        fields.push((rethook.first, 8));
-    }
-    Gather::new(&fields)
 }
 
 /// A walk through the lists of tasks.
 struct Walk<'a, R: ?Sized> {
     layout: &'a TaskLayout,
     memory: &'a Memory<'a, R>,
-    fields: Fields<'a>,
-    stack_size: u64,
-    seen: HashSet<u64>,
+    links: Ahead<'a>,
+    reading: Reading<'a, R>,
+    recall: Recall<'a>,
+    /// The current tasks of CPUs: they run.
+    current: Vec<Gva>,
     tasks: Vec<Task>,
 }
 
@@ -204,18 +354,10 @@ impl<R: ReadPhys + ?Sized> Walk<'_, R> {
         let mut leader = first;
         loop {
             bound.step(leader.0)?;
-            self.fields.read(self.memory, leader)?;
-            let next = Gva(self
-                .fields
-                .u64(self.layout.tasks)
-                .wrapping_sub(self.layout.tasks));
-            let process = (
-                self.fields.u64(self.layout.signal),
-                self.fields.u64(self.layout.thread_node),
-            );
-            self.push(leader)?;
-            self.threads(leader, process)?;
-            leader = next;
+            let links = self.links(leader)?;
+            self.push(leader, links.turns)?;
+            self.threads(leader, (links.signal, links.next_thread))?;
+            leader = Gva(links.next_process.wrapping_sub(self.layout.tasks));
             if leader == first {
                 return Ok(());
             }
@@ -242,27 +384,73 @@ impl<R: ReadPhys + ?Sized> Walk<'_, R> {
                 continue;
             }
             let task = Gva(node.wrapping_sub(self.layout.thread_node));
-            self.fields.read(self.memory, task)?;
-            node = self.fields.u64(self.layout.thread_node);
-            self.push(task)?;
+            let links = self.links(task)?;
+            node = links.next_thread;
+            self.push(task, links.turns)?;
         }
         Ok(())
     }
 
-    /// Reads the task at `at`, unless it has been or is none.
-    fn also(&mut self, at: Gva) -> Result<(), KernelError> {
-        if at.0 == 0 || self.seen.contains(&at.0) {
-            return Ok(());
+    /// Where all tasks are, sorted, with the index of each. One that several lists have is left in once.
+    fn places(&mut self) -> Vec<(Gva, usize)> {
+        let places = |tasks: &[Task]| {
+            let places = tasks.iter().enumerate();
+            let mut places: Vec<_> = places.map(|(index, task)| (task.at, index)).collect();
+            places.sort_unstable();
+            places
+        };
+        let known = places(&self.tasks);
+        let mut again: Vec<usize> = known
+            .windows(2)
+            .filter_map(|pair| match pair {
+                [(first, _), (second, index)] if first == second => Some(*index),
+                _ => None,
+            })
+            .collect();
+        if again.is_empty() {
+            return known;
         }
-        self.fields.read(self.memory, at)?;
-        self.push(at)
+        again.sort_unstable();
+        let mut index = 0;
+        self.tasks.retain(|_| {
+            index += 1;
+            again.binary_search(&(index - 1)).is_err()
+        });
+        places(&self.tasks)
     }
 
-    /// Adds the task at `at`, whose fields have just been read, unless it is known.
-    fn push(&mut self, at: Gva) -> Result<(), KernelError> {
-        if !self.seen.insert(at.0) {
+    /// Reads the task at `at`, unless it is `known` or none.
+    fn also(&mut self, at: Gva, known: &mut Vec<(Gva, usize)>) -> Result<(), KernelError> {
+        let Err(place) = known.binary_search_by_key(&at, |(at, _)| *at) else {
+            return Ok(());
+        };
+        if at.0 == 0 {
             return Ok(());
         }
+        known.insert(place, (at, self.tasks.len()));
+        let links = self.links(at)?;
+        self.push(at, links.turns)
+    }
+
+    fn links(&mut self, at: Gva) -> Result<Links, KernelError> {
+        let (layout, fields) = (self.layout, self.links.read(self.memory, at)?);
+        let turns = layout.turns.as_ref().map(|turns| {
+            let [wanted, had] = [turns.voluntary, turns.involuntary].map(|at| fields.u64(at));
+            Turns {
+                count: wanted.wrapping_add(had),
+                since: fields.u64(turns.since),
+            }
+        });
+        Ok(Links {
+            next_process: fields.u64(layout.tasks),
+            next_thread: fields.u64(layout.thread_node),
+            signal: fields.u64(layout.signal),
+            turns,
+        })
+    }
+
+    /// Adds the task at `at`, which has had these turns.
+    fn push(&mut self, at: Gva, turns: Option<Turns>) -> Result<(), KernelError> {
         if self.tasks.len() >= MAX_TASKS {
             return Err(KernelError::Unsound {
                 what: "number of tasks",
@@ -270,34 +458,13 @@ impl<R: ReadPhys + ?Sized> Walk<'_, R> {
                 value: MAX_TASKS as u64,
             });
         }
-        let (layout, fields) = (self.layout, &self.fields);
-        let stack = Gva(fields.u64(layout.stack));
-        let unsound = || KernelError::Unsound {
-            what: "task's stack",
-            at,
-            value: stack.0,
+        let runs = self.current.contains(&at);
+        let known = self.recall.task(at, turns).filter(|_| !runs);
+        let task = match known {
+            Some(task) => task.clone(),
+            None => self.reading.task(at, turns)?,
         };
-        let len = if stack.0 == 0 { 0 } else { self.stack_size };
-        let graph = layout.graph.as_ref().map_or((0, 0), |graph| {
-            let last = i64::from(fields.u32(graph.last).cast_signed());
-            let count = u64::try_from(last.saturating_add(graph.first_count)).unwrap_or(0);
-            (fields.u64(graph.entries), count.saturating_mul(graph.unit))
-        });
-        self.tasks.push(Task {
-            at,
-            pid: fields.u32(layout.pid),
-            comm: fields.array(layout.comm),
-            stack: stack.range(len).ok_or_else(unsound)?,
-            saved_sp: Gva(fields.u64(layout.sp)),
-            cpu: None,
-            hidden: Hidden {
-                graph,
-                rethook: layout
-                    .rethook
-                    .as_ref()
-                    .map_or(0, |hook| fields.u64(hook.first)),
-            },
-        });
+        self.tasks.push(task);
         Ok(())
     }
 }

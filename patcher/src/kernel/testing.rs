@@ -296,6 +296,10 @@ pub(crate) mod task {
     pub(crate) const RET_STACK: u64 = 0x80;
     pub(crate) const CURR_RET_STACK: u64 = 0x88;
     pub(crate) const RETHOOKS: u64 = 0x90;
+    pub(crate) const NVCSW: u64 = 0x98;
+    pub(crate) const NIVCSW: u64 = 0xa0;
+    pub(crate) const START_TIME: u64 = 0xa8;
+    pub(crate) const ON_CPU: u64 = 0xb0;
     pub(crate) const SP: u64 = 0x118;
     pub(crate) const STATE: u64 = 0x140;
     /// Four bytes, with as many of flags behind them.
@@ -364,6 +368,10 @@ fn task_types(btf: &mut Btf, form: Form, (int, long, byte, list): Basic) {
             ("ret_stack", long, 0x80),
             ("curr_ret_stack", int, 0x88),
             ("rethooks", hooks, 0x90),
+            ("nvcsw", long, 0x98),
+            ("nivcsw", long, 0xa0),
+            ("start_time", long, 0xa8),
+            ("on_cpu", int, 0xb0),
             ("thread", thread, 0x100),
             state,
             ("exit_state", int, 0x148),

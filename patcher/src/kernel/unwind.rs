@@ -29,7 +29,7 @@ use super::memory::Memory;
 use super::orc::OrcError;
 use super::running::in_kernel;
 use super::stack::Who;
-use super::tasks::Tasks;
+use super::tasks::{Task, Tasks};
 use crate::addr::Gva;
 use crate::guest::{ReadPhys, Vcpu, VcpuState};
 
@@ -122,21 +122,15 @@ pub fn stacks<R: ReadPhys + ?Sized>(
     let memory = Memory::new(kernel, guest).map_err(KernelError::from)?;
     let tasks = Tasks::read_from(kernel, &memory)?;
     let mut stacks = Vec::new();
-    each_stack(
-        kernel,
-        &memory,
-        &tasks,
-        vcpus,
-        others,
-        &mut |whose, frames, end| {
-            stacks.push(Stack {
-                who: whose.who(&tasks),
-                task: whose.task(),
-                frames: frames.to_vec(),
-                end,
-            });
-        },
-    )?;
+    let mut followed = Followed::new(kernel, &memory, &tasks, others)?;
+    followed.all(vcpus, &mut |whose, frames, end| {
+        stacks.push(Stack {
+            who: whose.who(&tasks),
+            task: whose.task(),
+            frames: frames.to_vec(),
+            end,
+        });
+    });
     let bytes_read = memory.bytes_read();
     Ok(Stacks {
         tasks,
@@ -182,43 +176,10 @@ impl Whose {
 /// Takes a stack that has been followed: its frames as far as they are known, and its end.
 pub(crate) type Sink<'s> = &'s mut dyn FnMut(Whose, &[Frame], Result<End, Unreliable>);
 
-/// Follows every stack of a guest whose `tasks` have just been read.
-pub(crate) fn each_stack<R: ReadPhys + ?Sized>(
-    kernel: &Kernel,
-    memory: &Memory<'_, R>,
-    tasks: &Tasks,
-    vcpus: &[Vcpu],
-    others: &[OtherCode],
-    sink: Sink<'_>,
-) -> Result<(), UnwindError> {
-    let table = kernel.image().orc().map_err(Clone::clone)?;
-    let missing = |error: &LayoutError| UnwindError::Layout {
-        cause: error.to_string(),
-    };
-    let layout = kernel.layout().unwind.as_ref().map_err(missing)?;
-    let entry = &kernel.layout().entry_text;
-    let entry = kernel.runtime(entry.start)..kernel.runtime(entry.end);
-    let taken = Taken {
-        kernel,
-        memory,
-        layout,
-    };
-    let code = Code::new(table, others, taken);
-    let mut followed = Followed {
-        walker: Walker::new(code, memory, layout, tasks, entry),
-        frames: Vec::new(),
-        live: HashSet::new(),
-        left: HashSet::new(),
-    };
-    followed.vcpus(tasks, vcpus, sink);
-    followed.tasks(tasks, sink);
-    followed.unowned(tasks, sink);
-    Ok(())
-}
-
-/// Stacks as they are followed.
-struct Followed<'a, R: ?Sized> {
+/// Stacks as they are followed, of a guest whose tasks have just been read.
+pub(crate) struct Followed<'a, R: ?Sized> {
     walker: Walker<'a, R>,
+    tasks: &'a Tasks,
     frames: Vec<Frame>,
     /// Starts of those that a vCPU is on.
     live: HashSet<Gva>,
@@ -226,8 +187,57 @@ struct Followed<'a, R: ?Sized> {
     left: HashSet<usize>,
 }
 
-impl<R: ReadPhys + ?Sized> Followed<'_, R> {
-    fn vcpus(&mut self, tasks: &Tasks, vcpus: &[Vcpu], sink: Sink<'_>) {
+impl<'a, R: ReadPhys + ?Sized> Followed<'a, R> {
+    /// None of them yet. `others` is code outside the image that threads may be in.
+    pub(crate) fn new(
+        kernel: &'a Kernel,
+        memory: &'a Memory<'a, R>,
+        tasks: &'a Tasks,
+        others: &'a [OtherCode],
+    ) -> Result<Self, UnwindError> {
+        let table = kernel.image().orc().map_err(Clone::clone)?;
+        let missing = |error: &LayoutError| UnwindError::Layout {
+            cause: error.to_string(),
+        };
+        let layout = kernel.layout().unwind.as_ref().map_err(missing)?;
+        let entry = &kernel.layout().entry_text;
+        let entry = kernel.runtime(entry.start)..kernel.runtime(entry.end);
+        let taken = Taken {
+            kernel,
+            memory,
+            layout,
+        };
+        let code = Code::new(table, others, taken);
+        Ok(Self {
+            walker: Walker::new(code, memory, layout, tasks, entry),
+            tasks,
+            frames: Vec::new(),
+            live: HashSet::new(),
+            left: HashSet::new(),
+        })
+    }
+
+    /// Follows every stack but those of tasks that have rested.
+    pub(crate) fn all(&mut self, vcpus: &[Vcpu], sink: Sink<'_>) {
+        self.vcpus(vcpus, sink);
+        self.sleepers(sink);
+        self.unowned(sink);
+    }
+
+    /// Whether the stack of the task of `index`, which does not run, can be followed to its end, and no frame of it `is_in` what is asked about.
+    pub(crate) fn is_outside(
+        &mut self,
+        index: usize,
+        task: &Task,
+        is_in: impl Fn(Gva) -> bool,
+    ) -> bool {
+        self.frames.clear();
+        task.stack.is_empty()
+            || self.walker.sleeping(index, task, &mut self.frames).is_ok()
+                && !self.frames.iter().any(|frame| is_in(frame.ip))
+    }
+
+    fn vcpus(&mut self, vcpus: &[Vcpu], sink: Sink<'_>) {
         let started = vcpus
             .iter()
             .enumerate()
@@ -239,7 +249,7 @@ impl<R: ReadPhys + ?Sized> Followed<'_, R> {
                 end = self.walker.running(vcpu, &mut self.frames);
                 task = self.walker.task();
                 if self.walker.on_stack_of_another() {
-                    self.left.extend(left_by(tasks, vcpu));
+                    self.left.extend(left_by(self.tasks, vcpu));
                 }
                 let mut visited = self.walker.visited().iter();
                 if visited.any(|start| !self.live.insert(*start)) {
@@ -254,8 +264,9 @@ impl<R: ReadPhys + ?Sized> Followed<'_, R> {
         }
     }
 
-    fn tasks(&mut self, tasks: &Tasks, sink: Sink<'_>) {
-        for (index, task) in tasks.tasks.iter().enumerate() {
+    fn sleepers(&mut self, sink: Sink<'_>) {
+        let tasks = self.tasks.tasks.iter().enumerate();
+        for (index, task) in tasks.filter(|(_, task)| !task.rested) {
             // A current task that no vCPU was found on is in the user's code, or has just been left for the next one.
             let asleep = task.cpu.is_none() || self.left.contains(&index);
             if !asleep || task.stack.is_empty() || self.live.contains(&task.stack.start) {
@@ -267,8 +278,8 @@ impl<R: ReadPhys + ?Sized> Followed<'_, R> {
         }
     }
 
-    fn unowned(&self, tasks: &Tasks, sink: Sink<'_>) {
-        for stack in &tasks.unowned {
+    fn unowned(&self, sink: Sink<'_>) {
+        for stack in &self.tasks.unowned {
             if !self.live.contains(&stack.start) {
                 let reason = Reason::Unowned;
                 let (ip, sp) = (Gva(0), stack.start);

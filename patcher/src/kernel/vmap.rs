@@ -8,7 +8,8 @@
 use std::collections::HashSet;
 use std::ops::Range;
 
-use super::gather::{Bound, Fields, Gather};
+use super::ahead::Ahead;
+use super::gather::{Bound, Gather};
 use super::layout::{VmapLayout, VmapLists};
 use super::locate::{Kernel, KernelError};
 use super::memory::Memory;
@@ -28,22 +29,23 @@ const MAX_NODES: u32 = 1024;
 /// One mapped area of a stack's size.
 pub(crate) struct Area {
     pub(crate) start: Gva,
+    /// Its description.
+    pub(crate) at: Gva,
     vm: u64,
 }
 
-/// The stacks in `areas` that begin at none of `owned`, but not those that hold no live frame.
+/// The stacks in `areas`, which are no task's, but not those that hold no live frame.
 pub(crate) fn unowned_stacks<R: ReadPhys + ?Sized>(
     kernel: &Kernel,
     memory: &Memory<'_, R>,
     areas: &[Area],
-    owned: &HashSet<u64>,
     cpus: &[Cpu],
 ) -> Result<Vec<Range<Gva>>, KernelError> {
     let layout = &kernel.layout().vmap;
     let size = kernel.layout().stack_size;
     let mut cached: Option<HashSet<u64>> = None;
     let mut unowned = Vec::new();
-    for area in areas.iter().filter(|area| !owned.contains(&area.start.0)) {
+    for area in areas {
         if area.vm == 0 || memory.u64(Gva(area.vm.wrapping_add(layout.flags)))? & VM_ALLOC == 0 {
             continue;
         }
@@ -71,10 +73,11 @@ pub(crate) fn unowned_stacks<R: ReadPhys + ?Sized>(
     Ok(unowned)
 }
 
-/// All mapped areas of a stack's size and a guard page.
+/// All mapped areas of a stack's size and a guard page. Descriptions were found in this `order` before.
 pub(crate) fn areas<R: ReadPhys + ?Sized>(
     kernel: &Kernel,
     memory: &Memory<'_, R>,
+    order: &[Gva],
 ) -> Result<Vec<Area>, KernelError> {
     let layout = &kernel.layout().vmap;
     let size = kernel.layout().stack_size;
@@ -84,7 +87,7 @@ pub(crate) fn areas<R: ReadPhys + ?Sized>(
         (layout.list, 8),
         (layout.vm, 8),
     ]);
-    let mut fields = gather.fields();
+    let mut ahead = Ahead::new(&gather, order);
     let mut bound = Bound::new("list of mapped areas", MAX_AREAS);
     let mut found = Vec::new();
     let mut list = |head: Gva| {
@@ -93,7 +96,7 @@ pub(crate) fn areas<R: ReadPhys + ?Sized>(
             memory,
             head,
             size,
-            &mut (&mut fields, &mut bound, &mut found),
+            &mut (&mut ahead, &mut bound, &mut found),
         )
     };
     match &layout.lists {
@@ -129,16 +132,18 @@ fn walk<R: ReadPhys + ?Sized>(
     memory: &Memory<'_, R>,
     head: Gva,
     size: u64,
-    (fields, bound, found): &mut (&mut Fields<'_>, &mut Bound, &mut Vec<Area>),
+    (ahead, bound, found): &mut (&mut Ahead<'_>, &mut Bound, &mut Vec<Area>),
 ) -> Result<(), KernelError> {
     let mut node = memory.u64(head)?;
     while node != head.0 {
         bound.step(node)?;
-        fields.read(memory, Gva(node.wrapping_sub(layout.list)))?;
+        let at = Gva(node.wrapping_sub(layout.list));
+        let fields = ahead.read(memory, at)?;
         let (start, end) = (fields.u64(layout.start), fields.u64(layout.end));
         if end.checked_sub(start) == size.checked_add(GUARD) {
             found.push(Area {
                 start: Gva(start),
+                at,
                 vm: fields.u64(layout.vm),
             });
         }

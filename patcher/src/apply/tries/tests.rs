@@ -9,6 +9,7 @@ use crate::addr::{Gpa, Gva};
 use crate::commit::{Blocked, CommitError, Running, Scanned};
 use crate::guest::fake::{Call, FakeGuest, Fault, Region};
 use crate::guest::{ReadPhys, Registers};
+use crate::kernel::rested::Rested;
 use crate::plan::{Plan, Purpose, Write};
 
 const TEXT: Gva = Gva(0xffff_ffff_8100_0000);
@@ -48,7 +49,16 @@ impl Running for Fake {
         }
     }
 
-    fn scan<G: ReadPhys + Registers>(&self, _: &G, plan: &Plan) -> Result<Scanned, Blocked> {
+    fn first_look<G: ReadPhys>(&self, _: &G, _: &Plan) -> Rested {
+        Rested::default()
+    }
+
+    fn scan<G: ReadPhys + Registers>(
+        &self,
+        _: &G,
+        plan: &Plan,
+        _: &Rested,
+    ) -> Result<Scanned, Blocked> {
         assert_eq!(plan.forbidden.len(), 1);
         if count_down(&self.busy) {
             Err(Blocked::Busy {
