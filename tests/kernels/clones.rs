@@ -8,7 +8,7 @@ use tests::guest::{Guest, Options};
 use tests::stock::{LTS_6_1, NEWEST_6_12, Stock};
 
 use crate::first_class::told;
-use crate::patch::revert;
+use crate::patch::{apply, revert};
 use crate::rules::{counted, sum, tally};
 use crate::witness::{assert_clean, one_line};
 
@@ -134,6 +134,41 @@ fn clones(stock: Stock) {
     assert_eq!(refused(&["no_such_function"]), "symbol_missing");
     assert_eq!(refused(&["vfs_read", "vfs_read"]), "clone_twice");
     assert_clean(&mut guest);
+}
+
+/// A clone warns as its original does, and the guest says that it was the clone.
+fn warns(stock: Stock) {
+    let mut guest = Guest::boot(&Options::new(stock));
+    let provoked = apply(&guest, &stock.edition("version_proc_show_unbalanced"));
+    let mut warned = |guest: &mut Guest| {
+        let _ = one_line(guest, "dmesg -c >/dev/null; cat /proc/version");
+        let log = one_line(guest, "dmesg");
+        let of = |what: &str| log.lines().filter(|line| line.contains(what)).count();
+        assert_eq!(of("Unbalanced enable for IRQ"), 1, "{log}");
+        let ip = log.lines().find_map(|line| line.split_once(" RIP: 0010:"));
+        ip.expect("where it was").1.to_owned()
+    };
+    let by_original = warned(&mut guest);
+    assert!(by_original.starts_with("__enable_irq+0x"), "{by_original}");
+    let update = clone(&guest, &["__enable_irq"], &[]).expect("the clone");
+    let id = number(&update);
+    for _ in 0..3 {
+        let by_clone = warned(&mut guest);
+        assert!(by_clone.starts_with("__enable_irq.clone+0x"), "{by_clone}");
+        assert!(by_clone.ends_with("[exopatch]"), "{by_clone}");
+    }
+    revert(&guest, id);
+    assert_eq!(warned(&mut guest), by_original);
+    revert(&guest, provoked);
+    let version = one_line(&mut guest, "dmesg -c >/dev/null; cat /proc/version; dmesg");
+    assert!(!version.contains("Unbalanced"), "{version}");
+}
+
+#[test]
+fn warnings_in_a_clone_are_its_own() {
+    for stock in [LTS_6_1, NEWEST_6_12] {
+        warns(stock);
+    }
 }
 
 #[test]

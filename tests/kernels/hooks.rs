@@ -1,11 +1,12 @@
 //! Does code of a package run in the guest before and behind a switch, and has its say?
 
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tests::client::Reply;
 use tests::guest::{Guest, Options};
-use tests::stock::{LTS_6_1, NEWEST_6_12, Stock};
+use tests::stock::{self, LTS_6_1, NEWEST_6_12, Stock};
 
 use crate::patch::revert;
 use crate::rules::{sum, tally};
@@ -51,6 +52,7 @@ fn said(guest: &mut Guest) -> Vec<String> {
 /// A hook for each moment, of which the first decides what the edition answers.
 fn all_four(stock: Stock) {
     let mut guest = Guest::boot(&Options::new(stock).cpus(2));
+    let events = Listening::to(&guest);
     assert_eq!(answers(&mut guest), 0);
     let began = Instant::now();
     let id = applied(&guest, stock, "hooks_all");
@@ -65,7 +67,71 @@ fn all_four(stock: Stock) {
         "hooks_all: gone",
     ];
     assert_eq!(said(&mut guest), all);
+    let hooks = show(&guest, id)["hooks"].clone();
+    let hooks = hooks.as_array().expect("hooks").iter();
+    let became: Vec<String> = hooks
+        .map(|hook| {
+            format!("{} {} {}", hook["moment"], hook["state"], hook["result"]).replace('"', "")
+        })
+        .collect();
+    let want = [
+        "before-apply ended 0",
+        "after-apply ended 0",
+        "before-revert ended 0",
+        "after-revert ended -11",
+    ];
+    assert_eq!(became, want, "{stock:?}");
     assert_clean(&mut guest);
+
+    // Each is told when it begins and when it has ended, between what becomes of the update.
+    let seen = events.until_end(&mut guest);
+    let states = seen.iter().filter_map(|event| {
+        let state = event["update"]["state"].as_str();
+        event["code"].as_str().or(state).map(str::to_owned)
+    });
+    let mut states: Vec<String> = states.collect();
+    states.dedup();
+    let of = |code: &str| states.iter().filter(|state| *state == code).count();
+    assert_eq!(
+        (of("hook_began"), of("hook_ended"), of("hook_failed")),
+        (4, 4, 0),
+        "{states:?}"
+    );
+    let place = |code: &str| states.iter().position(|state| state == code);
+    let in_order = [
+        place("checking"),
+        place("hook_began"),
+        place("applied"),
+        place("reverted"),
+    ];
+    assert!(in_order.is_sorted() && in_order[0].is_some(), "{states:?}");
+    let times = seen
+        .iter()
+        .map(|event| event["at_ms"].as_u64().expect("a time"));
+    assert!(times.is_sorted(), "{seen:#?}");
+}
+
+/// Events as a user sees them.
+struct Listening(Child);
+
+impl Listening {
+    fn to(guest: &Guest) -> Self {
+        let mut command = Command::new(stock::exopatch());
+        let args = ["--json", "vm", "events", "--after", "0", "--api-sock"];
+        let command = command.args(args).arg(guest.client.socket());
+        let child = command.stdout(Stdio::piped()).spawn();
+        Self(child.expect("exopatch starts"))
+    }
+
+    /// All of them, once the guest has been ended.
+    fn until_end(self, guest: &mut Guest) -> Vec<Value> {
+        guest.type_line("poweroff -f");
+        assert_eq!(guest.wait_end(), 0);
+        let output = self.0.wait_with_output().expect("its output");
+        let text = String::from_utf8(output.stdout).expect("UTF-8");
+        let events = text.lines().map(serde_json::from_str);
+        events.collect::<Result<_, _>>().expect("events")
+    }
 }
 
 #[test]
@@ -127,7 +193,10 @@ fn a_hook_that_oversleeps_keeps_its_code_until_it_has_ended() {
         assert_eq!(update["state"], "refused", "{update:#}");
         assert_eq!(update["editions"][0]["state"], "draining", "{update:#}");
         assert_eq!(answers(&mut guest), 0);
+        assert_eq!(update["hooks"][0]["state"], "failed", "{update:#}");
         wait_gone(&guest, 1);
+        let hook = show(&guest, 1)["hooks"][0].clone();
+        assert_eq!(hook["state"], "ended", "{hook:#}");
         let slept = began.elapsed();
         assert!(slept >= Duration::from_secs(20), "gone after {slept:?}");
         assert_clean(&mut guest);

@@ -76,6 +76,34 @@ fn rules_choose_the_calls_of_a_function_without_fentry() {
     }
 }
 
+/// Functions with a fentry site whose beginning cannot give way to a jump. Beyond them only initialisation code and patched places are refused.
+#[test]
+fn functions_that_begin_where_a_jump_cannot_be_are_refused() {
+    for (stock, short) in [
+        (LTS_6_1, "function_too_short"),
+        // It has the room, but all that is in it is a place that the kernel knows.
+        (NEWEST_6_12, "patch_site_in_the_way"),
+    ] {
+        let mut guest = Guest::boot(&Options::new(stock));
+        let (code, cause) = refused(&guest, stock, "refused_branch_into");
+        assert_eq!(code, "branch_into_displaced_code", "{stock:?}: {cause}");
+        let begin = address(&mut guest, "hrtimer_cancel");
+        let place = |what: &str| {
+            let (_, at) = cause.split_once(what).expect("where");
+            let at = at.trim_start_matches("0x");
+            let end = at.find(|c: char| !c.is_ascii_hexdigit());
+            let at = &at[..end.unwrap_or(at.len())];
+            u64::from_str_radix(at, 16).expect("hexadecimal")
+        };
+        let (from, to) = (place(" leads from "), place(" to "));
+        assert!((begin + 5..begin + 16).contains(&to), "{begin:x}: {cause}");
+        assert!((begin..begin + 0x80).contains(&from), "{begin:x}: {cause}");
+        let (code, cause) = refused(&guest, stock, "refused_too_short");
+        assert_eq!(code, short, "{stock:?}: {cause}");
+        assert_clean(&mut guest);
+    }
+}
+
 #[test]
 fn a_function_whose_caller_relies_on_registers_is_refused() {
     for stock in STOCKS {

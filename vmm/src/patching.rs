@@ -11,6 +11,7 @@ use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use patcher::apply::hooks::HookEvent;
 use patcher::apply::{
     self, ApplyError, ApplyOptions, Arena, Calls, Edition, Model, Report, Request,
 };
@@ -452,7 +453,7 @@ impl Patcher for KernelPatcher {
         found.is_some_and(|found| found.arena.holds.is_settling())
     }
 
-    fn settle(&mut self, deadline: Instant) -> Result<(), Problem> {
+    fn settle(&mut self, deadline: Instant, hook: &dyn Fn(&HookEvent)) -> Result<(), Problem> {
         // A guest that its user has paused does not go on.
         if !matches!(self.vm.status().state, State::Running) {
             return Ok(());
@@ -466,7 +467,7 @@ impl Patcher for KernelPatcher {
             check_only: false,
             doing: &|_| {},
             written: &|| {},
-            hook: &|_| {},
+            hook,
         };
         match apply::settle(&mut guest, kernel, arena, &options) {
             Ok(()) => Ok(()),

@@ -415,6 +415,7 @@ impl Book {
             how: order.how.clone(),
             passing: None,
             editions: Vec::new(),
+            hooks: Vec::new(),
             submitted: self.events.elapsed(),
             changed: self.events.elapsed(),
             applied: None,
@@ -521,6 +522,13 @@ impl Book {
         self.events.publish(EventKind::Other {
             code: code.to_owned(),
             message: format!("hook {name} of update {update} {what}"),
+        });
+        self.change(*update, |update| {
+            let same = |known: &&mut HookEvent| (&known.name, known.moment) == (name, *moment);
+            match update.hooks.iter_mut().find(same) {
+                Some(known) => known.clone_from(hook),
+                None => update.hooks.push(hook.clone()),
+            }
         });
     }
 

@@ -121,6 +121,8 @@ pub struct HookEvent {
 #[derive(Clone, Debug)]
 pub(super) struct Started {
     name: String,
+    moment: Moment,
+    began: Instant,
     run: u64,
     cells: Gva,
     /// Nobody was in its update's code once the ticker had been taken back: who has not queued it by then never will.
@@ -168,7 +170,7 @@ pub(super) fn has(arena: &Arena, update: UpdateId, moment: Moment) -> bool {
     hooks.is_some_and(|hooks| hooks.list.iter().any(|(at, ..)| *at == moment))
 }
 
-/// Forgets hooks that have ended since, or that never will be begun, and takes a ticker back that was left in place.
+/// Tells of hooks that have ended since, forgets them and those that never will be begun, and takes a ticker back that was left in place.
 ///
 /// # Errors
 /// When the guest cannot be read, or the ticker not be taken back.
@@ -186,8 +188,20 @@ pub(super) fn ready<G: Guest>(
                 cause,
             })
         };
-        let ended = read(Cell::Ended)? == started.run;
-        if ended || started.closed && read(Cell::Taken)? != started.run {
+        let tell = |stage| {
+            (options.hook)(&HookEvent {
+                update: *update,
+                name: started.name.clone(),
+                moment: started.moment,
+                stage,
+            });
+        };
+        let after = started.began.elapsed();
+        if read(Cell::Ended)? == started.run {
+            let result = result(read(Cell::Result)?);
+            tell(Stage::Ended { result, after });
+            over.push(*update);
+        } else if started.closed && read(Cell::Taken)? != started.run {
             over.push(*update);
         }
     }
@@ -227,7 +241,14 @@ pub(super) fn run<G: Guest>(
     };
     (options.doing)(format!("running the hook {name}, {moment}"));
     tell(Stage::Began);
-    let ran = run_one(guest, kernel, arena, (update, name, *at), &hooks, options);
+    let ran = run_one(
+        guest,
+        kernel,
+        arena,
+        (update, name, *at, moment),
+        &hooks,
+        options,
+    );
     let after = began.elapsed();
     let error: ApplyError = match ran {
         Ok(Ran::Returned(result)) => {
@@ -286,11 +307,11 @@ fn run_one<G: Guest>(
     guest: &mut G,
     kernel: &Kernel,
     arena: &mut Arena,
-    (update, name, at): (UpdateId, &str, Gva),
+    (update, name, at, moment): (UpdateId, &str, Gva, Moment),
     hooks: &Hooks,
     options: &ApplyOptions<'_>,
 ) -> Result<Ran, ApplyError> {
-    let run = begin(guest, kernel, arena, (update, name), hooks, options)?;
+    let run = begin(guest, kernel, arena, (update, name, moment), hooks, options)?;
     let ran = wait(guest, arena, (hooks.cells, run), at, options);
     let patient = ApplyOptions {
         deadline: options.deadline.max(Instant::now() + TAKE_BACK),
@@ -320,7 +341,7 @@ fn begin<G: Guest>(
     guest: &mut G,
     kernel: &Kernel,
     arena: &mut Arena,
-    (update, name): (UpdateId, &str),
+    (update, name, moment): (UpdateId, &str, Moment),
     hooks: &Hooks,
     options: &ApplyOptions<'_>,
 ) -> Result<u64, ApplyError> {
@@ -341,6 +362,8 @@ fn begin<G: Guest>(
     let run = draft.run;
     let started = Started {
         name: name.to_owned(),
+        moment,
+        began: Instant::now(),
         run,
         cells: hooks.cells,
         closed: false,
@@ -378,8 +401,13 @@ fn wait<G: Guest>(
         std::thread::sleep(wait);
         wait = (wait * 2).min(LONGEST_WAIT);
     }
-    let [a, b, c, d, ..] = read(guest, arena, cells, Cell::Result)?.to_le_bytes();
-    Ok(Some(i32::from_le_bytes([a, b, c, d])))
+    Ok(Some(result(read(guest, arena, cells, Cell::Result)?)))
+}
+
+/// The `int` that a hook has returned, of the word that it is in.
+fn result(word: u64) -> i32 {
+    let [a, b, c, d, ..] = word.to_le_bytes();
+    i32::from_le_bytes([a, b, c, d])
 }
 
 /// Leads timer interrupts to where they went before.

@@ -246,8 +246,14 @@ fn a_hook_that_is_late_keeps_its_code_until_it_has_ended() {
         let life = format!("{:?}", edition.life);
         assert!(life.contains("its hook first"), "{life}");
         assert!(scene.arena.holds.is_settling());
+        let ended = |scene: &Scene| {
+            let told = scene.told.borrow();
+            told.iter().any(|told| told.contains("first Ended"))
+        };
+        assert!(!ended(&scene));
         scene.guest.wake();
         scene.settle();
+        assert!(ended(&scene), "{form:?}: that it ended is told");
         assert!(scene.arena.holds.placed.is_empty());
         assert_eq!(scene.arena.holds.space.used(), used);
     }

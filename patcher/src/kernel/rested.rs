@@ -161,6 +161,9 @@ mod tests {
         (guest, kernel, slot)
     }
 
+    /// What is called so, and is done to a guest.
+    type Change = (&'static str, fn(&mut TinyGuest));
+
     /// What is asked: that nothing be in the first function.
     fn forbidden() -> [std::ops::Range<Gva>; 1] {
         let first = TEXT + SLIDE + FUNCTIONS;
@@ -202,7 +205,7 @@ mod tests {
 
     #[test]
     fn who_has_run_is_looked_at_again() {
-        let changes: [(&str, fn(&mut TinyGuest)); 5] = [
+        let changes: [Change; 5] = [
             ("it wanted to stop", |guest| {
                 guest.put(guest.tasks[2] + task::NVCSW, 1);
             }),

@@ -3,6 +3,8 @@
 use std::time::Duration;
 
 use axum::http::StatusCode;
+use patcher::apply::hooks::{HookEvent, Stage};
+use patcher::edition::hook::Moment;
 
 use super::error::ApiError;
 use super::machine::Counted;
@@ -134,6 +136,7 @@ pub(super) fn update(update: Update) -> wire::Update {
         rule: update.how.rule.as_ref().map(ToString::to_string),
         counted: update.how.counted,
         editions: update.editions.into_iter().map(edition).collect(),
+        hooks: update.hooks.into_iter().map(hook).collect(),
         bound: update.passing.map(bound),
         submitted_at_ms: ms(update.submitted),
         changed_at_ms: ms(update.changed),
@@ -157,6 +160,27 @@ pub(super) fn asked_model(model: wire::Model) -> Model {
         wire::Model::Immediate => Model::Immediate,
         wire::Model::Quiescent => Model::Quiescent,
         wire::Model::PerTask => Model::PerTask,
+    }
+}
+
+fn hook(hook: HookEvent) -> wire::Hook {
+    let (state, result, after, why) = match hook.stage {
+        Stage::Began => (wire::HookState::Running, None, None, None),
+        Stage::Ended { result, after } => (wire::HookState::Ended, Some(result), Some(after), None),
+        Stage::Failed { why, after } => (wire::HookState::Failed, None, Some(after), Some(why)),
+    };
+    wire::Hook {
+        name: hook.name,
+        moment: match hook.moment {
+            Moment::BeforeApply => wire::HookMoment::BeforeApply,
+            Moment::AfterApply => wire::HookMoment::AfterApply,
+            Moment::BeforeRevert => wire::HookMoment::BeforeRevert,
+            Moment::AfterRevert => wire::HookMoment::AfterRevert,
+        },
+        state,
+        result,
+        after_ms: after.map(ms),
+        why,
     }
 }
 

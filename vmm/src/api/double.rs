@@ -163,6 +163,7 @@ impl Machine for Double {
             rule: apply.how.rule.map(|rule| rule.to_string()),
             counted: apply.how.counted,
             editions: Vec::new(),
+            hooks: Vec::new(),
             bound: None,
             submitted_at_ms: 1,
             changed_at_ms: 1,

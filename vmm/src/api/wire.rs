@@ -358,6 +358,9 @@ pub struct Update {
     /// Its editions, while they are in the guest.
     #[serde(default)]
     pub editions: Vec<Edition>,
+    /// Its hooks that have been begun, and what became of each when it was last.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub hooks: Vec<Hook>,
     /// The tasks that have yet to leave the old side of its switch, while that is under way.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bound: Option<Vec<BoundTask>>,
@@ -374,6 +377,52 @@ pub struct Update {
     /// Why the last operation on it failed, if it did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<ErrorBody>,
+}
+
+/// A hook, and what became of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Hook {
+    /// Its name.
+    pub name: String,
+    /// When it runs.
+    pub moment: HookMoment,
+    /// Where it stands.
+    pub state: HookState,
+    /// What it returned, once it has ended: zero, or a negative error number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub result: Option<i32>,
+    /// How long it took, or was waited for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub after_ms: Option<u64>,
+    /// Why it was not run, or not seen to end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
+}
+
+/// When a hook runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum HookMoment {
+    /// Before the switch to the update's editions: its result decides whether that is made.
+    BeforeApply,
+    /// Behind that switch.
+    AfterApply,
+    /// Before the switch away from them: its result decides whether that is made.
+    BeforeRevert,
+    /// Behind that switch.
+    AfterRevert,
+}
+
+/// Where a hook stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum HookState {
+    /// The guest is led to begin it, or it runs.
+    Running,
+    /// It has returned.
+    Ended,
+    /// It was not run, or not seen to end yet.
+    Failed,
 }
 
 /// Where an edition stands.

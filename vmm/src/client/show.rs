@@ -2,8 +2,8 @@
 
 use super::{clean, words};
 use crate::api::wire::{
-    CallList, Dump, Kernel, PowerButton, Report, SetList, TimeList, Transition, Update, UpdateList,
-    Verification, Vm, VmState,
+    CallList, Dump, Hook, HookMoment, HookState, Kernel, PowerButton, Report, SetList, TimeList,
+    Transition, Update, UpdateList, Verification, Vm, VmState,
 };
 
 /// Appends a line of a name and its value.
@@ -171,6 +171,13 @@ pub(super) fn update(update: &Update) -> String {
             format_args!("{} at {at}{why}", clean(&edition.function)),
         );
     }
+    for hook in &update.hooks {
+        row(
+            &mut table,
+            "hook",
+            format_args!("{} {}", clean(&hook.name), became(hook)),
+        );
+    }
     if let Some(applied) = &update.applied {
         report(
             &mut table,
@@ -232,6 +239,28 @@ pub(super) fn sets(list: &SetList) -> String {
         table.push_str(&format!("{name:<24}{:>8}  {keys}\n", set.len));
     }
     table
+}
+
+/// What became of a hook.
+fn became(hook: &Hook) -> String {
+    let moment = match hook.moment {
+        HookMoment::BeforeApply => "before apply",
+        HookMoment::AfterApply => "after apply",
+        HookMoment::BeforeRevert => "before revert",
+        HookMoment::AfterRevert => "after revert",
+    };
+    let after = hook.after_ms.unwrap_or(0);
+    let state = match (hook.state, hook.result) {
+        (HookState::Running, _) => "runs".to_owned(),
+        (HookState::Ended, result) => {
+            format!("returned {} after {after} ms", result.unwrap_or(0))
+        }
+        (HookState::Failed, _) => format!(
+            "failed after {after} ms: {}",
+            clean(hook.why.as_deref().unwrap_or_default())
+        ),
+    };
+    format!("({moment}) {state}")
 }
 
 pub(super) fn times(list: &TimeList) -> String {

@@ -53,6 +53,7 @@ impl Told {
         // All but what is told of one by one.
         let rest = Update {
             editions: now.editions.clone(),
+            hooks: Vec::new(),
             bound: now.bound.clone(),
             rule: now.rule.clone(),
             counted: now.counted,
@@ -167,6 +168,7 @@ pub(super) mod tests {
             rule: None,
             counted: false,
             editions: vec![edition(EditionState::Active, None)],
+            hooks: Vec::new(),
             bound: None,
             submitted_at_ms: 1,
             changed_at_ms: 1,

@@ -85,11 +85,11 @@ pub trait Patcher: 'static {
     fn editions(&self, update: u64) -> Vec<Edition>;
     /// Whether something is left to be done that only waits for the guest's threads to go on.
     fn is_settling(&self) -> bool;
-    /// Looks how far the guest's threads have gone on, and does what waits for that, before the deadline.
+    /// Looks how far the guest's threads have gone on, and does what waits for that, before the deadline. `hook` is told of hooks that have ended.
     ///
     /// # Errors
     /// The guest is then as it was, but for [`Failing::Broken`](super::Failing::Broken).
-    fn settle(&mut self, deadline: Instant) -> Result<(), Problem>;
+    fn settle(&mut self, deadline: Instant, hook: &dyn Fn(&HookEvent)) -> Result<(), Problem>;
     /// Compares the guest's memory with what an update wrote.
     ///
     /// # Errors

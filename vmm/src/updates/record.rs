@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use ::patcher::apply::hooks::HookEvent;
 use ::patcher::apply::{Edition, Model, Report};
 use ::patcher::edition::list::Use;
 
@@ -113,6 +114,8 @@ pub struct Update {
     pub how: Use,
     /// Its editions, while they are in the guest.
     pub editions: Vec<Edition>,
+    /// Its hooks that have been begun, and what became of each when it was last.
+    pub hooks: Vec<HookEvent>,
     /// The switch that is under way.
     pub passing: Option<Passing>,
     /// When it was handed in, since the VM's start.

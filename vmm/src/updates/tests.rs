@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use ::patcher::addr::Gva;
 use ::patcher::apply::Report;
+use ::patcher::apply::hooks::HookEvent;
 use ::patcher::kernel::shadow::Shadow;
 
 use super::{
@@ -214,7 +215,7 @@ impl Patcher for Scripted {
         !self.passes.is_empty() || self.present.values().any(|(_, looks)| *looks > 0)
     }
 
-    fn settle(&mut self, deadline: Instant) -> Result<(), Problem> {
+    fn settle(&mut self, deadline: Instant, _: &dyn Fn(&HookEvent)) -> Result<(), Problem> {
         assert!(deadline > Instant::now());
         self.present.retain(|_, (_, looks)| {
             *looks += usize::from(*looks > 0);

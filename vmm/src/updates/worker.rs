@@ -8,6 +8,8 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
+use ::patcher::apply::hooks::HookEvent;
+
 use super::patcher::{Patcher, Task, Undo, Verified};
 use super::record::{BROKEN, Cost, Failing, Problem, State, Update};
 use super::{Book, Counted, InsteadOf, Job, Order, Use};
@@ -142,7 +144,9 @@ impl<P: Patcher> Worker<P> {
     fn settle(&mut self) {
         let deadline = Instant::now() + LOOK;
         let before = self.bound();
-        if let Err(problem) = self.work(|patcher| patcher.settle(deadline)) {
+        let book = Arc::clone(&self.book);
+        let hook = |hook: &HookEvent| book.tell_hook(hook);
+        if let Err(problem) = self.work(|patcher| patcher.settle(deadline, &hook)) {
             tracing::debug!(?problem, "the guest's threads could not be looked at");
         }
         self.forget();
