@@ -6,13 +6,18 @@
 //! all areas of a stack's size are listed too, and those that no task owns are stacks whose live part is unknown.
 //! Sources: kernel `include/linux/sched.h`, `kernel/{fork,exit}.c`, `arch/x86/include/asm/cpu_entry_area.h`.
 
+mod cpus;
 pub mod process;
+mod reading;
 
 use std::ops::Range;
 
+pub use self::cpus::Cpu;
+pub(crate) use self::reading::Reader;
+use self::reading::Reading;
 use super::ahead::Ahead;
-use super::gather::{Bound, Fields, Gather};
-use super::layout::{CpuLayout, TaskLayout};
+use super::gather::{Bound, Gather};
+use super::layout::TaskLayout;
 use super::locate::{Kernel, KernelError};
 use super::memory::Memory;
 use super::rested::{Recall, Rested};
@@ -22,8 +27,6 @@ use crate::guest::ReadPhys;
 
 /// More tasks than any guest that is still worth updating has.
 const MAX_TASKS: usize = 1 << 17;
-/// `NR_CPUS` of the largest kernels.
-const MAX_CPUS: u32 = 8192;
 
 /// One task (a thread, a kernel thread or an idle task).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,29 +79,6 @@ pub(crate) struct Hidden {
     pub(crate) graph: (u64, u64),
     /// The first node of the return probes' list.
     pub(crate) rethook: u64,
-}
-
-/// One CPU, as the kernel counts them.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Cpu {
-    /// Its number.
-    pub index: usize,
-    /// Whether the kernel counts it as online.
-    pub online: bool,
-    /// The task that it runs.
-    pub current: Gva,
-    /// The task that it runs when there is none.
-    pub idle: Gva,
-    /// Its interrupt stack.
-    pub irq_stack: Range<Gva>,
-    /// Its exception stacks.
-    pub exception_stacks: Vec<Range<Gva>>,
-    /// Where it enters the kernel from the user, before it is on the task's stack.
-    pub entry_stack: Range<Gva>,
-    /// What its per-CPU symbols are offsets from.
-    pub(crate) area: u64,
-    /// The GS base of the vCPU that is this CPU, while it is in the kernel.
-    pub(crate) gs_base: u64,
 }
 
 /// All of them, at one moment.
@@ -157,15 +137,17 @@ impl Tasks {
         let layout = &kernel.layout().task;
         let reader = Reader::new(kernel);
         let links = links(layout);
-        let cpus = cpus(kernel, memory)?;
+        let cpus = cpus::cpus(kernel, memory)?;
         let online = cpus.iter().filter(|cpu| cpu.online);
+        let mut current: Vec<Gva> = online.map(|cpu| cpu.current).collect();
+        current.sort_unstable();
         let mut walk = Walk {
             layout,
             memory,
             links: Ahead::new(&links, rested.order()),
             reading: reader.reading(memory),
             recall: rested.recall(),
-            current: online.map(|cpu| cpu.current).collect(),
+            current,
             tasks: Vec::new(),
         };
         walk.all(kernel.runtime(layout.init_task))?;
@@ -249,92 +231,6 @@ struct Links {
     turns: Option<Turns>,
 }
 
-/// What reads tasks one by one.
-pub(crate) struct Reader<'k> {
-    layout: &'k TaskLayout,
-    stack_size: u64,
-    gather: Gather,
-}
-
-impl<'k> Reader<'k> {
-    pub(crate) fn new(kernel: &'k Kernel) -> Self {
-        let layout = &kernel.layout().task;
-        let mut fields = vec![
-            (layout.stack, 8),
-            (layout.pid, 4),
-            (layout.comm, 16),
-            (layout.sp, 8),
-        ];
-        if let Some(graph) = &layout.graph {
-            fields.extend([(graph.entries, 8), (graph.last, 4)]);
-        }
-        if let Some(rethook) = &layout.rethook {
-            fields.push((rethook.first, 8));
-        }
-        Self {
-            layout,
-            stack_size: kernel.layout().stack_size,
-            gather: Gather::new(&fields),
-        }
-    }
-
-    /// Reads them from `memory`.
-    pub(crate) fn reading<'r, R: ReadPhys + ?Sized>(
-        &'r self,
-        memory: &'r Memory<'r, R>,
-    ) -> Reading<'r, R> {
-        Reading {
-            layout: self.layout,
-            stack_size: self.stack_size,
-            memory,
-            fields: self.gather.fields(),
-        }
-    }
-}
-
-/// Tasks as they are read.
-pub(crate) struct Reading<'r, R: ?Sized> {
-    layout: &'r TaskLayout,
-    stack_size: u64,
-    memory: &'r Memory<'r, R>,
-    fields: Fields<'r>,
-}
-
-impl<R: ReadPhys + ?Sized> Reading<'_, R> {
-    /// The task at `at`, which has had these turns.
-    pub(crate) fn task(&mut self, at: Gva, turns: Option<Turns>) -> Result<Task, KernelError> {
-        self.fields.read(self.memory, at)?;
-        let (layout, fields) = (self.layout, &self.fields);
-        let stack = Gva(fields.u64(layout.stack));
-        let unsound = || KernelError::Unsound {
-            what: "task's stack",
-            at,
-            value: stack.0,
-        };
-        let len = if stack.0 == 0 { 0 } else { self.stack_size };
-        let graph = layout.graph.as_ref().map_or((0, 0), |graph| {
-            let last = i64::from(fields.u32(graph.last).cast_signed());
-            let count = u64::try_from(last.saturating_add(graph.first_count)).unwrap_or(0);
-            (fields.u64(graph.entries), count.saturating_mul(graph.unit))
-        });
-        let rethook = layout.rethook.as_ref();
-        Ok(Task {
-            at,
-            pid: fields.u32(layout.pid),
-            comm: fields.array(layout.comm),
-            stack: stack.range(len).ok_or_else(unsound)?,
-            saved_sp: Gva(fields.u64(layout.sp)),
-            cpu: None,
-            turns,
-            rested: false,
-            hidden: Hidden {
-                graph,
-                rethook: rethook.map_or(0, |hook| fields.u64(hook.first)),
-            },
-        })
-    }
-}
-
 /// A walk through the lists of tasks.
 struct Walk<'a, R: ?Sized> {
     layout: &'a TaskLayout,
@@ -342,7 +238,7 @@ struct Walk<'a, R: ?Sized> {
     links: Ahead<'a>,
     reading: Reading<'a, R>,
     recall: Recall<'a>,
-    /// The current tasks of CPUs: they run.
+    /// The current tasks of CPUs, sorted: they run.
     current: Vec<Gva>,
     tasks: Vec<Task>,
 }
@@ -458,7 +354,7 @@ impl<R: ReadPhys + ?Sized> Walk<'_, R> {
                 value: MAX_TASKS as u64,
             });
         }
-        let runs = self.current.contains(&at);
+        let runs = self.current.binary_search(&at).is_ok();
         let known = self.recall.task(at, turns).filter(|_| !runs);
         let task = match known {
             Some(task) => task.clone(),
@@ -467,91 +363,4 @@ impl<R: ReadPhys + ?Sized> Walk<'_, R> {
         self.tasks.push(task);
         Ok(())
     }
-}
-
-/// The possible CPUs.
-fn cpus<R: ReadPhys + ?Sized>(
-    kernel: &Kernel,
-    memory: &Memory<'_, R>,
-) -> Result<Vec<Cpu>, KernelError> {
-    let layout = &kernel.layout().cpus;
-    let at = kernel.runtime(layout.count);
-    let count = memory.u32(at)?;
-    if count == 0 || count > MAX_CPUS {
-        return Err(KernelError::Unsound {
-            what: "number of CPUs",
-            at,
-            value: count.into(),
-        });
-    }
-    let bits = |mask| {
-        let mut bytes = vec![0; count.div_ceil(64) as usize * 8];
-        memory.read(kernel.runtime(mask), &mut bytes)?;
-        Ok::<_, KernelError>(bytes)
-    };
-    let (possible, online) = (bits(layout.possible)?, bits(layout.online)?);
-    let is_set = |mask: &[u8], index: usize| {
-        mask.get(index / 8)
-            .is_some_and(|byte| byte >> (index % 8) & 1 != 0)
-    };
-    let mut offsets = vec![0; count as usize * 8];
-    memory.read(kernel.runtime(layout.offsets), &mut offsets)?;
-    let mut cpus = Vec::new();
-    for (index, offset) in offsets.as_chunks::<8>().0.iter().enumerate() {
-        let offset = u64::from_le_bytes(*offset);
-        if is_set(&possible, index) {
-            let online = is_set(&online, index);
-            cpus.push(cpu(layout, kernel, memory, (index, online, offset))?);
-        }
-    }
-    Ok(cpus)
-}
-
-fn cpu<R: ReadPhys + ?Sized>(
-    layout: &CpuLayout,
-    kernel: &Kernel,
-    memory: &Memory<'_, R>,
-    (index, online, gs_base): (usize, bool, u64),
-) -> Result<Cpu, KernelError> {
-    let first = layout.first.map_or(0, |first| kernel.runtime(first).0);
-    let area = gs_base.wrapping_add(first);
-    let own = |offset: u64| memory.u64(Gva(area.wrapping_add(offset)));
-    let irq_top = own(layout.irq_stack)?;
-    let exceptions = own(layout.exception_stacks)?;
-    let entry_area = exceptions.wrapping_sub(layout.exception_in_area);
-    let within = |base: u64, range: &Range<u64>| {
-        Gva(base.wrapping_add(range.start))..Gva(base.wrapping_add(range.end))
-    };
-    // The pointer is to the topmost word; a CPU that was never brought up has none.
-    let irq_end = if irq_top == 0 {
-        0
-    } else {
-        irq_top.wrapping_add(8)
-    };
-    let irq_start = if irq_top == 0 {
-        0
-    } else {
-        irq_end.wrapping_sub(kernel.layout().stack_size)
-    };
-    let known = exceptions != 0;
-    Ok(Cpu {
-        index,
-        online,
-        current: Gva(own(layout.current)?),
-        idle: Gva(own(layout.idle)?),
-        irq_stack: Gva(irq_start)..Gva(irq_end),
-        exception_stacks: layout
-            .exception
-            .iter()
-            .filter(|_| known)
-            .map(|range| within(exceptions, range))
-            .collect(),
-        entry_stack: if known {
-            within(entry_area, &layout.entry_in_area)
-        } else {
-            Gva(0)..Gva(0)
-        },
-        area,
-        gs_base,
-    })
 }
