@@ -369,6 +369,11 @@ fn by_set(stock: Stock) {
     set(&asking.guest, "add", "kinds", &["1"]);
     asking.use_for("sock->type in set kinds");
     asking.assert_only_old("another kind");
+    let large = ["set", "add", "large", "--room", "0"];
+    assert_eq!(
+        asking.guest.client.call(&large).refusal("no room"),
+        "set_room"
+    );
     set(&asking.guest, "add", "kinds", &["2"]);
     asking.assert_only_new("their kind");
     let used = asking.guest.client.call(&["set", "drop", "kinds"]);

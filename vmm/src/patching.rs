@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use patcher::apply::hooks::HookEvent;
+use patcher::apply::tune::SetChange;
 use patcher::apply::{
     self, ApplyError, ApplyOptions, Arena, Calls, Edition, Model, Report, Request,
 };
@@ -349,9 +350,9 @@ impl Patcher for KernelPatcher {
         }
     }
 
-    fn change_set(&mut self, name: &str, add: &[u64], remove: &[u64]) -> Result<usize, Problem> {
+    fn change_set(&mut self, name: &str, change: &SetChange) -> Result<usize, Problem> {
         let (mut guest, arena) = self.arena()?;
-        let changed = apply::tune::change_set(&mut guest, arena, name, add, remove);
+        let changed = apply::tune::change_set(&mut guest, arena, name, change);
         changed.map_err(|error| problem::sets(&error))
     }
 

@@ -19,6 +19,7 @@ use self::worker::Worker;
 use crate::events::{EventKind, Events};
 use crate::views::{Asked, Seen, View};
 use ::patcher::apply::hooks::{HookEvent, Stage};
+use ::patcher::apply::tune::SetChange;
 pub use ::patcher::apply::{Calls, Edition, Life, Model};
 pub use ::patcher::edition::list::Use;
 
@@ -107,7 +108,7 @@ enum Job {
     Revert(u64, Instant, Done<Update>),
     Reuse(u64, Use, Instant, Done<Update>),
     Force(u64, Instant, Done<Update>),
-    ChangeSet(String, Vec<u64>, Vec<u64>, Done<usize>),
+    ChangeSet(String, SetChange, Done<usize>),
     DropSet(String, Done<()>),
     Sets(Done<Vec<(String, Vec<u64>)>>),
     SetTime(String, bool, Done<()>),
@@ -254,11 +255,10 @@ impl Session {
     pub fn change_set(
         &self,
         name: String,
-        add: Vec<u64>,
-        remove: Vec<u64>,
+        change: SetChange,
         done: Done<usize>,
     ) -> Result<(), Problem> {
-        self.hand_in(Job::ChangeSet(name, add, remove, done))
+        self.hand_in(Job::ChangeSet(name, change, done))
     }
 
     /// Does away with a set.

@@ -21,8 +21,10 @@ use crate::plan::PlanError;
 use crate::rule::tune::{self, Use};
 use crate::rule::{During, Rule};
 
-/// Slots of a set that nobody gave a size, as a power of two.
-pub const SET_BITS: u8 = 10;
+/// Keys that a set has room for if nobody says how many.
+pub const SET_ROOM: u64 = 400;
+/// Keys that any set can have room for.
+pub const MAX_SET_ROOM: u64 = 400_000;
 /// The longest name of a set or a time, in bytes.
 pub const MAX_NAME: usize = 64;
 
@@ -61,6 +63,12 @@ pub enum SetsError {
     Name {
         /// The name.
         name: String,
+    },
+    /// It cannot have so much room.
+    #[error("a set can have room for 1 to {MAX_SET_ROOM} numbers, not for {room}")]
+    Room {
+        /// The room.
+        room: u64,
     },
     /// A rule in effect asks for it.
     #[error("the rule of update {update} asks for {name}; revert it or use it otherwise first")]
@@ -330,6 +338,29 @@ pub(super) fn named(name: &str) -> Result<(), SetsError> {
     Ok(())
 }
 
+/// What is to change in a set.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SetChange {
+    /// Keys to put in.
+    pub add: Vec<u64>,
+    /// Keys to take out, first.
+    pub remove: Vec<u64>,
+    /// Keys that it is to have room for if this makes it; [`SET_ROOM`] if that is not said.
+    pub room: Option<u64>,
+}
+
+impl SetChange {
+    /// Slots of a set with that room, as a power of two. Of two places for each key one is almost always free while two in five slots are in use.
+    fn bits(&self) -> Result<u8, SetsError> {
+        let room = self.room.unwrap_or(SET_ROOM);
+        if !(1..=MAX_SET_ROOM).contains(&room) {
+            return Err(SetsError::Room { room });
+        }
+        let slots = (room.saturating_mul(5) / 2).max(2).next_power_of_two();
+        Ok(u8::try_from(slots.ilog2()).unwrap_or(u8::MAX))
+    }
+}
+
 /// Puts keys into a set, which is made if there is none of that name, and takes others out. The guest runs on.
 ///
 /// # Errors
@@ -338,15 +369,15 @@ pub fn change_set<G: Guest>(
     guest: &mut G,
     arena: &mut Arena,
     name: &str,
-    add: &[u64],
-    remove: &[u64],
+    change: &SetChange,
 ) -> Result<usize, SetsError> {
     let mut set = match arena.holds.sets.get(name) {
         Some(set) => set.clone(),
         None => {
             named(name)?;
-            let at = arena.holds.space.data.take(8 << SET_BITS, 64)?;
-            let set = Set::new(at, SET_BITS, Keys::Wide)?;
+            let bits = change.bits()?;
+            let at = arena.holds.space.data.take(8 << bits, 64)?;
+            let set = Set::new(at, bits, Keys::Wide)?;
             let words = set.bytes();
             let words = words.as_chunks::<8>().0.iter().enumerate();
             let empty = words.map(|(slot, word)| Store {
@@ -359,11 +390,11 @@ pub fn change_set<G: Guest>(
         }
     };
     let mut changed = Ok(());
-    for key in remove {
+    for key in &change.remove {
         let gone = set.remove(*key);
         changed = changed.and(store(guest, arena, gone.as_slice()));
     }
-    for key in add {
+    for key in &change.add {
         changed = changed.and_then(|()| store(guest, arena, &set.insert(*key)?));
     }
     let len = set.len();

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::times::{drop_time, set_time};
-use super::tune::{SetsError, change_set, drop_set, tick};
+use super::tune::{MAX_SET_ROOM, SetChange, SetsError, change_set, drop_set, tick};
 use super::whole_tests::{booted, options, package};
 use super::{ApplyError, Arena, Request, apply, reuse, revert};
 use crate::addr::Gva;
@@ -264,6 +264,31 @@ fn a_time_begins_when_its_rule_takes_effect() {
 }
 
 #[test]
+fn a_set_has_the_room_that_was_asked_for() {
+    let (mut guest, _, mut arena) = ruled("pid = 1");
+    for room in [0, MAX_SET_ROOM + 1] {
+        let change = SetChange {
+            room: Some(room),
+            ..SetChange::default()
+        };
+        let wrong = change_set(&mut guest, &mut arena, "large", &change);
+        assert!(matches!(wrong, Err(SetsError::Room { .. })), "{room}");
+    }
+    for room in [1, 3, 400, 5000, 40_000] {
+        let change = SetChange {
+            add: (1..=room).map(|key| key * 64).collect(),
+            room: Some(room),
+            ..SetChange::default()
+        };
+        let len = change_set(&mut guest, &mut arena, &format!("of_{room}"), &change);
+        assert_eq!(
+            len.map_err(|error| error.to_string()),
+            Ok(usize::try_from(room).unwrap())
+        );
+    }
+}
+
+#[test]
 fn sets_are_made_filled_and_done_away_with() {
     let (mut guest, kernel, mut arena) = ruled("pid = 1");
     let asks = how("pid in set chosen");
@@ -282,7 +307,12 @@ fn sets_are_made_filled_and_done_away_with() {
     );
     let used = arena.holds.space.used();
     let mut change = |arena: &mut Arena, name: &str, add: &[u64], remove: &[u64]| {
-        change_set(&mut guest, arena, name, add, remove).map_err(|error| error.to_string())
+        let change = SetChange {
+            add: add.to_vec(),
+            remove: remove.to_vec(),
+            room: None,
+        };
+        change_set(&mut guest, arena, name, &change).map_err(|error| error.to_string())
     };
     assert_eq!(change(&mut arena, "chosen", &[5, 6, 7], &[]), Ok(3));
     assert_eq!(change(&mut arena, "chosen", &[8], &[6, 99]), Ok(3));

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use axum::http::StatusCode;
+use patcher::apply::tune::SetChange;
 
 use super::error::ApiError;
 use super::machine::{Counted, Done, Machine};
@@ -208,14 +209,8 @@ impl Machine for Double {
         Ok(update)
     }
 
-    fn change_set(
-        &self,
-        name: String,
-        add: Vec<u64>,
-        remove: Vec<u64>,
-        done: Done<Set>,
-    ) -> Result<(), ApiError> {
-        let len = u64::try_from(add.len().saturating_sub(remove.len())).unwrap();
+    fn change_set(&self, name: String, change: SetChange, done: Done<Set>) -> Result<(), ApiError> {
+        let len = u64::try_from(change.add.len().saturating_sub(change.remove.len())).unwrap();
         done(Ok(Set {
             name,
             len,

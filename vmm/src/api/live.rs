@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use axum::http::StatusCode;
+use patcher::apply::tune::SetChange;
 use patcher::guest::{Guest, GuestError, PausedGuest, dump};
 
 use super::convert;
@@ -187,13 +188,12 @@ impl Machine for Live {
     fn change_set(
         &self,
         name: String,
-        add: Vec<u64>,
-        remove: Vec<u64>,
+        change: SetChange,
         done: Done<wire::Set>,
     ) -> Result<(), ApiError> {
         let of = name.clone();
         let done = translated(done, move |len| convert::changed_set(of, len));
-        let asked = self.session.change_set(name, add, remove, done);
+        let asked = self.session.change_set(name, change, done);
         asked.map_err(convert::error)
     }
 

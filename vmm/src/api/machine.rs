@@ -5,6 +5,8 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use patcher::apply::tune::SetChange;
+
 use super::error::ApiError;
 use super::wire;
 use crate::events::Events;
@@ -125,8 +127,7 @@ pub trait Machine: Send + Sync + 'static {
     fn change_set(
         &self,
         name: String,
-        add: Vec<u64>,
-        remove: Vec<u64>,
+        change: SetChange,
         done: Done<wire::Set>,
     ) -> Result<(), ApiError>;
 

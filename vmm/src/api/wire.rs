@@ -531,6 +531,9 @@ pub struct SetChange {
     /// Keys to take out, first.
     #[serde(default)]
     pub remove: Vec<String>,
+    /// Keys that the set is to have room for, if this makes it; 400 when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub room: Option<u64>,
 }
 
 /// A time that rules go by: `during NAME`.

@@ -1,6 +1,7 @@
 //! `exopatch set ...`: sets of numbers that rules ask for (`pid in set NAME`), filled and emptied while the guest runs.
 
 use clap::Subcommand;
+use patcher::apply::tune::SET_ROOM;
 
 use super::http::{Call, percent_encode};
 use super::{Client, EXIT_CODES, Failure, show};
@@ -17,6 +18,9 @@ pub enum SetCommand {
         /// The numbers: decimal, or 0x and hexadecimal; addresses are as `exopatch kernel` shows them
         #[arg(value_name = "NUMBER")]
         keys: Vec<String>,
+        /// So many numbers the set is to have room for, if this makes it; it cannot grow
+        #[arg(long, value_name = "COUNT", default_value_t = SET_ROOM)]
+        room: u64,
     },
     /// Take numbers out of a set
     #[command(after_help = EXIT_CODES)]
@@ -51,9 +55,10 @@ impl Client {
     pub fn set(&self, command: SetCommand) -> Result<(), Failure> {
         self.block_on(async {
             match command {
-                SetCommand::Add { name, keys } => {
+                SetCommand::Add { name, keys, room } => {
                     let change = SetChange {
                         add: keys,
+                        room: Some(room),
                         ..SetChange::default()
                     };
                     self.change_set(&name, &change).await

@@ -416,6 +416,11 @@ fn asked_for(kind: &str, message: &str, cause: &SetsError) -> Problem {
             &format!("{kind}_name"),
             "give it another name",
         ),
+        SetsError::Room { .. } => problem(
+            Failing::Refused,
+            "set_room",
+            "give it less room, or use several sets",
+        ),
         SetsError::Used { .. } => problem(
             Failing::Conflict,
             &format!("{kind}_in_use"),
@@ -424,7 +429,7 @@ fn asked_for(kind: &str, message: &str, cause: &SetsError) -> Problem {
         SetsError::Set(_) => problem(
             Failing::Refused,
             "set_full",
-            "take keys out that are not needed any more, or use several sets: `x in set a or x in set b`",
+            "take keys out that are not needed any more, make one with more --room, or use several: `x in set a or x in set b`",
         ),
         SetsError::Full(_) => problem(Failing::Refused, "arena_full", FULL),
         SetsError::Guest(error) => guest(error),

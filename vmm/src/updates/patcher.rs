@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use ::patcher::apply::hooks::HookEvent;
+use ::patcher::apply::tune::SetChange;
 use ::patcher::apply::{Calls, Edition, Model, Report};
 use ::patcher::edition::list::Use;
 
@@ -43,7 +44,7 @@ pub trait Patcher: 'static {
     ///
     /// # Errors
     /// When a key finds no room, or the name is none.
-    fn change_set(&mut self, name: &str, add: &[u64], remove: &[u64]) -> Result<usize, Problem>;
+    fn change_set(&mut self, name: &str, change: &SetChange) -> Result<usize, Problem>;
     /// Does away with a set.
     ///
     /// # Errors

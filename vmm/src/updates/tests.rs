@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use ::patcher::addr::Gva;
 use ::patcher::apply::Report;
 use ::patcher::apply::hooks::HookEvent;
+use ::patcher::apply::tune::SetChange;
 use ::patcher::kernel::shadow::Shadow;
 
 use super::{
@@ -133,8 +134,8 @@ impl Patcher for Scripted {
         })
     }
 
-    fn change_set(&mut self, _: &str, add: &[u64], _: &[u64]) -> Result<usize, Problem> {
-        Ok(add.len())
+    fn change_set(&mut self, _: &str, change: &SetChange) -> Result<usize, Problem> {
+        Ok(change.add.len())
     }
 
     fn drop_set(&mut self, _: &str) -> Result<(), Problem> {

@@ -68,8 +68,8 @@ impl<P: Patcher> Worker<P> {
                 Job::Revert(id, deadline, done) => done(self.revert(id, deadline)),
                 Job::Reuse(id, how, deadline, done) => done(self.reuse(id, &how, deadline)),
                 Job::Force(id, deadline, done) => done(self.force(id, deadline)),
-                Job::ChangeSet(name, add, remove, done) => {
-                    done(self.work(|patcher| patcher.change_set(&name, &add, &remove)));
+                Job::ChangeSet(name, change, done) => {
+                    done(self.work(|patcher| patcher.change_set(&name, &change)));
                 }
                 Job::DropSet(name, done) => done(self.work(|patcher| patcher.drop_set(&name))),
                 Job::Sets(done) => done(Ok(self.patcher.sets())),

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use patcher::addr::Gva;
-use patcher::apply::tune::change_set;
+use patcher::apply::tune::{SetChange, change_set};
 use patcher::apply::{ApplyOptions, Arena, Model, Request, apply, revert};
 use patcher::edition::list::Use;
 use patcher::edition::object::Package;
@@ -165,8 +165,11 @@ impl Bench {
             hook: &|_| {},
         };
         let (kernel, arena) = (&self.kernel, &mut self.arena);
-        change_set(&mut machine, arena, "marks", &[0x8905], &[])
-            .map_err(|error| error.to_string())?;
+        let marks = SetChange {
+            add: vec![0x8905],
+            ..SetChange::default()
+        };
+        change_set(&mut machine, arena, "marks", &marks).map_err(|error| error.to_string())?;
         let request = Request {
             how: Use { rule, counted },
             ..Request::new(update, &self.package)

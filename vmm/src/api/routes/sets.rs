@@ -2,6 +2,7 @@
 
 use axum::Json;
 use axum::extract::{Path, State};
+use patcher::apply::tune;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
@@ -40,9 +41,13 @@ async fn change(
     Path(name): Path<String>,
     JsonBody(change): JsonBody<SetChange>,
 ) -> Result<Json<Set>, ApiError> {
-    let (add, remove) = (keys(&change.add)?, keys(&change.remove)?);
+    let change = tune::SetChange {
+        add: keys(&change.add)?,
+        remove: keys(&change.remove)?,
+        room: change.room,
+    };
     let (done, answer) = reply();
-    api.machine.change_set(name, add, remove, done)?;
+    api.machine.change_set(name, change, done)?;
     answer.await.map_err(ApiError::internal)?.map(Json)
 }
 
