@@ -238,6 +238,7 @@ fn place_in<G: Guest>(
     }
     let placed = Placed {
         writes: turn.plan.writes.clone(),
+        model: request.model,
         ..placed
     };
     turn.draft.placed.insert(request.id, Arc::new(placed));
@@ -287,7 +288,8 @@ pub fn revert<G: Guest>(
     Ok(report)
 }
 
-/// Uses the editions of an update in effect in another way: for other calls, or counted. Where one store does that, the guest is not paused.
+/// Uses the editions of an update in effect in another way: for other calls, or counted. Where one store does that, the guest is not paused; else
+/// its functions are switched by the model with which they came.
 ///
 /// # Errors
 /// [`ApplyError`]; they are used as before then, unless that [is broken](ApplyError::is_broken).
@@ -308,7 +310,9 @@ pub fn reuse<G: Guest>(
         Some(used) => *used = how,
         None => return Err(ListError::NotInEffect { update }.into()),
     }
-    turn.switch(guest, kernel, arena, Model::Immediate, options)
+    let placed = arena.holds.placed.get(&update);
+    let model = placed.map_or_else(Model::default, |placed| placed.model);
+    turn.switch(guest, kernel, arena, model, options)
 }
 
 /// Waits until the guest has finished booting.
@@ -370,6 +374,7 @@ fn place<G: Guest>(
         linked,
         known,
         writes: Vec::new(),
+        model: Model::default(),
         resident,
         escape: escape(package),
     })

@@ -60,6 +60,13 @@ impl Updates {
         id
     }
 
+    /// Uses a generation for other calls; all have switched then.
+    fn reuse(&mut self, guest: &Guest, id: u64, how: &str) {
+        let call = format!("POST /v1/updates/{id}/use{how}&deadline_ms=20000");
+        let _ = self.call(guest, &call, b"");
+        self.wait(guest, id, "applied");
+    }
+
     fn revert(&mut self, guest: &Guest, id: u64) {
         let call = format!("POST /v1/updates/{id}/revert?deadline_ms=20000");
         let _ = self.call(guest, &call, b"");
@@ -91,16 +98,22 @@ fn end(guest: &mut Guest, pid: &str) -> Tally {
 /// back. Gives how many switches there were.
 fn switch(guest: &Guest, updates: &mut Updates, switches: usize, model: &str) -> usize {
     let mut done = 0;
-    while done < switches {
-        let rule = ["", "&rule=share%201%2F1", "&count=true"][done % 3];
+    for round in (0..3).cycle() {
+        if done >= switches {
+            break;
+        }
+        let rule = ["", "&rule=share%201%2F1", "&count=true"][round];
         let one = updates.apply(guest, 0, &format!("{model}{rule}"));
         let instead = format!("{model}&instead_of={one}");
         let two = updates.apply(guest, 1, &instead);
         let three = updates.apply(guest, 0, model);
+        // For nobody any more, and for all but nobody: that is everybody, by a handler.
+        updates.reuse(guest, three, "?rule=cpu%20%3D%2077");
+        updates.reuse(guest, three, "?rule=cpu%20%3C%2077");
         updates.revert(guest, three);
         updates.revert(guest, two);
-        done += 5;
-        if done % 50 == 0 {
+        done += 7;
+        if done % 70 == 0 {
             println!("{done} switches");
         }
     }

@@ -438,6 +438,17 @@ fn on_deadline(stock: Stock) {
         wait_gone(&guest, two);
         assert_eq!(asked(&mut guest), "EXDEV", "{choice}: reverted");
     }
+
+    // Another rule is a switch too: who is within stays with whom he began.
+    let pid = sleeper(&mut guest);
+    let id = one.to_string();
+    let used = ["update", "use", &id, "--when", NEVER, "--deadline", "2s"];
+    let update = guest.client.call(&used).expect("the use");
+    assert_eq!(update["state"], "switching", "{update:#}");
+    assert_eq!(asked(&mut guest), "OK", "by the rule for nobody");
+    let woken = woken(&mut guest, &pid);
+    assert!(woken.contains("EXDEV 1"), "{woken}");
+    wait_state(&guest, one, "applied");
     revert(&guest, one);
     wait_gone(&guest, one);
     assert_clean(&mut guest);

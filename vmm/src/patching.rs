@@ -317,10 +317,11 @@ impl Patcher for KernelPatcher {
             return Err(problem::gone());
         };
         let options = options(task);
-        let model = match arena.holds.placed.get(updates.first().unwrap_or(&0)) {
-            Some(placed) if placed.linked.redirections.len() == 1 => Model::Immediate,
-            _ => Model::PerTask,
-        };
+        let placed = updates
+            .first()
+            .and_then(|update| arena.holds.placed.get(update));
+        let came = placed.map_or_else(Model::default, |placed| placed.model);
+        let model = task.model.unwrap_or(came);
         match apply::revert(&mut guest, kernel, arena, updates, model, &options) {
             Ok(report) => Ok(report),
             Err(failed) => Err(self.not_done(&mut guest, task.deadline, &failed, problem::revert)),

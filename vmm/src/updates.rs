@@ -105,7 +105,7 @@ pub struct Counted {
 
 enum Job {
     Apply(u64, Order, Done<Update>),
-    Revert(u64, Instant, Done<Update>),
+    Revert(u64, Option<Model>, Instant, Done<Update>),
     Reuse(u64, Use, Instant, Done<Update>),
     Force(u64, Instant, Done<Update>),
     ChangeSet(String, SetChange, Done<usize>),
@@ -190,18 +190,19 @@ impl Session {
         Ok(update)
     }
 
-    /// Asks for an update to be undone; the update as it is. `done` gets the end.
+    /// Asks for an update to be undone, by the model with which it came or this one; the update as it is. `done` gets the end.
     ///
     /// # Errors
     /// When it is not applied, or too many operations wait.
     pub fn revert(
         &self,
         id: u64,
+        model: Option<Model>,
         deadline: Instant,
         done: Done<Update>,
     ) -> Result<Update, Problem> {
         let update = self.book.applied(id)?;
-        self.hand_in(Job::Revert(id, deadline, done))?;
+        self.hand_in(Job::Revert(id, model, deadline, done))?;
         Ok(update)
     }
 

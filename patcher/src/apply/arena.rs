@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::handlers::{self, Counters, Made, Workshop};
 use super::hooks::{self, Started};
 use super::live::Inhabited;
-use super::passing::Passing;
+use super::passing::{Model, Passing};
 use super::tune::Clocks;
 use crate::addr::Gva;
 use crate::commit::Scanned;
@@ -39,6 +39,8 @@ pub struct Placed {
     pub known: Option<(link::Placed, Publication)>,
     /// The writes that placed them.
     pub writes: Vec<Write>,
+    /// Who may be where when its functions are switched.
+    pub model: Model,
     /// What is known of its code.
     pub resident: Resident,
     /// What may let an address of it be known to the guest, so that its room is never used again.

@@ -1,10 +1,11 @@
 //! Writes that fail and panics at every step of switches by task and of what follows them, on a made-up kernel in a made-up guest.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
 
 use super::passing_tests::{ELSEWHERE, bound, sleeping};
 use super::whole_tests::{calling, options};
-use super::{ApplyError, Arena, Model, Request, apply, revert, settle};
+use super::{ApplyError, ApplyOptions, Arena, Model, Request, apply, revert, settle};
 use crate::addr::Gpa;
 use crate::edition::object::Package;
 use crate::guest::fake::{FakeGuest, Fault};
@@ -31,16 +32,16 @@ fn come(scene: &mut Scene, kernel: &Kernel, package: &Package) -> Result<(), App
         ..Request::new(1, package)
     };
     let Scene { guest, arena } = scene;
-    apply(guest, kernel, arena, &request, &options(false)).map(drop)
+    apply(guest, kernel, arena, &request, &patient()).map(drop)
 }
 
 fn look(scene: &mut Scene, kernel: &Kernel, _: &Package) -> Result<(), ApplyError> {
-    settle(&mut scene.guest, kernel, &mut scene.arena, &options(false))
+    settle(&mut scene.guest, kernel, &mut scene.arena, &patient())
 }
 
 fn leave(scene: &mut Scene, kernel: &Kernel, _: &Package) -> Result<(), ApplyError> {
     let Scene { guest, arena } = scene;
-    revert(guest, kernel, arena, &[1], Model::PerTask, &options(false)).map(drop)
+    revert(guest, kernel, arena, &[1], Model::PerTask, &patient()).map(drop)
 }
 
 /// What can be told of a scene from outside: what functions lead to, who is bound, and the room that is taken.
@@ -54,6 +55,14 @@ fn told(scene: &Scene) -> String {
         holds.space.used(),
         holds.is_settling()
     )
+}
+
+/// With time enough on any machine.
+fn patient<'a>() -> ApplyOptions<'a> {
+    ApplyOptions {
+        deadline: Instant::now() + Duration::from_secs(60),
+        ..options(false)
+    }
 }
 
 /// Does `step` with `fault`; whether it failed by that.

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::tune::tick;
 use super::whole_tests::{calling, live, options, started};
-use super::{Arena, Life, Model, Request, apply, force, revert, settle};
+use super::{Arena, Life, Model, Request, apply, force, reuse, revert, settle};
 use crate::addr::{Gpa, Gva};
 use crate::edition::list::Use;
 use crate::guest::fake::FakeGuest;
@@ -275,5 +275,35 @@ fn what_drains_does_not_keep_the_next_update() {
         back(&mut guest, &mut arena, 2).unwrap();
         assert!(arena.holds.passing.is_empty(), "{form:?}");
         assert!(arena.holds.placed.contains_key(&1), "he is still in it");
+    }
+}
+
+/// Other calls for the editions are a switch too, by the model with which they came: who is within goes on by the rule that he began with.
+#[test]
+fn another_rule_waits_for_who_is_within() {
+    for form in FORMS {
+        let (mut guest, kernel, mut arena, task, at) = sleeping(form);
+        guest.poke(at, &ELSEWHERE.to_le_bytes()).unwrap();
+        let package = calling(form);
+        let options = options(false);
+        let request = Request {
+            model: Model::PerTask,
+            ..Request::new(1, &package)
+        };
+        apply(&mut guest, &kernel, &mut arena, &request, &options).unwrap();
+        let edition = arena.holds.placed[&1].linked.redirections[0].edition;
+        guest.poke(at, &(edition.0 + 10).to_le_bytes()).unwrap();
+        let how = Use {
+            rule: Some(Arc::new(Rule::parse("cpu = 77").unwrap())),
+            counted: false,
+        };
+        reuse(&mut guest, &kernel, &mut arena, 1, how, &options).unwrap();
+        assert_eq!(bound(&arena), [[task]], "{form:?}");
+        let bound_way = &arena.holds.made.last().unwrap().bound;
+        assert!(bound_way[0].rule.is_none() && bound_way[0].update == Some(1));
+        guest.poke(at, &ELSEWHERE.to_le_bytes()).unwrap();
+        settle(&mut guest, &kernel, &mut arena, &options).unwrap();
+        assert!(arena.holds.passing.is_empty(), "{form:?}");
+        assert!(arena.holds.placed.contains_key(&1));
     }
 }

@@ -16,7 +16,7 @@ use super::wire::{
     TimeList, Update, UpdateState, Verification, Vm, VmState,
 };
 use crate::events::Events;
-use crate::updates::{InsteadOf, Order, Use};
+use crate::updates::{InsteadOf, Model, Order, Use};
 use crate::views::{Asked, Seen, View, disasm, log, modules, stack, symbols, tasks, text, types};
 
 /// The double. A package that starts with `refuse`, `late` or `panic` meets that end.
@@ -274,7 +274,13 @@ impl Machine for Double {
         Ok(())
     }
 
-    fn revert(&self, id: u64, _: Instant, done: Done<Update>) -> Result<Update, ApiError> {
+    fn revert(
+        &self,
+        id: u64,
+        _: Option<Model>,
+        _: Instant,
+        done: Done<Update>,
+    ) -> Result<Update, ApiError> {
         let mut update = self.find(id)?;
         update.state = UpdateState::Reverting;
         let mut reverted = update.clone();

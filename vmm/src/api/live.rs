@@ -17,7 +17,7 @@ use super::wire;
 use crate::events::Events;
 use crate::guest::KvmGuest;
 use crate::sparse::SparseFile;
-use crate::updates::{self, Order, Session, Use};
+use crate::updates::{self, Model, Order, Session, Use};
 use crate::views::{Asked, Seen, View};
 use crate::vm::{PauseError, ResumeError, State, Vm};
 
@@ -151,11 +151,12 @@ impl Machine for Live {
     fn revert(
         &self,
         id: u64,
+        model: Option<Model>,
         deadline: Instant,
         done: Done<wire::Update>,
     ) -> Result<wire::Update, ApiError> {
         self.session
-            .revert(id, deadline, translated(done, convert::update))
+            .revert(id, model, deadline, translated(done, convert::update))
             .map(convert::update)
             .map_err(convert::error)
     }

@@ -10,7 +10,7 @@ use patcher::apply::tune::SetChange;
 use super::error::ApiError;
 use super::wire;
 use crate::events::Events;
-use crate::updates::{Order, Use};
+use crate::updates::{Model, Order, Use};
 use crate::views::{Asked, Seen, View};
 
 /// Called once, from any thread, when an operation has come to its end.
@@ -93,6 +93,7 @@ pub trait Machine: Send + Sync + 'static {
     fn revert(
         &self,
         id: u64,
+        model: Option<Model>,
         deadline: Instant,
         done: Done<wire::Update>,
     ) -> Result<wire::Update, ApiError>;

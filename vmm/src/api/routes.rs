@@ -28,9 +28,9 @@ use super::extract::{Id, JsonBody, Octets, Options, deadline};
 use super::machine::{Done, Machine};
 use super::metrics;
 use super::wire::{
-    ApplyQuery, CallList, DeadlineQuery, Dump, DumpRequest, ErrorBody, Event, EventsQuery, Health,
-    Kernel, PowerButton, RevertQuery, Stop, Transition, Update, UpdateList, UseQuery, Verification,
-    Vm,
+    ApplyQuery, CallList, DeadlineQuery, Dump, DumpRequest, ErrorBody, Event, EventsQuery,
+    ForceQuery, Health, Kernel, PowerButton, RevertQuery, Stop, Transition, Update, UpdateList,
+    UseQuery, Verification, Vm,
 };
 use crate::updates::{Brings, InsteadOf, Order, Use};
 
@@ -400,7 +400,7 @@ async fn reuse(
 /// Ends the switch of an update for the tasks too that have yet to leave its old side: they may then run old code of one function
 /// beneath new code of another
 #[utoipa::path(post, path = "/v1/updates/{id}/force", tag = "updates",
-    params(("id" = u64, Path, description = "Number of the update"), RevertQuery),
+    params(("id" = u64, Path, description = "Number of the update"), ForceQuery),
     responses(
         (status = OK, description = "Nobody is bound to the old side any more", body = Update),
         (status = ACCEPTED, description = "Queued (wait=false)", body = Update),
@@ -412,7 +412,7 @@ async fn reuse(
 async fn force(
     State(api): State<Api>,
     Id(id): Id,
-    Options(query): Options<RevertQuery>,
+    Options(query): Options<ForceQuery>,
 ) -> Result<Response, ApiError> {
     let deadline = Instant::now() + deadline(query.deadline_ms)?;
     let (done, ended) = reply();
@@ -471,8 +471,9 @@ async fn revert(
     Options(query): Options<RevertQuery>,
 ) -> Result<Response, ApiError> {
     let deadline = Instant::now() + deadline(query.deadline_ms)?;
+    let model = query.model.map(convert::asked_model);
     let (done, ended) = reply();
-    let queued = api.machine.revert(id, deadline, done)?;
+    let queued = api.machine.revert(id, model, deadline, done)?;
     settle(queued, ended, query.wait, StatusCode::OK).await
 }
 

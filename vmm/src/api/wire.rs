@@ -214,6 +214,20 @@ pub struct UseQuery {
 #[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 pub struct RevertQuery {
+    /// Who may be where at the switch; as when the update came, when left out.
+    pub model: Option<Model>,
+    /// Give up after this many milliseconds (1 to 600000); the guest is then as it was. 5000 when left out.
+    #[param(minimum = 1, maximum = 600_000)]
+    pub deadline_ms: Option<u64>,
+    /// `false`: answer 202 at once, the operation goes on; follow it at its `Location` or in the events.
+    pub wait: Option<bool>,
+}
+
+/// Options of ending a switch.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+pub struct ForceQuery {
     /// Give up after this many milliseconds (1 to 600000); the guest is then as it was. 5000 when left out.
     #[param(minimum = 1, maximum = 600_000)]
     pub deadline_ms: Option<u64>,

@@ -109,6 +109,9 @@ pub enum UpdateCommand {
     Revert {
         /// Number of the update
         id: u64,
+        /// Who may be where at the switch; as when the update came, if this is left out
+        #[arg(long, value_enum)]
+        model: Option<Model>,
         /// Give up after this time, that of hooks included; the update then stays applied
         #[arg(long, value_name = "TIME", default_value = "5s", value_parser = parse_time)]
         deadline: Duration,
@@ -251,7 +254,9 @@ impl Client {
                     let call = Call::post(format!("/v1/updates/{id}/use"))
                         .deadline(deadline)
                         .query(&how.query());
+                    let began = Instant::now();
                     let update: Update = self.with_progress("switching", self.call(call)).await?;
+                    let update = self.switched(update, began + deadline, false).await?;
                     self.print(&update, show::update)
                 }
                 UpdateCommand::Force { id, deadline } => {
@@ -273,12 +278,16 @@ impl Client {
                 }
                 UpdateCommand::Revert {
                     id,
+                    model,
                     deadline,
                     no_wait,
                 } => {
                     let call = Call::post(format!("/v1/updates/{id}/revert"))
                         .deadline(deadline)
-                        .query(&[("wait", no_wait.then(|| "false".to_owned()))]);
+                        .query(&[
+                            ("model", model.map(|model| model.name().to_owned())),
+                            ("wait", no_wait.then(|| "false".to_owned())),
+                        ]);
                     let began = Instant::now();
                     let update: Update = self.with_progress("reverting", self.call(call)).await?;
                     let update = self.switched(update, began + deadline, no_wait).await?;

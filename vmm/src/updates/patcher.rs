@@ -142,6 +142,8 @@ pub struct Task<'a> {
 pub struct Undo<'a> {
     /// When to give up.
     pub deadline: Instant,
+    /// Who may be where at the switch; as when the update came, if this says nothing.
+    pub model: Option<Model>,
     /// Tells what is being done or waited for.
     pub doing: &'a dyn Fn(String),
     /// Tells that everything has been written.

@@ -345,7 +345,7 @@ impl Fixture {
     fn revert(&self, id: u64, end: Option<Problem>) -> Result<Update, Problem> {
         *self.revert.lock().unwrap() = end;
         let (done, end) = reply();
-        self.session.revert(id, soon(), done)?;
+        self.session.revert(id, None, soon(), done)?;
         end.recv().unwrap()
     }
 
@@ -555,9 +555,9 @@ fn a_revert_that_waited_sees_what_came_before_it() {
     f.apply(b"a").unwrap();
     let slow = f.hand_in(b"b", false, soon());
     let (done, first) = reply();
-    f.session.revert(1, soon(), done).unwrap();
+    f.session.revert(1, None, soon(), done).unwrap();
     let (done, second) = reply();
-    f.session.revert(1, soon(), done).unwrap();
+    f.session.revert(1, None, soon(), done).unwrap();
     f.go.send(()).unwrap();
     slow.recv().unwrap().unwrap();
     assert_eq!(first.recv().unwrap().unwrap().state, State::Reverted);

@@ -12,7 +12,7 @@ use ::patcher::apply::hooks::HookEvent;
 
 use super::patcher::{Patcher, Task, Undo, Verified};
 use super::record::{BROKEN, Cost, Failing, Problem, State, Update};
-use super::{Book, Counted, InsteadOf, Job, Order, Use};
+use super::{Book, Counted, InsteadOf, Job, Model, Order, Use};
 use crate::views::{Asked, Seen, View};
 
 /// The session's thread.
@@ -65,7 +65,7 @@ impl<P: Patcher> Worker<P> {
             };
             match job {
                 Job::Apply(id, order, done) => done(self.apply(id, &order)),
-                Job::Revert(id, deadline, done) => done(self.revert(id, deadline)),
+                Job::Revert(id, model, deadline, done) => done(self.revert(id, model, deadline)),
                 Job::Reuse(id, how, deadline, done) => done(self.reuse(id, &how, deadline)),
                 Job::Force(id, deadline, done) => done(self.force(id, deadline)),
                 Job::ChangeSet(name, change, done) => {
@@ -293,6 +293,7 @@ impl<P: Patcher> Worker<P> {
         let book = Arc::clone(&self.book);
         let task = Undo {
             deadline,
+            model: None,
             doing: &|doing| drop(book.change(id, |update| update.doing = Some(doing))),
             written: &|| written.set(true),
             hook: &|hook| book.tell_hook(hook),
@@ -332,7 +333,12 @@ impl<P: Patcher> Worker<P> {
         }
     }
 
-    fn revert(&mut self, id: u64, deadline: Instant) -> Result<Update, Problem> {
+    fn revert(
+        &mut self,
+        id: u64,
+        model: Option<Model>,
+        deadline: Instant,
+    ) -> Result<Update, Problem> {
         let book = Arc::clone(&self.book);
         // The operations before this one may have ended it.
         if !self.applied.contains_key(&id) {
@@ -342,7 +348,7 @@ impl<P: Patcher> Worker<P> {
         let began = Instant::now();
         let written = Cell::new(false);
         let result = self.undertake(id, deadline, &written, |patcher, task| {
-            patcher.revert(&[id], task)
+            patcher.revert(&[id], &Undo { model, ..*task })
         });
         if written.get() {
             self.applied.remove(&id);
