@@ -14,6 +14,7 @@ pub(crate) mod bytes;
 pub mod changed;
 pub(crate) mod entered;
 pub mod flux;
+mod ftrace;
 pub(crate) mod gather;
 pub mod image;
 pub(crate) mod kallsyms;

@@ -9,6 +9,7 @@ use tests::figures;
 use tests::guest::{Guest, Options};
 use tests::stock::{LTS_6_1, NEWEST_6_12, Stock};
 
+use crate::patch::{show, wait_state};
 use crate::rules::{Tally, applied, counted, sum, tally};
 use crate::stacking::wait_gone;
 use crate::witness::{assert_clean, count, one_line};
@@ -228,21 +229,6 @@ fn every_call_of_a_pair_of_6_1_is_counted() {
 #[test]
 fn every_call_of_a_pair_of_6_12_is_counted() {
     none_lost(NEWEST_6_12);
-}
-
-/// What is shown of an update.
-pub(crate) fn show(guest: &Guest, id: u64) -> Value {
-    let shown = guest.client.call(&["update", "show", &id.to_string()]);
-    shown.expect("the update")
-}
-
-/// Waits until an update is in this state.
-pub(crate) fn wait_state(guest: &Guest, id: u64, state: &str) {
-    let end = Instant::now() + LIMIT;
-    while show(guest, id)["state"] != state {
-        assert!(Instant::now() < end, "not {state}: {:#}", show(guest, id));
-        std::thread::sleep(Duration::from_millis(50));
-    }
 }
 
 /// Starts one that sleeps between the two functions, and gives its number.

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tests::guest::{Guest, Options};
 use tests::stock::{LTS_6_1, NEWEST_6_12, Stock};
 
-use crate::adaptive::{asked, show, sleeper, wait_state, woken};
-use crate::patch::revert;
+use crate::adaptive::{asked, sleeper, woken};
+use crate::patch::{revert, show, wait_state};
 use crate::rules::{Tally, applied, counted, sum, tally, use_for};
 use crate::stacking::wait_gone;
 use crate::witness::{assert_clean, one_line};

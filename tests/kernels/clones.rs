@@ -140,7 +140,7 @@ fn clones(stock: Stock) {
 fn warns(stock: Stock) {
     let mut guest = Guest::boot(&Options::new(stock));
     let provoked = apply(&guest, &stock.edition("version_proc_show_unbalanced"));
-    let mut warned = |guest: &mut Guest| {
+    let warned = |guest: &mut Guest| {
         let _ = one_line(guest, "dmesg -c >/dev/null; cat /proc/version");
         let log = one_line(guest, "dmesg");
         let of = |what: &str| log.lines().filter(|line| line.contains(what)).count();

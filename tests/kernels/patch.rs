@@ -17,6 +17,8 @@ const NEW: &str = "ENOTTY";
 const THREADS: u32 = 4;
 /// Applies and reverts in a row, unless `EXOPATCH_ROUNDS` says otherwise.
 const ROUNDS: usize = 50;
+/// The longest that an update takes to become what it is waited for to be, with the waits between looks.
+const LIMIT: Duration = Duration::from_secs(30);
 
 /// Applies a package and gives the update's number.
 pub(crate) fn apply(guest: &Guest, package: &Path) -> u64 {
@@ -38,6 +40,35 @@ pub(crate) fn revert(guest: &Guest, id: u64) {
     assert_eq!(reply.status, 0, "{reply:?}; exopatch said:\n{}", log());
     let update = reply.json;
     assert_eq!(update["state"], "reverted", "{update:#}");
+}
+
+/// What is shown of an update.
+pub(crate) fn show(guest: &Guest, id: u64) -> Value {
+    let shown = guest.client.call(&["update", "show", &id.to_string()]);
+    shown.expect("the update")
+}
+
+/// Waits until what is shown of an update is as `wanted`, called `what`, and gives it.
+pub(crate) fn wait_shown(
+    guest: &Guest,
+    id: u64,
+    what: &str,
+    wanted: impl Fn(&Value) -> bool,
+) -> Value {
+    let end = Instant::now() + LIMIT;
+    loop {
+        let shown = show(guest, id);
+        if wanted(&shown) {
+            return shown;
+        }
+        assert!(Instant::now() < end, "not {what}: {shown:#}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Waits until an update is in this state.
+pub(crate) fn wait_state(guest: &Guest, id: u64, state: &str) {
+    let _ = wait_shown(guest, id, state, |shown| shown["state"] == state);
 }
 
 /// What the guest can tell of itself and must not change: modules, taint, and that it was never booted anew.
@@ -189,10 +220,7 @@ fn applies_after_kexec(stock: Stock, other: Stock) {
     });
     let reply = guest.client.call(&["update", "revert", &id.to_string()]);
     assert_ne!(reply.status, 0, "a revert in another kernel: {reply:?}");
-    let listed = guest
-        .client
-        .call(&["update", "show", &id.to_string()])
-        .expect("the update");
+    let listed = show(&guest, id);
     assert_eq!(listed["state"], "lost", "{listed:#}");
     let path = stock.edition("unix_ioctl_notty");
     let reply = guest

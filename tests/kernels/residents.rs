@@ -6,7 +6,7 @@ use serde_json::Value;
 use tests::guest::{Guest, Options};
 use tests::stock::{LTS_6_1, NEWEST_6_12, Stock};
 
-use crate::patch::{apply, revert};
+use crate::patch::{apply, revert, show};
 use crate::stacking::wait_gone;
 use crate::witness::{assert_clean, one_line};
 
@@ -102,8 +102,7 @@ fn sleeps(stock: Stock) {
 
 /// The only edition of an update.
 fn edition(guest: &Guest, id: u64) -> Value {
-    let shown = guest.client.call(&["update", "show", &id.to_string()]);
-    shown.expect("the update")["editions"][0].clone()
+    show(guest, id)["editions"][0].clone()
 }
 
 fn place_of(guest: &Guest, id: u64) -> String {

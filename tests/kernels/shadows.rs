@@ -1,57 +1,43 @@
 //! Does an update notice that the guest itself leads calls of its function elsewhere before they come to it, and that it no longer does?
 
-use std::time::{Duration, Instant};
-
-use serde_json::Value;
 use tests::guest::{Guest, Options};
-use tests::stock::{LTS_6_1, NEWEST_6_12, Stock, peers};
+use tests::stock::{LTS_6_1, NEWEST_6_12, Stock};
 
 use crate::coexist::ask;
-use crate::patch::{apply, revert};
+use crate::patch::{apply, revert, wait_shown};
 use crate::witness::{assert_clean, one_line};
 
-/// How long it may take to be noticed.
-const LIMIT: Duration = Duration::from_secs(20);
-
 /// Waits until the one edition of an update is in this state, and gives the reason.
-fn wait_state(guest: &Guest, id: u64, state: &str) -> String {
-    let end = Instant::now() + LIMIT;
-    loop {
-        let shown: Value = guest
-            .client
-            .call(&["update", "show", &id.to_string()])
-            .expect("the update");
-        let edition = &shown["editions"][0];
-        if edition["state"] == state {
-            return edition["why"].as_str().unwrap_or_default().to_owned();
-        }
-        assert!(Instant::now() < end, "not {state}: {shown:#}");
-        std::thread::sleep(Duration::from_millis(50));
-    }
+fn wait_edition(guest: &Guest, id: u64, state: &str) -> String {
+    let shown = wait_shown(guest, id, state, |shown| {
+        shown["editions"][0]["state"] == state
+    });
+    let why = shown["editions"][0]["why"].as_str();
+    why.unwrap_or_default().to_owned()
 }
 
 /// A livepatch that comes behind an edition, and one that was there before it.
 fn livepatched(stock: Stock) {
-    let module = peers(stock, "livepatch_peer");
+    let module = stock.peer("livepatch_peer");
     let mut guest = Guest::boot(&Options::new(stock).files(vec![module]));
     let patch = "insmod /files/livepatch_peer.ko; while grep -q 1 /sys/kernel/livepatch/livepatch_peer/transition; do usleep 20000; done";
     let unpatch = "echo 0 >/sys/kernel/livepatch/livepatch_peer/enabled; while [ -d /sys/kernel/livepatch/livepatch_peer ]; do usleep 20000; done; rmmod livepatch_peer";
     let package = stock.edition("unix_ioctl_notty");
     let id = apply(&guest, &package);
     assert_eq!(ask(&mut guest), "ENOTTY", "{stock:?}");
-    wait_state(&guest, id, "active");
+    wait_edition(&guest, id, "active");
     one_line(&mut guest, patch);
-    let why = wait_state(&guest, id, "shadowed");
+    let why = wait_edition(&guest, id, "shadowed");
     assert!(why.contains("livepatch"), "{stock:?}: {why}");
     assert_eq!(ask(&mut guest), "OK", "{stock:?}: livepatched");
     one_line(&mut guest, unpatch);
-    wait_state(&guest, id, "active");
+    wait_edition(&guest, id, "active");
     assert_eq!(ask(&mut guest), "ENOTTY", "{stock:?}: the edition again");
 
     revert(&guest, id);
     one_line(&mut guest, patch);
     let id = apply(&guest, &package);
-    wait_state(&guest, id, "shadowed");
+    wait_edition(&guest, id, "shadowed");
     assert_eq!(ask(&mut guest), "OK", "{stock:?}: livepatched before");
     revert(&guest, id);
     assert_eq!(ask(&mut guest), "OK", "{stock:?}: still livepatched");
@@ -73,15 +59,15 @@ fn a_livepatch_of_6_12_shadows_an_update() {
 fn traced_by_bpf(stock: Stock) {
     let mut guest = Guest::boot(&Options::new(stock));
     let id = apply(&guest, &stock.edition("security_file_permission_same"));
-    wait_state(&guest, id, "active");
+    wait_edition(&guest, id, "active");
     let pid = one_line(&mut guest, "probe bpf 1 >/tmp/said & echo $!");
-    let why = wait_state(&guest, id, "shadowed");
+    let why = wait_edition(&guest, id, "shadowed");
     assert!(why.contains("BPF"), "{stock:?}: {why}");
     one_line(
         &mut guest,
         &format!("kill {pid}; while [ -d /proc/{pid} ]; do usleep 20000; done; cat /tmp/said"),
     );
-    wait_state(&guest, id, "active");
+    wait_edition(&guest, id, "active");
     revert(&guest, id);
     assert_clean(&mut guest);
 }

@@ -1,17 +1,13 @@
 //! Do updates lie on each other, go in any order that is sound, and take each other's place, as guest programs see it?
 
 use std::path::Path;
-use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tests::guest::{Guest, Options};
 use tests::stock::{LTS_6_1, NEWEST_6_12, Stock};
 
-use crate::patch::{apply, revert};
+use crate::patch::{apply, revert, show, wait_shown};
 use crate::witness::{assert_clean, one_line};
-
-/// The longest that an update takes to be gone once no thread is in it, with the waits between looks.
-const LIMIT: Duration = Duration::from_secs(30);
 
 /// What SIOCATMARK on a datagram socket answers, and how many lines /proc/version has.
 fn asked(guest: &mut Guest) -> (String, usize) {
@@ -21,15 +17,8 @@ fn asked(guest: &mut Guest) -> (String, usize) {
     (answer, lines)
 }
 
-fn show(guest: &Guest, id: u64) -> Value {
-    let id = id.to_string();
-    let shown = guest.client.call(&["update", "show", &id]);
-    shown.expect("the update")
-}
-
 /// The states of an update's editions.
-fn states(guest: &Guest, id: u64) -> Vec<String> {
-    let shown = show(guest, id);
+fn states(shown: &Value) -> Vec<String> {
     let editions = shown["editions"].as_array().expect("editions").iter();
     let state = |edition: &Value| edition["state"].as_str().expect("a state").to_owned();
     editions.map(state).collect()
@@ -37,11 +26,7 @@ fn states(guest: &Guest, id: u64) -> Vec<String> {
 
 /// Waits until nothing of an update is in the guest any more.
 pub(crate) fn wait_gone(guest: &Guest, id: u64) {
-    let end = Instant::now() + LIMIT;
-    while !states(guest, id).is_empty() {
-        assert!(Instant::now() < end, "{:#}", show(guest, id));
-        std::thread::sleep(Duration::from_millis(100));
-    }
+    let _ = wait_shown(guest, id, "gone", |shown| states(shown).is_empty());
 }
 
 /// Applies a package in the place of others.
@@ -67,8 +52,8 @@ fn stacks(stock: Stock) {
     is(&mut guest, "ENOTTY", plain);
     let second = apply(&guest, &two);
     is(&mut guest, "EXDEV", plain + 1);
-    assert_eq!(states(&guest, first), ["placed"]);
-    assert_eq!(states(&guest, second), ["active", "active"]);
+    assert_eq!(states(&show(&guest, first)), ["placed"]);
+    assert_eq!(states(&show(&guest, second)), ["active", "active"]);
     // All of it lies beneath the second one: nobody sees it go.
     revert(&guest, first);
     is(&mut guest, "EXDEV", plain + 1);

@@ -67,25 +67,25 @@ impl Stock {
         );
         path
     }
-}
 
-/// A module for guests of this kernel that `scripts/peers` has built from `tests/peers/NAME.c`.
-///
-/// # Panics
-/// When it has not been built.
-#[must_use]
-pub fn peers(stock: Stock, name: &str) -> PathBuf {
-    let path = target()
-        .join("peers")
-        .join(stock.0)
-        .join(format!("{name}.ko"));
-    assert!(
-        path.exists(),
-        "{} is missing: run scripts/peers {}",
-        path.display(),
-        stock.0
-    );
-    path
+    /// A module for guests of this kernel that `scripts/peers` has built from `tests/peers/NAME.c`.
+    ///
+    /// # Panics
+    /// When it has not been built.
+    #[must_use]
+    pub fn peer(self, name: &str) -> PathBuf {
+        let path = target()
+            .join("peers")
+            .join(self.0)
+            .join(format!("{name}.ko"));
+        assert!(
+            path.exists(),
+            "{} is missing: run scripts/peers {}",
+            path.display(),
+            self.0
+        );
+        path
+    }
 }
 
 /// Where the scripts keep what they fetch and make.

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::tune::tick;
-use super::whole_tests::{calling, live, options, started};
-use super::{Arena, Life, Model, Request, apply, force, reuse, revert, settle};
+use super::whole_tests::{calling, live, options, started, undo_by};
+use super::{ApplyError, Arena, Life, Model, Report, Request, apply, force, reuse, settle};
 use crate::addr::{Gpa, Gva};
 use crate::edition::list::Use;
 use crate::guest::fake::FakeGuest;
@@ -41,6 +41,16 @@ pub(super) fn bound(arena: &Arena) -> Vec<Vec<u64>> {
     passing
         .map(|passing| passing.set.keys().collect())
         .collect()
+}
+
+/// Takes an update back, each task when it is outside.
+fn back(
+    guest: &mut FakeGuest,
+    kernel: &Kernel,
+    arena: &mut Arena,
+    id: u64,
+) -> Result<Report, ApplyError> {
+    undo_by(guest, kernel, arena, &[id], Model::PerTask)
 }
 
 /// A sleeper in the function itself goes on by it, everybody else by the edition, until it was seen outside.
@@ -132,9 +142,7 @@ fn a_rule_goes_on_for_a_task_that_is_bound() {
     let edition = arena.holds.placed[&1].linked.redirections[0].edition;
     let inside = edition.0 + 10;
     guest.poke(at, &inside.to_le_bytes()).unwrap();
-    let by_task = Model::PerTask;
-    let options = options(false);
-    revert(&mut guest, &kernel, &mut arena, &[1], by_task, &options).unwrap();
+    back(&mut guest, &kernel, &mut arena, 1).unwrap();
     assert_eq!(bound(&arena), [[task]]);
     let read = |guest: &FakeGuest, at| kernel.read_u64(guest, at).unwrap();
     assert_eq!(read(&guest, cell(&arena, true)), 3);
@@ -155,16 +163,7 @@ fn a_task_in_an_edition_keeps_it_until_that_is_forced() {
         let edition = arena.holds.placed[&1].linked.redirections[0].edition;
         let inside = edition.0 + 10;
         guest.poke(at, &inside.to_le_bytes()).unwrap();
-        let model = Model::PerTask;
-        revert(
-            &mut guest,
-            &kernel,
-            &mut arena,
-            &[1],
-            model,
-            &options(false),
-        )
-        .unwrap();
+        back(&mut guest, &kernel, &mut arena, 1).unwrap();
         assert_eq!(bound(&arena), [[task]], "it is in the edition");
         force(&mut guest, &kernel, &mut arena, 1, &options(false)).unwrap();
         assert_eq!(live(&guest, &kernel), before);
@@ -214,10 +213,7 @@ fn who_goes_on_for_an_edition_is_told_from_who_never_came_to_it() {
             "{form:?}"
         );
         guest.poke(at_two, &in_it.to_le_bytes()).unwrap();
-        let back = |guest: &mut FakeGuest, arena: &mut Arena, id| {
-            revert(guest, &kernel, arena, &[id], Model::PerTask, &options)
-        };
-        back(&mut guest, &mut arena, 1).unwrap();
+        back(&mut guest, &kernel, &mut arena, 1).unwrap();
         assert!(
             !bound(&arena, tasks[0]) && bound(&arena, tasks[1]),
             "{form:?}"
@@ -235,14 +231,16 @@ fn who_goes_on_for_an_edition_is_told_from_who_never_came_to_it() {
         guest.poke(at_one, &inside).unwrap();
         apply(&mut guest, &kernel, &mut arena, &request(3, &[2]), &options).unwrap();
         assert!(bound(&arena, tasks[0]));
-        let refused = back(&mut guest, &mut arena, 3).unwrap_err().to_string();
+        let refused = back(&mut guest, &kernel, &mut arena, 3)
+            .unwrap_err()
+            .to_string();
         assert!(
             refused.contains("still being switched by update 3"),
             "{refused}"
         );
         guest.poke(at_one, &other.to_le_bytes()).unwrap();
         settle(&mut guest, &kernel, &mut arena, &options).unwrap();
-        back(&mut guest, &mut arena, 3).unwrap();
+        back(&mut guest, &kernel, &mut arena, 3).unwrap();
         assert!(arena.holds.passing.is_empty());
     }
 }
@@ -262,17 +260,14 @@ fn what_drains_does_not_keep_the_next_update() {
             };
             apply(guest, &kernel, arena, &request, &options)
         };
-        let back = |guest: &mut FakeGuest, arena: &mut Arena, id| {
-            revert(guest, &kernel, arena, &[id], Model::PerTask, &options)
-        };
         apply(&mut guest, &mut arena, 1).unwrap();
         let edition = arena.holds.placed[&1].linked.redirections[0].edition;
         guest.poke(at, &(edition.0 + 10).to_le_bytes()).unwrap();
-        back(&mut guest, &mut arena, 1).unwrap();
+        back(&mut guest, &kernel, &mut arena, 1).unwrap();
         force(&mut guest, &kernel, &mut arena, 1, &options).unwrap();
         apply(&mut guest, &mut arena, 2).unwrap();
         assert_eq!(bound(&arena), [[task]], "{form:?}");
-        back(&mut guest, &mut arena, 2).unwrap();
+        back(&mut guest, &kernel, &mut arena, 2).unwrap();
         assert!(arena.holds.passing.is_empty(), "{form:?}");
         assert!(arena.holds.placed.contains_key(&1), "he is still in it");
     }

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use iced_x86::Mnemonic;
 
-use super::whole_tests::{options, started};
-use super::{ApplyError, Arena, Model, Request, apply, reuse, revert, settle};
+use super::whole_tests::{options, started, undo};
+use super::{ApplyError, Arena, Request, apply, reuse, settle};
 use crate::addr::Gva;
 use crate::edition::link::LinkError;
 use crate::edition::list::Use;
@@ -194,16 +194,7 @@ fn what_is_asked_stays_while_a_thread_is_in_it() {
         // Another handler takes the place of the one that it is in, then the update goes.
         let other = how("not predicate asks");
         reuse(&mut guest, &kernel, &mut arena, 1, other, &options(false)).unwrap();
-        let model = Model::Immediate;
-        revert(
-            &mut guest,
-            &kernel,
-            &mut arena,
-            &[1],
-            model,
-            &options(false),
-        )
-        .unwrap();
+        undo(&mut guest, &kernel, &mut arena, &[1]).unwrap();
         for _ in 0..3 {
             settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
         }

@@ -7,8 +7,8 @@ use object::SectionKind;
 
 use super::arena::Placed;
 use super::switch::keep;
-use super::whole_tests::{apply_it, booted, package};
-use super::{ApplyError, ApplyOptions, Arena, CommitFailed, Model, Request, apply, revert, settle};
+use super::whole_tests::{apply_it, booted, package, undo};
+use super::{ApplyError, ApplyOptions, Arena, CommitFailed, Request, apply, settle};
 use crate::addr::Gva;
 use crate::commit::Blocked;
 use crate::edition::object::Package;
@@ -119,15 +119,7 @@ fn code_is_known_until_it_is_taken_back() {
         assert_eq!(&text, b"edition_of_p");
         assert_eq!(word(&guest, &kernel, symbols + 24 + 8), unit.code.start.0);
 
-        let back = revert(
-            &mut guest,
-            &kernel,
-            &mut arena,
-            &[1],
-            Model::Immediate,
-            &options(),
-        );
-        back.unwrap();
+        undo(&mut guest, &kernel, &mut arena, &[1]).unwrap();
         let now = known(&guest, &kernel).code.len();
         assert_eq!(now, 1, "a thread may be there");
         settle(&mut guest, &kernel, &mut arena, &options()).unwrap();
@@ -148,8 +140,7 @@ fn tables_stay_until_every_vcpu_was_at_rest() {
     apply_it(&mut guest, &kernel, &mut arena, &package, false).unwrap();
     // One that is never seen.
     arena.holds.vcpus += 1;
-    let model = Model::Immediate;
-    revert(&mut guest, &kernel, &mut arena, &[1], model, &options()).unwrap();
+    undo(&mut guest, &kernel, &mut arena, &[1]).unwrap();
     let mut found = 0;
     while known(&guest, &kernel) != Published::default() {
         arena.holds.vcpus = guest.vcpus_mut().len() + 1;
@@ -193,8 +184,7 @@ fn many_come_and_go() {
         if round % 3 != 0 {
             let nth = usize::try_from(round * 7).unwrap() % there.len();
             let gone = there.remove(nth);
-            let model = Model::Immediate;
-            revert(&mut guest, &kernel, &mut arena, &[gone], model, &options()).unwrap();
+            undo(&mut guest, &kernel, &mut arena, &[gone]).unwrap();
             settle(&mut guest, &kernel, &mut arena, &options()).unwrap();
         }
         let units = there.iter().map(|id| &arena.holds.placed[id].known);

@@ -5,10 +5,9 @@ use std::time::{Duration, Instant};
 
 use super::times::{drop_time, set_time};
 use super::tune::{MAX_SET_ROOM, SetChange, SetsError, change_set, drop_set, tick};
-use super::whole_tests::{booted, options, package};
-use super::{ApplyError, Arena, Request, apply, reuse, revert};
+use super::whole_tests::{booted, options, package, undo};
+use super::{ApplyError, Arena, Request, apply, reuse};
 use crate::addr::Gva;
-use crate::apply::Model;
 use crate::edition::list::Use;
 use crate::guest::fake::{Call, FakeGuest, Fault};
 use crate::kernel::locate::Kernel;
@@ -340,15 +339,7 @@ fn sets_are_made_filled_and_done_away_with() {
         drop_set(&mut arena, "other"),
         Err(SetsError::None { .. })
     ));
-    revert(
-        &mut guest,
-        &kernel,
-        &mut arena,
-        &[1],
-        Model::Immediate,
-        &options(false),
-    )
-    .unwrap();
+    undo(&mut guest, &kernel, &mut arena, &[1]).unwrap();
     drop_set(&mut arena, "chosen").unwrap();
     assert!(arena.holds.sets.is_empty() && arena.holds.space.used() >= used);
     while arena.holds.is_settling() {

@@ -85,14 +85,24 @@ pub(super) fn options<'a>(check_only: bool) -> ApplyOptions<'a> {
     }
 }
 
-/// Takes updates back.
-fn undo(
+/// Takes updates back at once.
+pub(super) fn undo(
     guest: &mut FakeGuest,
     kernel: &Kernel,
     arena: &mut Arena,
     updates: &[u64],
 ) -> Result<Report, ApplyError> {
-    let model = Model::Immediate;
+    undo_by(guest, kernel, arena, updates, Model::Immediate)
+}
+
+/// Takes updates back by a model.
+pub(super) fn undo_by(
+    guest: &mut FakeGuest,
+    kernel: &Kernel,
+    arena: &mut Arena,
+    updates: &[u64],
+    model: Model,
+) -> Result<Report, ApplyError> {
     revert(guest, kernel, arena, updates, model, &options(false))
 }
 

@@ -3,8 +3,9 @@
 //! What the guest puts at the site runs before that. A tracer or a probe lets the call go on; a livepatch never does, and a BPF program that may
 //! give the function's result (`fmod_ret`) does as it likes. The function tracer's record of the site says who is there, and the lists of
 //! livepatches and BPF trampolines say more. A kprobe that leads calls elsewhere cannot be told from one that looks at them, unless it says so.
-//! Sources: kernel `kernel/trace/ftrace.c`, `kernel/livepatch/patch.c`, `kernel/bpf/trampoline.c`.
+//! Sources: kernel `kernel/livepatch/patch.c`, `kernel/bpf/trampoline.c`.
 
+use super::ftrace;
 use super::gather::Bound;
 use super::locate::{Kernel, KernelError};
 use super::memory::Memory;
@@ -13,16 +14,9 @@ use crate::guest::ReadPhys;
 
 /// The first byte of what a function tracer makes of a site in use: a call.
 const CALL: u8 = 0xe8;
-/// Flags of a function tracer's record (`FTRACE_FL_*`): its site is in use, by one that may change where the call goes on, by a call that goes to no
-/// trampoline of the tracer's.
-const IN_USE: u64 = 1 << 31;
-const MODIFIED: u64 = 1 << 26;
-const DIRECT: u64 = 1 << 23;
 /// Buckets of BPF's table of trampolines (`TRAMPOLINE_TABLE_SIZE`).
 const BUCKETS: usize = 1 << 10;
 /// More of each than any guest has.
-const MAX_PAGES: usize = 1 << 16;
-const MAX_RECORDS: u32 = 1 << 20;
 const MAX_LIVEPATCHED: usize = 1 << 16;
 const MAX_TRAMPOLINES: usize = 1 << 16;
 
@@ -66,11 +60,11 @@ impl Kernel {
         if first != [CALL] {
             return Ok(None);
         }
-        let flags = self.record(&memory, site)?.unwrap_or(0);
-        if flags & IN_USE == 0 {
+        let flags = ftrace::flags_of(self, &memory, site)?;
+        let Some(flags) = flags.filter(|flags| flags.in_use()) else {
             return Ok(None);
-        }
-        if flags & MODIFIED != 0 {
+        };
+        if flags.modified() {
             let livepatched = self.is_livepatched(&memory, function)?;
             return Ok(Some(if livepatched {
                 Shadow::Livepatch
@@ -78,57 +72,8 @@ impl Kernel {
                 Shadow::Tracer
             }));
         }
-        let bpf = flags & DIRECT != 0 && self.may_give_result(&memory, function)?;
+        let bpf = flags.direct() && self.may_give_result(&memory, function)?;
         Ok(bpf.then_some(Shadow::Bpf))
-    }
-
-    /// The flags of the function tracer's record of `site`. Each page of records is in the order of addresses.
-    fn record<R: ReadPhys + ?Sized>(
-        &self,
-        memory: &Memory<'_, R>,
-        site: Gva,
-    ) -> Result<Option<u64>, KernelError> {
-        let Some(pages) = self.image().symbols().optional("ftrace_pages_start")? else {
-            return Ok(None);
-        };
-        let types = self.image().types();
-        let of_page = |path| types.offset_of("ftrace_page", path);
-        let (next, records, index) = (of_page("next")?, of_page("records")?, of_page("index")?);
-        let len = types.size_of("dyn_ftrace")?;
-        let of_record = |path| types.offset_of("dyn_ftrace", path);
-        let (ip, flags) = (of_record("ip")?, of_record("flags")?);
-        let mut bound = Bound::new("list of traced functions", MAX_PAGES);
-        let mut page = memory.u64(self.runtime(pages.address))?;
-        while page != 0 {
-            bound.step(page)?;
-            let at = |offset: u64| Gva(page.wrapping_add(offset));
-            let count = memory.u32(at(index))?;
-            if count > MAX_RECORDS {
-                return Err(KernelError::Unsound {
-                    what: "count of traced functions",
-                    at: at(index),
-                    value: count.into(),
-                });
-            }
-            let first = memory.u64(at(records))?;
-            let record = |nth: u32| first.wrapping_add(u64::from(nth).wrapping_mul(len));
-            let (mut low, mut high) = (0, count);
-            while low < high {
-                let middle = low + (high - low) / 2;
-                let found = memory.u64(Gva(record(middle).wrapping_add(ip)))?;
-                if found == site.0 {
-                    let flags = memory.u64(Gva(record(middle).wrapping_add(flags)))?;
-                    return Ok(Some(flags));
-                }
-                if found < site.0 {
-                    low = middle + 1;
-                } else {
-                    high = middle;
-                }
-            }
-            page = memory.u64(at(next))?;
-        }
-        Ok(None)
     }
 
     /// Whether a livepatch leads calls of `function` elsewhere: the newest of those that it has, if that has any code of its own.

@@ -6,20 +6,21 @@ use std::fmt;
 
 use iced_x86::{Instruction, InstructionInfoFactory, OpAccess, Register};
 
-/// In the order of the bits of [`Registers`]: those of arguments first, in their order.
-const ALL: [Register; 9] = [
+/// The registers that carry the words of arguments, in their order.
+pub const ARGUMENTS: [Register; 6] = [
     Register::RDI,
     Register::RSI,
     Register::RDX,
     Register::RCX,
     Register::R8,
     Register::R9,
-    Register::RAX,
-    Register::R10,
-    Register::R11,
 ];
-/// How many of them carry arguments.
-const ARGUMENTS: usize = 6;
+/// All that are caller-saved, in the order of the bits of [`Registers`].
+const ALL: [Register; 9] = {
+    let [a, b, c, d, e, f] = ARGUMENTS;
+    let rest = [Register::RAX, Register::R10, Register::R11];
+    [a, b, c, d, e, f, rest[0], rest[1], rest[2]]
+};
 
 /// A set of caller-saved registers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -36,7 +37,7 @@ impl Registers {
     /// Those that carry the first `count` words of arguments.
     #[must_use]
     pub fn arguments(count: usize) -> Self {
-        Self((1 << count.min(ARGUMENTS)) - 1)
+        Self((1 << count.min(ARGUMENTS.len())) - 1)
     }
 
     /// The one that `register` is, or is a part of; none if that is not caller-saved.

@@ -3,6 +3,7 @@
 //! A handler runs in a task of its own: a client that goes away ends no operation, and a panic is a 500 with the same
 //! body as every other failure.
 
+mod answers;
 mod kernel;
 mod sets;
 mod times;
@@ -21,6 +22,7 @@ use tokio::sync::{oneshot, watch};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use self::answers::{Crowded, Ended, Failed, Late, NoUpdate, NotApplied, Queued, Refused, Wrong};
 use super::convert;
 use super::error::ApiError;
 use super::events;
@@ -132,9 +134,8 @@ async fn vm(State(api): State<Api>) -> Result<Json<Vm>, ApiError> {
 /// Stops all vCPUs and devices; pausing a paused VM changes nothing
 #[utoipa::path(post, path = "/v1/vm/pause", tag = "vm", params(DeadlineQuery), responses(
     (status = OK, body = Transition),
-    (status = CONFLICT, description = "The guest has ended", body = ErrorBody),
     (status = GATEWAY_TIMEOUT, description = "Not stopped in time; runs as before", body = ErrorBody),
-    (status = "4XX", description = "The request is wrong", body = ErrorBody),
+    Ended, Wrong,
 ))]
 async fn pause(
     State(api): State<Api>,
@@ -180,7 +181,7 @@ fn transition(
 /// Presses the ACPI power button; the guest decides what it does then
 #[utoipa::path(post, path = "/v1/vm/power-button", tag = "vm", responses(
     (status = ACCEPTED, body = PowerButton),
-    (status = CONFLICT, description = "The guest has ended", body = ErrorBody),
+    Ended,
 ))]
 async fn power_button(State(api): State<Api>) -> Result<(StatusCode, Json<PowerButton>), ApiError> {
     api.call(|machine| {
@@ -208,7 +209,7 @@ async fn kill(State(api): State<Api>) -> Result<(StatusCode, Json<Vm>), ApiError
     (status = CREATED, body = Dump),
     (status = CONFLICT, description = "The file exists, or the guest has ended", body = ErrorBody),
     (status = GATEWAY_TIMEOUT, description = "Not stopped in time", body = ErrorBody),
-    (status = "4XX", description = "The request is wrong", body = ErrorBody),
+    Wrong,
 ))]
 async fn dump(
     State(api): State<Api>,
@@ -229,7 +230,7 @@ async fn dump(
 #[utoipa::path(get, path = "/v1/kernel", tag = "kernel", params(DeadlineQuery), responses(
     (status = OK, body = Kernel),
     (status = UNPROCESSABLE_ENTITY, description = "The image cannot be read", body = ErrorBody),
-    (status = "4XX", description = "The request is wrong", body = ErrorBody),
+    Wrong,
 ))]
 async fn kernel(
     State(api): State<Api>,
@@ -247,7 +248,7 @@ async fn kernel(
     responses(
         (status = OK, description = "A stream; each event's data is one Event",
             content_type = "text/event-stream", body = Event),
-        (status = "4XX", description = "The request is wrong", body = ErrorBody),
+        Wrong,
     ))]
 async fn follow(
     State(api): State<Api>,
@@ -279,7 +280,7 @@ async fn updates(State(api): State<Api>) -> Json<UpdateList> {
     params(("id" = u64, Path, description = "Number of the update")),
     responses(
         (status = OK, body = Update),
-        (status = NOT_FOUND, description = "No such update", body = ErrorBody),
+        NoUpdate,
     ))]
 async fn update(State(api): State<Api>, Id(id): Id) -> Result<Json<Update>, ApiError> {
     let mut updates = api.machine.updates().into_iter();
@@ -293,13 +294,8 @@ async fn update(State(api): State<Api>, Id(id): Id) -> Result<Json<Update>, ApiE
     responses(
         (status = CREATED, description = "Applied", body = Update),
         (status = OK, description = "Checked; nothing was written", body = Update),
-        (status = ACCEPTED, description = "Queued (wait=false)", body = Update),
         (status = CONFLICT, description = "The guest's state does not allow it", body = ErrorBody),
-        (status = UNPROCESSABLE_ENTITY, description = "Refused; the guest is as it was", body = ErrorBody),
-        (status = INTERNAL_SERVER_ERROR, description = "Failed; the code says in what state", body = ErrorBody),
-        (status = SERVICE_UNAVAILABLE, description = "Too many operations wait", body = ErrorBody),
-        (status = GATEWAY_TIMEOUT, description = "Not done in time; the guest is as it was", body = ErrorBody),
-        (status = "4XX", description = "The request is wrong", body = ErrorBody),
+        Queued, Refused, Failed, Crowded, Late, Wrong,
     ))]
 async fn apply(
     State(api): State<Api>,
@@ -377,13 +373,9 @@ fn how(rule: Option<&str>, counted: bool) -> Result<Use, ApiError> {
     params(("id" = u64, Path, description = "Number of the update"), UseQuery),
     responses(
         (status = OK, description = "They are used so from now on", body = Update),
-        (status = ACCEPTED, description = "Queued (wait=false)", body = Update),
-        (status = NOT_FOUND, description = "No such update", body = ErrorBody),
-        (status = CONFLICT, description = "The update is not applied", body = ErrorBody),
         (status = UNPROCESSABLE_ENTITY, description = "Refused; they are used as before", body = ErrorBody),
-        (status = INTERNAL_SERVER_ERROR, description = "Failed; the code says in what state", body = ErrorBody),
         (status = GATEWAY_TIMEOUT, description = "Not done in time; they are used as before", body = ErrorBody),
-        (status = "4XX", description = "The request is wrong", body = ErrorBody),
+        Queued, NoUpdate, NotApplied, Failed, Wrong,
     ))]
 async fn reuse(
     State(api): State<Api>,
@@ -403,11 +395,9 @@ async fn reuse(
     params(("id" = u64, Path, description = "Number of the update"), ForceQuery),
     responses(
         (status = OK, description = "Nobody is bound to the old side any more", body = Update),
-        (status = ACCEPTED, description = "Queued (wait=false)", body = Update),
-        (status = NOT_FOUND, description = "No such update", body = ErrorBody),
         (status = CONFLICT, description = "The update is not being switched", body = ErrorBody),
         (status = GATEWAY_TIMEOUT, description = "Not done in time", body = ErrorBody),
-        (status = "4XX", description = "The request is wrong", body = ErrorBody),
+        Queued, NoUpdate, Wrong,
     ))]
 async fn force(
     State(api): State<Api>,
@@ -457,13 +447,7 @@ async fn metrics_page(State(api): State<Api>) -> Result<Response, ApiError> {
     params(("id" = u64, Path, description = "Number of the update"), RevertQuery),
     responses(
         (status = OK, description = "Reverted", body = Update),
-        (status = ACCEPTED, description = "Queued (wait=false)", body = Update),
-        (status = NOT_FOUND, description = "No such update", body = ErrorBody),
-        (status = CONFLICT, description = "The update is not applied", body = ErrorBody),
-        (status = UNPROCESSABLE_ENTITY, description = "Refused; the guest is as it was", body = ErrorBody),
-        (status = INTERNAL_SERVER_ERROR, description = "Failed; the code says in what state", body = ErrorBody),
-        (status = GATEWAY_TIMEOUT, description = "Not done in time; the guest is as it was", body = ErrorBody),
-        (status = "4XX", description = "The request is wrong", body = ErrorBody),
+        Queued, NoUpdate, NotApplied, Refused, Failed, Late, Wrong,
     ))]
 async fn revert(
     State(api): State<Api>,
@@ -506,9 +490,7 @@ async fn settle(
     params(("id" = u64, Path, description = "Number of the update"), DeadlineQuery),
     responses(
         (status = OK, body = Verification),
-        (status = NOT_FOUND, description = "No such update", body = ErrorBody),
-        (status = CONFLICT, description = "The update is not applied", body = ErrorBody),
-        (status = "4XX", description = "The request is wrong", body = ErrorBody),
+        NoUpdate, NotApplied, Wrong,
     ))]
 async fn verify(
     State(api): State<Api>,

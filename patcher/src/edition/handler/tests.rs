@@ -9,6 +9,7 @@ use crate::edition::set::{Keys, Set};
 use crate::rule::Order;
 use crate::rule::resolve::{Check, KERNEL_THREAD, PerCpu, Resolved, Source, Span, Value};
 use crate::rule::tune;
+use crate::x86::registers::ARGUMENTS;
 use crate::x86::run::Run;
 use iced_x86::Register;
 
@@ -37,14 +38,6 @@ pub(super) const COMM: u32 = 0x20;
 pub(super) const FLAGS: u32 = 0x30;
 pub(super) const CREDS: u32 = 0x38;
 pub(super) const UID: u32 = 8;
-const ARGUMENTS: [Register; 6] = [
-    Register::RDI,
-    Register::RSI,
-    Register::RDX,
-    Register::RCX,
-    Register::R8,
-    Register::R9,
-];
 const KEPT: [Register; 6] = [
     Register::RBX,
     Register::RBP,

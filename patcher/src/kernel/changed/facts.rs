@@ -11,22 +11,18 @@ use crate::guest::ReadPhys;
 use crate::kernel::alternatives::Features;
 use crate::kernel::bpf::{Bpf, BpfKind};
 use crate::kernel::bytes::le_u64;
+use crate::kernel::ftrace;
 use crate::kernel::gather::Bound;
 use crate::kernel::image::Shipped;
-use crate::kernel::locate::{Kernel, KernelError};
+use crate::kernel::locate::Kernel;
 use crate::kernel::memory::Memory;
 use crate::kernel::sites::{Site, SiteKind};
 use crate::kernel::text::ReturnForm;
 
 /// Sites that are looked at to tell how all of a kind were changed.
 const SAMPLE: usize = 64;
-/// More functions than any kernel with its modules has.
-const MAX_RECORDS: usize = 1 << 20;
 /// More users of the function tracer than any guest has.
 const MAX_TRACERS: usize = 4096;
-/// Flags of a function tracer's record (`FTRACE_FL_*`): its site is in use, by a call that goes to no trampoline of the tracer's.
-const IN_USE: u64 = 1 << 31;
-const DIRECT: u64 = 1 << 23;
 /// Flags of a kprobe (`KPROBE_FLAG_*`).
 const PROBE_OFF: u32 = 1 | 2;
 const PROBE_OPTIMIZED: u32 = 4;
@@ -200,46 +196,11 @@ fn traced<R: ReadPhys + ?Sized>(
     kernel: &Kernel,
     memory: &Memory<'_, R>,
 ) -> Result<HashMap<LinkAddr, bool>, ChangedError> {
-    let mut traced = HashMap::new();
-    let Some(pages) = kernel.image().symbols().optional("ftrace_pages_start")? else {
-        return Ok(traced);
-    };
-    let types = kernel.image().types();
-    let of_page = |path| types.offset_of("ftrace_page", path);
-    let (next, records, index) = (of_page("next")?, of_page("records")?, of_page("index")?);
-    let entry = usize::try_from(types.size_of("dyn_ftrace")?.max(16)).unwrap_or(usize::MAX);
-    let of_record = |path| {
-        types
-            .offset_of("dyn_ftrace", path)
-            .map(|at| usize::try_from(at).unwrap_or(usize::MAX))
-    };
-    let (ip, flags) = (of_record("ip")?, of_record("flags")?);
-    let mut bound = Bound::new("list of traced functions", MAX_RECORDS);
-    let mut left = MAX_RECORDS;
-    let mut page = memory.u64(kernel.runtime(pages.address))?;
-    while page != 0 {
-        bound.step(page)?;
-        let word = |offset: u64| memory.u64(Gva(page.wrapping_add(offset)));
-        let count = memory.u32(Gva(page.wrapping_add(index)))? as usize;
-        let unsound = KernelError::Unsound {
-            what: "count of traced functions",
-            at: Gva(page),
-            value: count as u64,
-        };
-        left = left.checked_sub(count).ok_or(unsound)?;
-        let mut bytes = vec![0; count * entry];
-        memory.read(Gva(word(records)?), &mut bytes)?;
-        for record in bytes.chunks_exact(entry) {
-            let flags = le_u64(record, flags).unwrap_or(0);
-            if flags & IN_USE != 0 {
-                let at = le_u64(record, ip).unwrap_or(0);
-                let link = LinkAddr(at.wrapping_sub(kernel.slide()));
-                traced.insert(link, flags & DIRECT != 0);
-            }
-        }
-        page = word(next)?;
-    }
-    Ok(traced)
+    let link = |at: Gva| LinkAddr(at.0.wrapping_sub(kernel.slide()));
+    let records = ftrace::in_use(kernel, memory)?.into_iter();
+    Ok(records
+        .map(|(at, flags)| (link(at), flags.direct()))
+        .collect())
 }
 
 /// The trampolines that the function tracer made for its users.

@@ -15,7 +15,7 @@ use patcher::kernel::locate::Kernel;
 use patcher::rule::Rule;
 use serde_json::{Value, json};
 use tests::inside::Inside;
-use tests::stock::{LTS_6_1, NEWEST_6_12, Stock, peers};
+use tests::stock::{LTS_6_1, NEWEST_6_12, Stock};
 use vmm::guest::KvmGuest;
 use vmm::vm::Walk;
 
@@ -106,10 +106,7 @@ struct Bench {
 
 /// Measures one kernel, in the lab or on hardware.
 pub(crate) fn measure(stock: Stock) -> Result<Value, String> {
-    let modules: Vec<PathBuf> = PEERS
-        .iter()
-        .map(|(_, module)| peers(stock, module))
-        .collect();
+    let modules: Vec<PathBuf> = PEERS.iter().map(|(_, module)| stock.peer(module)).collect();
     let guest = Inside::boot_with_files(stock, 1, &modules);
     let kernel = guest.kernel(stock);
     let machine = guest.vm.guest().map_err(|busy| busy.to_string())?;

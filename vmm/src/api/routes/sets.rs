@@ -6,6 +6,7 @@ use patcher::apply::tune;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::answers::{Crowded, Wrong};
 use super::{Api, reply};
 use crate::api::error::ApiError;
 use crate::api::extract::JsonBody;
@@ -33,8 +34,7 @@ async fn sets(State(api): State<Api>) -> Result<Json<SetList>, ApiError> {
     responses(
         (status = OK, body = Set),
         (status = UNPROCESSABLE_ENTITY, description = "A key finds no room, or the name is none", body = ErrorBody),
-        (status = SERVICE_UNAVAILABLE, description = "Too many operations wait", body = ErrorBody),
-        (status = "4XX", description = "The request is wrong", body = ErrorBody),
+        Crowded, Wrong,
     ))]
 async fn change(
     State(api): State<Api>,
@@ -58,7 +58,7 @@ async fn change(
         (status = OK, description = "It is gone", body = SetList),
         (status = NOT_FOUND, description = "No such set", body = ErrorBody),
         (status = CONFLICT, description = "A rule asks for it", body = ErrorBody),
-        (status = "4XX", description = "The request is wrong", body = ErrorBody),
+        Wrong,
     ))]
 async fn drop_set(
     State(api): State<Api>,

@@ -5,6 +5,7 @@ use axum::extract::{Path, State};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::answers::{Crowded, Wrong};
 use super::{Api, reply};
 use crate::api::error::ApiError;
 use crate::api::extract::JsonBody;
@@ -32,8 +33,7 @@ async fn times(State(api): State<Api>) -> Result<Json<TimeList>, ApiError> {
     responses(
         (status = OK, body = Time),
         (status = UNPROCESSABLE_ENTITY, description = "The name is none", body = ErrorBody),
-        (status = SERVICE_UNAVAILABLE, description = "Too many operations wait", body = ErrorBody),
-        (status = "4XX", description = "The request is wrong", body = ErrorBody),
+        Crowded, Wrong,
     ))]
 async fn change(
     State(api): State<Api>,
@@ -52,7 +52,7 @@ async fn change(
         (status = OK, description = "It is gone", body = TimeList),
         (status = NOT_FOUND, description = "No such time", body = ErrorBody),
         (status = CONFLICT, description = "A rule goes by it", body = ErrorBody),
-        (status = "4XX", description = "The request is wrong", body = ErrorBody),
+        Wrong,
     ))]
 async fn drop_time(
     State(api): State<Api>,
