@@ -41,6 +41,8 @@ pub enum Fault {
     Stores,
     /// Every pause misses its deadline.
     Pause,
+    /// The nth call of any kind, counted from zero: reads as well.
+    Call(usize),
     /// The nth call of any kind panics, counted from zero: reads as well.
     Panic(usize),
     /// The same, and every write behind it fails: an undo does too.
@@ -102,12 +104,29 @@ impl FakeGuest {
         self.steps.set(0);
     }
 
-    /// Counts a call, and panics if it is the one to do so.
-    fn step(&self) {
+    /// Whether the calls came as far as what fails.
+    #[must_use]
+    pub fn came_to_fault(&self) -> bool {
+        match self.fault {
+            Fault::Never => false,
+            Fault::Write(n) | Fault::WritesFrom(n) => self.writes > n,
+            Fault::Call(n) | Fault::Panic(n) | Fault::PanicAndWrites(n) => self.steps.get() > n,
+            Fault::Stores | Fault::Pause => true,
+        }
+    }
+
+    /// Counts a call, and fails or panics if it is the one to do so.
+    fn step(&self) -> Result<(), GuestError> {
         let nth = self.steps.replace(self.steps.get() + 1);
         if let Fault::Panic(n) | Fault::PanicAndWrites(n) = self.fault {
             assert!(nth != n, "call {nth} was made to panic");
         }
+        if self.fault == Fault::Call(nth) {
+            return Err(GuestError::Machine {
+                cause: format!("call {nth} was made to fail"),
+            });
+        }
+        Ok(())
     }
 
     /// The recorded guest `dump`, made to run: its memory is copied, and an empty `arena` added if it has none.
@@ -191,7 +210,7 @@ fn slice_mut(memory: &mut [Region], at: Gpa, len: usize) -> Result<&mut [u8], Gu
 
 impl ReadPhys for FakeGuest {
     fn read_phys(&self, at: Gpa, buf: &mut [u8]) -> Result<(), GuestError> {
-        self.step();
+        self.step()?;
         let found = self.memory.iter().find_map(|region| {
             within(region, at, buf.len()).and_then(|range| region.bytes.get(range))
         });
@@ -215,7 +234,7 @@ impl Guest for FakeGuest {
         if at < self.arena.start || end > self.arena.end || !at.0.is_multiple_of(8) {
             return Err(missing());
         }
-        self.step();
+        self.step()?;
         if self.fault == Fault::Stores {
             return Err(GuestError::Machine {
                 cause: "a store was made to fail".to_owned(),
@@ -225,7 +244,7 @@ impl Guest for FakeGuest {
     }
 
     fn pause(&mut self, _deadline: Instant) -> Result<FakePaused<'_>, GuestError> {
-        self.step();
+        self.step()?;
         self.calls.push(Call::Pause);
         if self.fault == Fault::Pause {
             return Err(GuestError::Deadline { vcpu: 0 });
@@ -255,7 +274,7 @@ impl Registers for FakePaused<'_> {
 
 impl PausedGuest for FakePaused<'_> {
     fn write_phys(&mut self, at: Gpa, bytes: &[u8]) -> Result<(), GuestError> {
-        self.guest.step();
+        self.guest.step()?;
         let nth = self.guest.writes;
         self.guest.writes += 1;
         self.guest.calls.push(Call::Write {
@@ -263,7 +282,7 @@ impl PausedGuest for FakePaused<'_> {
             len: bytes.len(),
         });
         let fails = match self.guest.fault {
-            Fault::Never | Fault::Stores | Fault::Pause | Fault::Panic(_) => false,
+            Fault::Never | Fault::Stores | Fault::Pause | Fault::Panic(_) | Fault::Call(_) => false,
             Fault::PanicAndWrites(n) => self.guest.steps.get() > n,
             Fault::Write(n) => nth == n,
             Fault::WritesFrom(n) => nth >= n,
@@ -278,9 +297,13 @@ impl PausedGuest for FakePaused<'_> {
     }
 
     fn resume(self) -> Result<(), GuestError> {
-        self.guest.step();
-        drop(self);
-        Ok(())
+        let resumed = self.guest.step();
+        // A machine that could not let its guest go has it standing still.
+        match resumed {
+            Ok(()) => drop(self),
+            Err(_) => self.leave_paused(),
+        }
+        resumed
     }
 
     fn leave_paused(self) {
