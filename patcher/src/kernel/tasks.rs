@@ -148,7 +148,7 @@ impl Tasks {
             reading: reader.reading(memory),
             recall: rested.recall(),
             current,
-            tasks: Vec::new(),
+            tasks: Vec::with_capacity(rested.order().len()),
         };
         walk.all(kernel.runtime(layout.init_task))?;
         let mut known = walk.places();
