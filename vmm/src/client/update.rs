@@ -254,10 +254,7 @@ impl Client {
                     let call = Call::post(format!("/v1/updates/{id}/use"))
                         .deadline(deadline)
                         .query(&how.query());
-                    let began = Instant::now();
-                    let update: Update = self.with_progress("switching", self.call(call)).await?;
-                    let update = self.switched(update, began + deadline, false).await?;
-                    self.print(&update, show::update)
+                    self.switch("switching", call, deadline, false).await
                 }
                 UpdateCommand::Force { id, deadline } => {
                     let call = Call::post(format!("/v1/updates/{id}/force")).deadline(deadline);
@@ -288,10 +285,7 @@ impl Client {
                             ("model", model.map(|model| model.name().to_owned())),
                             ("wait", no_wait.then(|| "false".to_owned())),
                         ]);
-                    let began = Instant::now();
-                    let update: Update = self.with_progress("reverting", self.call(call)).await?;
-                    let update = self.switched(update, began + deadline, no_wait).await?;
-                    self.print(&update, show::update)
+                    self.switch("reverting", call, deadline, no_wait).await
                 }
                 UpdateCommand::Verify { id, deadline } => {
                     let call = Call::post(format!("/v1/updates/{id}/verify")).deadline(deadline);
@@ -301,6 +295,20 @@ impl Client {
                 }
             }
         })
+    }
+
+    /// Makes a call that switches functions, and shows the update once all tasks have switched, or at the deadline.
+    async fn switch(
+        &self,
+        doing: &'static str,
+        call: Call,
+        deadline: Duration,
+        no_wait: bool,
+    ) -> Result<(), Failure> {
+        let began = Instant::now();
+        let update: Update = self.with_progress(doing, self.call(call)).await?;
+        let update = self.switched(update, began + deadline, no_wait).await?;
+        self.print(&update, show::update)
     }
 
     /// Shows what a verification of update `id` found.
