@@ -87,11 +87,14 @@ impl Rested {
             tasks.tasks.iter().map(|task| task.at).collect(),
             areas.iter().map(|area| area.at).collect(),
         ];
-        Ok(Self {
+        let rested = Self {
             tasks: rested,
             places,
             order,
-        })
+        };
+        // Once as it will be done under the pause: what is read there is near then.
+        drop(Tasks::read_beside(kernel, &memory, &rested));
+        Ok(rested)
     }
 
     /// The tasks, rested or not, in the order in which they were found.
