@@ -144,11 +144,11 @@ impl Turn {
     fn bound_to_gone(&self, holds: &Holdings, passing: &Passing) -> bool {
         let switched = |made: &&Arc<Made>| passing.functions.contains(&made.function);
         let made = holds.made.iter().filter(switched);
-        let led_to = made.flat_map(|made| made.bound.iter().filter_map(|step| step.update));
+        let mut led_to = made.flat_map(|made| made.bound.iter().filter_map(|step| step.update));
         let gone = |update: UpdateId| {
             !self.going.contains(&update) && self.draft.functions.of(update).next().is_none()
         };
-        led_to.into_iter().any(gone)
+        led_to.any(gone)
     }
 
     /// The functions that are to be led elsewhere.

@@ -56,14 +56,10 @@ impl<'a> Ahead<'a> {
     ) -> Result<(), KernelError> {
         let mut coming = self.order.iter().skip(self.next).take(AT_ONCE);
         let place = coming.position(|coming| *coming == at);
-        let follow = match place {
-            Some(skipped) => {
-                self.next += skipped + 1;
-                let follow = self.order.iter().skip(self.next);
-                follow.take(AT_ONCE - 1)
-            }
-            None => self.order.iter().skip(self.order.len()).take(0),
-        };
+        // Of one that is not to be expected here nothing follows.
+        let following = place.map_or(0, |_| AT_ONCE - 1);
+        self.next += place.map_or(0, |skipped| skipped + 1);
+        let follow = self.order.iter().skip(self.next).take(following);
         self.next += follow.len();
         let mut follow = follow.copied();
         let mut wanted = Ok(());

@@ -28,8 +28,10 @@ pub struct Rested {
     tasks: Vec<Task>,
     /// Where they are, sorted, and the index of each.
     places: Vec<(Gva, usize)>,
-    /// All tasks, and the descriptions of the areas that are mapped like stacks, in the order of the kernel's lists.
-    order: [Vec<Gva>; 2],
+    /// All tasks, rested or not, in that order.
+    order: Vec<Gva>,
+    /// The descriptions of areas that are mapped like stacks, in the order of their list.
+    areas: Vec<Gva>,
 }
 
 impl Rested {
@@ -83,14 +85,11 @@ impl Rested {
         let mut places: Vec<_> = places.map(|(index, task)| (task.at, index)).collect();
         places.sort_unstable();
         let areas = vmap::areas(kernel, &memory, &[])?;
-        let order = [
-            tasks.tasks.iter().map(|task| task.at).collect(),
-            areas.iter().map(|area| area.at).collect(),
-        ];
         let rested = Self {
             tasks: rested,
             places,
-            order,
+            order: tasks.tasks.iter().map(|task| task.at).collect(),
+            areas: areas.iter().map(|area| area.at).collect(),
         };
         // Once as it will be done under the pause: what is read there is near then.
         drop(Tasks::read_beside(kernel, &memory, &rested));
@@ -99,12 +98,12 @@ impl Rested {
 
     /// The tasks, rested or not, in the order in which they were found.
     pub(crate) fn order(&self) -> &[Gva] {
-        &self.order[0]
+        &self.order
     }
 
     /// The descriptions of areas that are mapped like stacks, in the order in which they were found.
     pub(crate) fn areas(&self) -> &[Gva] {
-        &self.order[1]
+        &self.areas
     }
 
     /// What is known of them, for a walk through the kernel's lists.
