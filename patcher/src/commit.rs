@@ -103,7 +103,7 @@ pub trait Running {
         &self,
         guest: &G,
         plan: &Plan,
-        rested: &Rested,
+        rested: Rested,
     ) -> Result<Scanned, Blocked>;
     /// The writes that make the code of `plan` known to it, and have it forget what the plan says.
     ///
@@ -186,7 +186,7 @@ impl<'p, P: PausedGuest> Quiescent<'p, P> {
         paused: P,
         kernel: &K,
         plan: &'p Plan,
-        rested: &Rested,
+        rested: Rested,
         deadline: Instant,
     ) -> Result<Self, Blocked> {
         let mut times = Times::default();

@@ -11,6 +11,7 @@ pub mod boot;
 pub mod bpf;
 pub(crate) mod btf;
 pub(crate) mod bytes;
+mod census;
 pub mod changed;
 pub(crate) mod entered;
 pub mod flux;

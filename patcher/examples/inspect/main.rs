@@ -110,7 +110,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     );
     println!("returns: {:x?}", kernel.return_form(&dump)?);
     let everything = Gva(0)..Gva(u64::MAX);
-    println!("kprobes: {:?}", kernel.kprobes_in(&dump, &everything)?);
+    println!("kprobes: {:?}", kernel.kprobes_in(&dump, &[everything])?);
     println!(
         "arena: {:?}",
         ArenaLayout::plan(&kernel, &dump, &(Gpa(0x1_0000_0000)..Gpa(0x1_0060_0000)))?.code

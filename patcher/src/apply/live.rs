@@ -14,6 +14,9 @@ use crate::kernel::unwind::OtherCode;
 use crate::plan::{Plan, Write, checks};
 use crate::publish;
 
+/// How often stacks are looked at before a pause, while tasks come and go meanwhile.
+const FIRST_LOOKS: usize = 3;
+
 /// A located kernel, and what it decided at boot for all of its code.
 #[derive(Clone, Debug)]
 pub(super) struct Live<'k> {
@@ -94,22 +97,29 @@ impl Running for Inhabited<'_> {
     }
 
     fn first_look<G: ReadPhys>(&self, guest: &G, plan: &Plan) -> Rested {
-        // The lists of a guest that runs may be in motion. Then nothing is known before the pause.
-        let rested = Rested::look(self.kernel, guest, &question(plan), &self.others);
-        rested.unwrap_or_default()
+        // The lists of a guest that runs may be in motion. Then less is known before the pause, or nothing.
+        let mut last = Rested::default();
+        for _ in 0..FIRST_LOOKS {
+            let look = Rested::look(self.kernel, guest, &question(plan), &self.others);
+            let Ok(rested) = look else { continue };
+            last = rested;
+            if let Ok(false) = last.is_outdated(self.kernel, guest) {
+                break;
+            }
+        }
+        last
     }
 
     fn scan<G: ReadPhys + Registers>(
         &self,
         guest: &G,
         plan: &Plan,
-        rested: &Rested,
+        rested: Rested,
     ) -> Result<Scanned, Blocked> {
         // A probe that is not armed yet would be written over our jump when it is.
-        for range in &plan.forbidden {
-            let probes = self.kernel.kprobes_in(guest, range).map_err(unreadable)?;
-            checks::no_kprobe("the redirected function", &probes).map_err(Blocked::Changed)?;
-        }
+        let probes = self.kernel.kprobes_in(guest, &plan.forbidden);
+        let probes = probes.map_err(unreadable)?;
+        checks::no_kprobe("the redirected function", &probes).map_err(Blocked::Changed)?;
         let vcpus = guest.vcpus();
         let (question, others) = (question(plan), &self.others);
         match quiescent(self.kernel, guest, vcpus, &question, others, rested) {

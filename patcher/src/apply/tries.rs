@@ -169,7 +169,7 @@ fn one_try<G: Guest, K: Running>(
     let paused = Counted::new(guest.pause(options.deadline).map_err(CommitFailed::Pause)?);
     let stopped = start.elapsed();
     let counts = paused.counts();
-    let quiescent = match Quiescent::check(paused, kernel, plan, &rested, options.deadline) {
+    let quiescent = match Quiescent::check(paused, kernel, plan, rested, options.deadline) {
         Ok(quiescent) => quiescent,
         Err(blocked) => return Ok(Tried::Blocked(blocked)),
     };

@@ -18,7 +18,7 @@ pub(crate) struct Ahead<'a> {
     /// The place in the order behind the last that was read.
     next: usize,
     /// Those that have been read, and room for others.
-    held: Vec<(Option<Gva>, Fields<'a>)>,
+    held: Vec<(Option<Gva>, Fields)>,
 }
 
 impl<'a> Ahead<'a> {
@@ -39,7 +39,7 @@ impl<'a> Ahead<'a> {
         &mut self,
         memory: &Memory<'_, R>,
         at: Gva,
-    ) -> Result<&Fields<'a>, KernelError> {
+    ) -> Result<&Fields, KernelError> {
         let held = self.held.iter().position(|(held, _)| *held == Some(at));
         let place = match held {
             Some(place) => place,

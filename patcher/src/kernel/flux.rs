@@ -42,17 +42,20 @@ impl Kernel {
         }
     }
 
-    /// Addresses of the guest's kprobes whose bytes, as far as they may be overwritten, touch `range`.
+    /// Addresses of the guest's kprobes whose bytes, as far as they may be overwritten, touch one of `ranges`.
     ///
     /// # Errors
     /// When the table of probes cannot be read, or does not end.
     pub fn kprobes_in<R: ReadPhys + ?Sized>(
         &self,
         guest: &R,
-        range: &Range<Gva>,
+        ranges: &[Range<Gva>],
     ) -> Result<Vec<Gva>, KernelError> {
         let probes = self.kprobes(guest)?.into_iter().map(|(at, _)| at);
-        let touches = |at: &Gva| *at < range.end && range.start.0 < at.0.saturating_add(OPTIMIZED);
+        let touches = |at: &Gva| {
+            let mut ranges = ranges.iter();
+            ranges.any(|range| *at < range.end && range.start.0 < at.0.saturating_add(OPTIMIZED))
+        };
         let mut found: Vec<Gva> = probes.filter(touches).collect();
         found.sort_unstable();
         Ok(found)
@@ -63,17 +66,11 @@ impl Kernel {
         &self,
         guest: &R,
     ) -> Result<Vec<(Gva, Gva)>, KernelError> {
-        const TABLE: &str = "kprobe_table";
         let mut found = Vec::new();
-        if !self.image().symbols().has(TABLE) {
+        let Some(layout) = &self.layout().flux.probes else {
             return Ok(found);
-        }
-        let types = self.image().types();
-        let (link, address) = (
-            types.offset_of("kprobe", "hlist")?,
-            types.offset_of("kprobe", "addr")?,
-        );
-        let table = self.symbol(TABLE)?;
+        };
+        let table = self.runtime(layout.table);
         let mut buckets = [0; KPROBE_BUCKETS * 8];
         self.read(guest, table, &mut buckets)?;
         let mut left = MAX_PROBES;
@@ -81,13 +78,13 @@ impl Kernel {
             let mut node = u64::from_le_bytes(*bucket);
             while node != 0 {
                 let unsound = KernelError::Unsound {
-                    what: TABLE,
+                    what: "table of kprobes",
                     at: table,
                     value: node,
                 };
                 left = left.checked_sub(1).ok_or(unsound)?;
-                let probe = Gva(node.wrapping_sub(link));
-                let at = Gva(self.read_u64(guest, Gva(probe.0.wrapping_add(address)))?);
+                let probe = Gva(node.wrapping_sub(layout.link));
+                let at = Gva(self.read_u64(guest, Gva(probe.0.wrapping_add(layout.address)))?);
                 found.push((at, probe));
                 node = self.read_u64(guest, Gva(node))?;
             }
@@ -140,11 +137,11 @@ mod tests {
         guest.put(first + 40, 0x2000);
         guest.put(second + 40, 0x1ffb);
         let kernel = guest.kernel();
-        let probes = |range| kernel.kprobes_in(&guest, &range).unwrap();
+        let probes = |range| kernel.kprobes_in(&guest, &[range]).unwrap();
         assert_eq!(probes(Gva(0x2000)..Gva(0x2001)), [Gva(0x2000)]);
         assert_eq!(probes(Gva(0x1fff)..Gva(0x2001)), [Gva(0x1ffb), Gva(0x2000)]);
         assert_eq!(probes(Gva(0x2005)..Gva(0x2010)), []);
         guest.put(second, first);
-        assert!(kernel.kprobes_in(&guest, &(Gva(0)..Gva(1))).is_err());
+        assert!(kernel.kprobes_in(&guest, &[Gva(0)..Gva(1)]).is_err());
     }
 }

@@ -1,5 +1,7 @@
 //! Reads several fields of one structure of the guest with few reads, and walks the guest's lists within bounds.
 
+use std::sync::Arc;
+
 use super::bytes::{le_u32, le_u64};
 use super::locate::KernelError;
 use super::memory::Memory;
@@ -13,14 +15,14 @@ const GAP: u64 = 128;
 #[derive(Clone, Debug)]
 pub(crate) struct Gather {
     /// Offset in the structure, and in the buffer, and bytes.
-    spans: Vec<(u64, usize, usize)>,
+    spans: Arc<[(u64, usize, usize)]>,
     len: usize,
 }
 
 /// The fields of one structure, as they were read.
 #[derive(Clone, Debug)]
-pub(crate) struct Fields<'a> {
-    gather: &'a Gather,
+pub(crate) struct Fields {
+    spans: Arc<[(u64, usize, usize)]>,
     bytes: Vec<u8>,
 }
 
@@ -43,25 +45,28 @@ impl Gather {
             spans.push((start, len, bytes));
             len += bytes;
         }
-        Self { spans, len }
+        Self {
+            spans: spans.into(),
+            len,
+        }
     }
 
-    pub(crate) fn fields(&self) -> Fields<'_> {
+    pub(crate) fn fields(&self) -> Fields {
         Fields {
-            gather: self,
+            spans: Arc::clone(&self.spans),
             bytes: vec![0; self.len],
         }
     }
 }
 
-impl Fields<'_> {
+impl Fields {
     /// Reads the fields of the structure at `base`.
     pub(crate) fn read<R: ReadPhys + ?Sized>(
         &mut self,
         memory: &Memory<'_, R>,
         base: Gva,
     ) -> Result<(), KernelError> {
-        for (offset, at, len) in &self.gather.spans {
+        for (offset, at, len) in self.spans.iter() {
             let part = self.bytes.get_mut(*at..at + len).unwrap_or_default();
             memory.read(Gva(base.0.wrapping_add(*offset)), part)?;
         }
@@ -69,13 +74,8 @@ impl Fields<'_> {
     }
 
     fn at(&self, offset: u64) -> usize {
-        let after = self
-            .gather
-            .spans
-            .partition_point(|(start, ..)| *start <= offset);
-        let span = after
-            .checked_sub(1)
-            .and_then(|index| self.gather.spans.get(index));
+        let after = self.spans.partition_point(|(start, ..)| *start <= offset);
+        let span = after.checked_sub(1).and_then(|index| self.spans.get(index));
         let place =
             span.and_then(|(start, at, _)| usize::try_from(offset - start).ok()?.checked_add(*at));
         place.unwrap_or(usize::MAX)
@@ -144,7 +144,7 @@ mod tests {
     #[test]
     fn near_fields_are_read_together() {
         let gather = Gather::new(&[(1000, 8), (0, 8), (100, 16), (96, 4)]);
-        assert_eq!(gather.spans, [(0, 0, 116), (1000, 116, 8)]);
+        assert_eq!(*gather.spans, [(0, 0, 116), (1000, 116, 8)]);
         let mut fields = gather.fields();
         fields.bytes[116..].copy_from_slice(&7_u64.to_le_bytes());
         fields.bytes[96] = 9;

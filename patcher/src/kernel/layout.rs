@@ -5,6 +5,7 @@
 use std::ops::Range;
 
 use super::bpf::BpfLayout;
+use super::census::CensusLayout;
 use super::image::Image;
 use super::symbols::SymbolError;
 use super::types::TypeError;
@@ -36,6 +37,8 @@ pub(crate) struct Layout {
     pub(crate) direct_map: Option<Range<LinkAddr>>,
     pub(crate) cpus: CpuLayout,
     pub(crate) task: TaskLayout,
+    /// What tells whether tasks came or went; a kernel without it has its lists walked under each pause.
+    pub(crate) census: Option<CensusLayout>,
     pub(crate) vmap: VmapLayout,
     /// Bytes of a task's stack, and of an interrupt stack (`THREAD_SIZE` and `IRQ_STACK_SIZE` are one formula).
     pub(crate) stack_size: u64,
@@ -56,6 +59,16 @@ pub(crate) struct FluxLayout {
     pub(crate) locks: Vec<(&'static str, LinkAddr)>,
     /// The count of users of the table for breakpoints that stand in for text.
     pub(crate) breakpoints: Option<LinkAddr>,
+    /// Where probes are listed, in a kernel that can have any.
+    pub(crate) probes: Option<ProbesLayout>,
+}
+
+/// The hash table of kprobes, and offsets into each.
+#[derive(Clone, Debug)]
+pub(crate) struct ProbesLayout {
+    pub(crate) table: LinkAddr,
+    pub(crate) link: u64,
+    pub(crate) address: u64,
 }
 
 /// Per-CPU data: link addresses of tables, and offsets into each CPU's area.
@@ -106,6 +119,13 @@ pub(crate) struct TurnsLayout {
     pub(crate) involuntary: u64,
     pub(crate) since: u64,
     pub(crate) on_cpu: u64,
+}
+
+impl TurnsLayout {
+    /// What of it counts turns: offsets and lengths.
+    pub(crate) fn fields(&self) -> [(u64, u64); 3] {
+        [self.voluntary, self.involuntary, self.since].map(|at| (at, 8))
+    }
 }
 
 /// Where the function graph tracer keeps the return addresses that it took from the stack.
@@ -177,6 +197,7 @@ impl Layout {
             direct_map,
             cpus: cpus(image)?,
             task: task(image)?,
+            census: CensusLayout::resolve(image),
             vmap: vmap(image)?,
             flux: flux(image)?,
             bpf: BpfLayout::resolve(image)?,
@@ -218,7 +239,19 @@ fn flux(image: &Image) -> Result<FluxLayout, LayoutError> {
     let breakpoints = table
         .zip(refs)
         .and_then(|(table, refs)| table.address.checked_add(refs));
-    Ok(FluxLayout { locks, breakpoints })
+    let probes = match symbols.optional("kprobe_table")? {
+        Some(table) => Some(ProbesLayout {
+            table: table.address,
+            link: types.offset_of("kprobe", "hlist")?,
+            address: types.offset_of("kprobe", "addr")?,
+        }),
+        None => None,
+    };
+    Ok(FluxLayout {
+        locks,
+        breakpoints,
+        probes,
+    })
 }
 
 fn cpus(image: &Image) -> Result<CpuLayout, LayoutError> {

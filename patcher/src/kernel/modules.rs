@@ -212,7 +212,7 @@ struct Reader<'a, R: ?Sized> {
 }
 
 impl<R: ReadPhys + ?Sized> Reader<'_, R> {
-    fn module(&self, at: Gva, fields: &Fields<'_>) -> Result<Module, ModuleError> {
+    fn module(&self, at: Gva, fields: &Fields) -> Result<Module, ModuleError> {
         let layout = self.layout;
         let state = layout.state_of(fields.u32(layout.state))?;
         let name: [u8; layout::NAME] = fields.array(layout.name);
@@ -259,7 +259,7 @@ impl<R: ReadPhys + ?Sized> Reader<'_, R> {
         Ok(module)
     }
 
-    fn parts(&self, at: Gva, fields: &Fields<'_>) -> Result<layout::Parts, ModuleError> {
+    fn parts(&self, at: Gva, fields: &Fields) -> Result<layout::Parts, ModuleError> {
         let unsound = |value| KernelError::Unsound {
             what: "module's memory",
             at,

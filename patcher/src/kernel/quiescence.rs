@@ -13,8 +13,9 @@ use super::locate::{Kernel, KernelError};
 use super::memory::Memory;
 use super::orc::OrcError;
 use super::rested::Rested;
+use super::running::Running;
 use super::stack::{Scan, ScanError, Scanner, Watched, Who, on_stacks};
-use super::tasks::Tasks;
+use super::tasks::{Rest, Tasks};
 use super::unwind::{End, Followed, Frame, OtherCode, Reason, Unreliable, UnwindError, Whose};
 use crate::addr::Gva;
 use crate::guest::{ReadPhys, Vcpu};
@@ -79,9 +80,10 @@ pub fn quiescent<R: ReadPhys + ?Sized>(
     vcpus: &[Vcpu],
     question: &Question<'_>,
     others: &[OtherCode],
-    rested: &Rested,
+    mut rested: Rested,
 ) -> Result<Answer, ScanError> {
     let memory = Memory::new(kernel, guest).map_err(KernelError::from)?;
+    let inside = rested.take_inside();
     let tasks = Tasks::read_beside(kernel, &memory, rested)?;
     let watched = question.watched.iter().cloned().map(Watched::new);
     let mut answer = Answer {
@@ -97,6 +99,7 @@ pub fn quiescent<R: ReadPhys + ?Sized>(
     let asked = (forbidden, question.group);
     let mut scanner = Scanner::new(kernel, &memory, asked, &mut answer.watched);
     answer.scan = scanner.all(vcpus, &tasks, &running)?;
+    answer.inside = still_inside(inside, &tasks, &running);
     let mut objection = None;
     let followed = Followed::new(kernel, &memory, &tasks, others);
     let looked = followed.map(|mut followed| {
@@ -151,6 +154,23 @@ impl Answer {
             });
         }
     }
+}
+
+/// Of those whom a first look found `inside` the group, who has not run since. On whose stack a vCPU is, that is followed.
+fn still_inside(inside: Vec<Inside>, tasks: &Tasks, running: &Running) -> Vec<Inside> {
+    let mut stays = vec![false; inside.len()];
+    for (index, task) in tasks.tasks.iter().enumerate() {
+        let Rest::Inside(place) = task.rest else {
+            continue;
+        };
+        if let Some(stays) = stays.get_mut(place).filter(|_| !running.is_on(index)) {
+            *stays = true;
+        }
+    }
+    let inside = inside.into_iter().zip(stays);
+    inside
+        .filter_map(|(inside, stays)| stays.then_some(inside))
+        .collect()
 }
 
 fn refusal(tasks: &Tasks, whose: Whose, objection: Objection) -> ScanError {
@@ -212,7 +232,7 @@ mod tests {
                 ..Question::default()
             };
             let rested = Rested::default();
-            let got = super::quiescent(&kernel, &guest, &guest.vcpus, &question, &arena, &rested);
+            let got = super::quiescent(&kernel, &guest, &guest.vcpus, &question, &arena, rested);
             match (got.as_ref().map(|answer| answer.scan), want) {
                 (Ok(Scan { frames, .. }), Ok(want)) => assert_eq!(frames, want),
                 (Err(got), Err(want)) => assert!(got.to_string().contains(want), "{got}"),

@@ -1,19 +1,22 @@
-//! Tasks whose stacks were looked through while the guest ran, found to be in nothing that was asked about, and that have not run since: under
-//! the pause nobody has to look at those again.
+//! Tasks whose stacks were looked through while the guest ran, found to be in nothing that must be free, and that have not run since: under
+//! the pause nobody has to look at those again. Those in the code of a group are still in it then.
 //!
 //! A task that stops running is counted first (`nvcsw`, `nivcsw`) and let go last (`on_cpu`; kernel `kernel/sched/core.c`, `__schedule()` and
 //! `finish_task()`). So one that was found let go *after* its count was read, and whose stack was read after that, had stopped for good with that
 //! count or a higher one. If it has the same one under the pause, is no CPU's current task, and no vCPU is on its stack, it has not run in
 //! between: its stack is as it was read. What was read in motion is never believed: it does not fit, and the task is looked at again.
+//! Which tasks there are is asked of the kernel's lists again only if one has come or gone ([`super::census`]).
 
+use std::ops::Range;
 use std::sync::atomic::{Ordering, fence};
 
+use super::census::Census;
 use super::locate::{Kernel, KernelError};
 use super::memory::Memory;
-use super::quiescence::Question;
-use super::stack::{ScanError, Scanner};
-use super::tasks::{Reader, Task, Tasks, Turns};
-use super::unwind::{Followed, OtherCode};
+use super::quiescence::{Inside, Question};
+use super::stack::{ScanError, Scanner, Who};
+use super::tasks::{Reading, Rest, Task, Tasks, places};
+use super::unwind::{Followed, Frame, OtherCode};
 use super::vmap;
 use crate::addr::Gva;
 use crate::guest::ReadPhys;
@@ -21,15 +24,21 @@ use crate::guest::ReadPhys;
 /// Tasks ahead among which the next one is looked for, before all are: lists change little between two looks.
 const AHEAD: usize = 8;
 
-/// The tasks that were found so.
+/// All tasks as a first look found them.
 #[derive(Clone, Debug, Default)]
 pub struct Rested {
-    /// In the order of the kernel's lists.
-    tasks: Vec<Task>,
-    /// Where they are, sorted, and the index of each.
-    places: Vec<(Gva, usize)>,
-    /// All tasks, rested or not, in that order.
-    order: Vec<Gva>,
+    /// The count of tasks before it, if that can be told.
+    census: Option<Census>,
+    /// Those that the kernel's lists show, in that order.
+    pub(crate) listed: Vec<Task>,
+    /// Those that only CPUs show.
+    pub(crate) beyond: Vec<Task>,
+    /// Where the listed ones are, sorted, and the index of each.
+    pub(crate) places: Vec<(Gva, usize)>,
+    /// Where their stacks begin, sorted, and the index of each that has one.
+    pub(crate) by_stack: Vec<(Gva, usize)>,
+    /// Those that are in the group's code.
+    inside: Vec<Inside>,
     /// The descriptions of areas that are mapped like stacks, in the order of their list.
     areas: Vec<Gva>,
 }
@@ -46,67 +55,77 @@ impl Rested {
         question: &Question<'_>,
         others: &[OtherCode],
     ) -> Result<Self, ScanError> {
-        let Some(layout) = &kernel.layout().task.turns else {
+        if kernel.layout().task.turns.is_none() {
             return Ok(Self::default());
-        };
+        }
         let memory = Memory::new(kernel, guest).map_err(KernelError::from)?;
-        let tasks = Tasks::listed(kernel, &memory, &Self::default())?;
+        let census = Census::take(kernel, &memory)?;
+        let mut all = Tasks::listed(kernel, &memory, Self::default())?;
         // Counts are read before it is asked who was let go.
         fence(Ordering::Acquire);
-        let asked = [question.forbidden, question.watched].concat();
-        let within = [&asked, question.group].concat();
-        let is_in = |ip: Gva| within.iter().any(|range| range.contains(&ip));
-        let mut scanner = Scanner::new(kernel, &memory, (&asked, &[]), &mut []);
-        let mut followed = Followed::new(kernel, &memory, &tasks, others)?;
-        let reader = Reader::new(kernel);
-        let mut reading = reader.reading(&memory);
-        let mut rested = Vec::new();
-        let asleep = tasks.tasks.iter().enumerate();
-        for (index, task) in asleep.filter(|(_, task)| task.cpu.is_none()) {
-            let let_go = memory.u32(Gva(task.at.0.wrapping_add(layout.on_cpu)));
-            if !let_go.is_ok_and(|on_cpu| on_cpu == 0) {
-                continue;
-            }
-            // And everything else behind that.
-            fence(Ordering::Acquire);
-            let Ok(task) = reading.task(task.at, task.turns) else {
-                continue;
-            };
-            let outside = scanner.task(&task, Some(task.saved_sp)).is_ok()
-                && followed.is_outside(index, &task, is_in);
-            if outside {
-                rested.push(Task {
-                    rested: true,
-                    ..task
-                });
-            }
+        let inside = note_rest(kernel, &memory, &mut all, question, others)?;
+        // Who is on a CPU is asked again.
+        for task in &mut all.tasks {
+            task.cpu = None;
         }
-        let places = rested.iter().enumerate();
-        let mut places: Vec<_> = places.map(|(index, task)| (task.at, index)).collect();
-        places.sort_unstable();
         let areas = vmap::areas(kernel, &memory, &[])?;
+        let mut listed = all.tasks;
+        let beyond = listed.split_off(all.in_lists.min(listed.len()));
+        let mut by_stack = all.by_stack;
+        by_stack.retain(|(_, index)| *index < listed.len());
         let rested = Self {
-            tasks: rested,
-            places,
-            order: tasks.tasks.iter().map(|task| task.at).collect(),
+            census,
+            places: places(&listed),
+            listed,
+            beyond,
+            by_stack,
+            inside,
             areas: areas.iter().map(|area| area.at).collect(),
         };
         // Once as it will be done under the pause: what is read there is near then.
-        drop(Tasks::read_beside(kernel, &memory, &rested));
+        drop(Tasks::read_beside(kernel, &memory, rested.clone()));
         Ok(rested)
     }
 
-    /// The tasks, rested or not, in the order in which they were found.
-    pub(crate) fn order(&self) -> &[Gva] {
-        &self.order
+    /// Whether a task has come or gone since, or is about to, as far as the kernel counts them.
+    ///
+    /// # Errors
+    /// When the counts cannot be read.
+    pub fn is_outdated<R: ReadPhys + ?Sized>(
+        &self,
+        kernel: &Kernel,
+        guest: &R,
+    ) -> Result<bool, KernelError> {
+        let memory = Memory::new(kernel, guest)?;
+        Ok(self.census.is_some() && !self.has_all(kernel, &memory)?)
+    }
+
+    /// Whether its tasks are known to be all that there are now.
+    ///
+    /// # Errors
+    /// When the kernel's counts cannot be read.
+    pub(crate) fn has_all<R: ReadPhys + ?Sized>(
+        &self,
+        kernel: &Kernel,
+        memory: &Memory<'_, R>,
+    ) -> Result<bool, KernelError> {
+        match self.census {
+            Some(census) => Ok(Census::take(kernel, memory)? == Some(census)),
+            None => Ok(false),
+        }
     }
 
     /// The descriptions of areas that are mapped like stacks, in the order in which they were found.
-    pub(crate) fn areas(&self) -> &[Gva] {
-        &self.areas
+    pub(crate) fn take_areas(&mut self) -> Vec<Gva> {
+        std::mem::take(&mut self.areas)
     }
 
-    /// What is known of them, for a walk through the kernel's lists.
+    /// Those that were found in the group's code.
+    pub(crate) fn take_inside(&mut self) -> Vec<Inside> {
+        std::mem::take(&mut self.inside)
+    }
+
+    /// What is known of tasks, for a walk through the kernel's lists.
     pub(crate) fn recall(&self) -> Recall<'_> {
         Recall {
             rested: self,
@@ -115,17 +134,76 @@ impl Rested {
     }
 }
 
-/// The tasks as they are come to in the kernel's lists.
+/// Notes of each of `all` tasks that is at rest where it is, unless something speaks against what is asked. Returns who is in the group.
+fn note_rest<R: ReadPhys + ?Sized>(
+    kernel: &Kernel,
+    memory: &Memory<'_, R>,
+    all: &mut Tasks,
+    question: &Question<'_>,
+    others: &[OtherCode],
+) -> Result<Vec<Inside>, ScanError> {
+    let Some(layout) = &kernel.layout().task.turns else {
+        return Ok(Vec::new());
+    };
+    let asked = [question.forbidden, question.watched].concat();
+    let is_in = |code: &[Range<Gva>], frames: &[Frame]| {
+        let mut frames = frames.iter();
+        frames.any(|frame| code.iter().any(|range| range.contains(&frame.ip)))
+    };
+    let mut scanner = Scanner::new(kernel, memory, (&asked, &[]), &mut []);
+    let mut followed = Followed::new(kernel, memory, all, others)?;
+    let mut reading = Reading::new(kernel, memory);
+    let (mut inside, mut rested) = (Vec::new(), Vec::new());
+    let asleep = all.tasks.iter().enumerate();
+    for (index, task) in asleep.filter(|(_, task)| task.cpu.is_none()) {
+        let let_go = memory.u32(Gva(task.at.0.wrapping_add(layout.on_cpu)));
+        if !let_go.is_ok_and(|on_cpu| on_cpu == 0) {
+            continue;
+        }
+        // And everything else behind that.
+        fence(Ordering::Acquire);
+        let Ok(task) = reading.task(task.at, task.turns) else {
+            continue;
+        };
+        if scanner.task(&task, Some(task.saved_sp)).is_err() {
+            continue;
+        }
+        let frames = followed.of_sleeper(index, &task);
+        let Some(frames) = frames.filter(|frames| !is_in(&asked, frames)) else {
+            continue;
+        };
+        let rest = if is_in(question.group, frames) {
+            inside.push(Inside {
+                task: Some(task.at),
+                who: Who::of(&task),
+                frames: frames.to_vec(),
+                unreliable: None,
+            });
+            Rest::Inside(inside.len() - 1)
+        } else {
+            Rest::Outside
+        };
+        rested.push((index, Task { rest, ..task }));
+    }
+    for (index, task) in rested {
+        if let Some(known) = all.tasks.get_mut(index) {
+            *known = task;
+        }
+    }
+    Ok(inside)
+}
+
+/// What is known of tasks, as they are come to in the kernel's lists.
 pub(crate) struct Recall<'a> {
     rested: &'a Rested,
     next: usize,
 }
 
 impl<'a> Recall<'a> {
-    /// The task at `at`, if it is one of them and has had the same turns.
-    pub(crate) fn task(&mut self, at: Gva, turns: Option<Turns>) -> Option<&'a Task> {
-        let Rested { tasks, places, .. } = self.rested;
-        let ahead = tasks.iter().skip(self.next).take(AHEAD);
+    /// The task at `at`, if there was one.
+    pub(crate) fn task(&mut self, at: Gva) -> Option<&'a Task> {
+        let Rested { listed, places, .. } = self.rested;
+        let ahead = listed.iter().skip(self.next).take(AHEAD);
         let ahead = ahead.enumerate().find(|(_, task)| task.at == at);
         let index = match ahead {
             Some((distance, _)) => self.next + distance,
@@ -135,166 +213,9 @@ impl<'a> Recall<'a> {
             }
         };
         self.next = index + 1;
-        tasks.get(index).filter(|task| task.turns == turns)
+        listed.get(index)
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::Rested;
-    use crate::addr::Gva;
-    use crate::kernel::locate::Kernel;
-    use crate::kernel::quiescence::{Answer, Question, quiescent};
-    use crate::kernel::testing::guest::{SLIDE, TinyGuest};
-    use crate::kernel::testing::orc::{AFTER_CALL, FUNCTION, FUNCTIONS, function};
-    use crate::kernel::testing::{FORMS, Form, TEXT, task};
-
-    fn after(number: u64) -> u64 {
-        TEXT + SLIDE + FUNCTIONS + number * FUNCTION + AFTER_CALL
-    }
-
-    /// A guest with a task, of index 2, that sleeps in `at`; and the place of that word.
-    fn sleeping(form: Form, at: u64) -> (TinyGuest, Kernel, u64) {
-        let mut guest = TinyGuest::new(form, 4);
-        let words = [0, 0, 0, 0, 0, 0, at, after(function::FIRST)];
-        let sleeper = guest.task(7, "sleeper", &words);
-        let slot = guest.get(guest.tasks[sleeper] + task::SP) + 6 * 8;
-        let kernel = guest.kernel();
-        (guest, kernel, slot)
-    }
-
-    /// What is called so, and is done to a guest.
-    type Change = (&'static str, fn(&mut TinyGuest));
-
-    /// What is asked: that nothing be in the first function.
-    fn forbidden() -> [std::ops::Range<Gva>; 1] {
-        let first = TEXT + SLIDE + FUNCTIONS;
-        [Gva(first)..Gva(first + FUNCTION)]
-    }
-
-    /// A first look, then what `happens`, and the look under the pause: how many words were looked at, or what is in the way.
-    fn looked(form: Form, at: u64, happens: impl Fn(&mut TinyGuest, u64)) -> Result<u64, String> {
-        let (mut guest, kernel, slot) = sleeping(form, at);
-        let forbidden = forbidden();
-        let question = Question {
-            forbidden: &forbidden,
-            ..Question::default()
-        };
-        let rested = Rested::look(&kernel, &guest, &question, &[]).unwrap();
-        happens(&mut guest, slot);
-        let answer = quiescent(&kernel, &guest, &guest.vcpus, &question, &[], &rested);
-        answer
-            .map(|answer| answer.scan.words)
-            .map_err(|error| error.to_string())
-    }
-
-    #[test]
-    fn who_has_not_run_is_not_looked_at_again() {
-        for form in FORMS {
-            let other = after(function::OTHERS);
-            let words = looked(form, other, |_, _| {}).unwrap();
-            let all = looked(form, other, |guest, _| {
-                guest.put(guest.tasks[2] + task::NVCSW, 1);
-            });
-            assert_eq!(all.unwrap(), words + 8, "{form:?}");
-            // What nobody looks at is not seen. A task that has not run has changed nothing there.
-            let unseen = looked(form, other, |guest, slot| {
-                guest.put(slot, after(function::PLAIN));
-            });
-            assert_eq!(unseen.unwrap(), words, "{form:?}");
-        }
-    }
-
-    #[test]
-    fn who_has_run_is_looked_at_again() {
-        let changes: [Change; 5] = [
-            ("it wanted to stop", |guest| {
-                guest.put(guest.tasks[2] + task::NVCSW, 1);
-            }),
-            ("it had to", |guest| {
-                guest.put(guest.tasks[2] + task::NIVCSW, 1);
-            }),
-            ("another one in its place", |guest| {
-                guest.put(guest.tasks[2] + task::START_TIME, 5);
-            }),
-            ("it runs", |guest| {
-                guest.run(1, 2);
-                let sp = guest.get(guest.tasks[2] + task::SP) + 6 * 8;
-                guest.enter(1, after(function::OTHERS), sp);
-            }),
-            ("it is being switched to", |guest| {
-                let sp = guest.get(guest.tasks[2] + task::SP);
-                guest.enter(1, after(function::OTHERS), sp);
-            }),
-        ];
-        for form in FORMS {
-            for (what, change) in changes {
-                let seen = looked(form, after(function::OTHERS), |guest, slot| {
-                    change(guest);
-                    guest.put(slot, after(function::PLAIN));
-                });
-                let why = seen.unwrap_err();
-                assert!(why.contains("is in code"), "{form:?}: {what}: {why}");
-            }
-        }
-    }
-
-    /// Whether the sleeper is one of those that a first look finds, after `prepare`.
-    fn is_rested(
-        form: Form,
-        question: &Question<'_>,
-        prepare: impl Fn(&mut TinyGuest, u64),
-    ) -> bool {
-        let (mut guest, kernel, slot) = sleeping(form, after(function::OTHERS));
-        prepare(&mut guest, slot);
-        let rested = Rested::look(&kernel, &guest, question, &[]).unwrap();
-        rested.tasks.iter().any(|task| task.pid == 7)
-    }
-
-    #[test]
-    fn only_who_is_at_rest_and_elsewhere_need_not_be_looked_at() {
-        let forbidden = forbidden();
-        let plain = |guest: &mut TinyGuest, slot| guest.put(slot, after(function::PLAIN));
-        for form in FORMS {
-            let asked = Question {
-                forbidden: &forbidden,
-                ..Question::default()
-            };
-            assert!(is_rested(form, &asked, |_, _| {}), "{form:?}");
-            assert!(!is_rested(form, &asked, plain), "{form:?}: forbidden");
-            let watched = Question {
-                watched: &forbidden,
-                ..Question::default()
-            };
-            assert!(!is_rested(form, &watched, plain), "{form:?}: watched");
-            let group = Question {
-                group: &forbidden,
-                ..Question::default()
-            };
-            assert!(!is_rested(form, &group, plain), "{form:?}: of the group");
-            let runs = |guest: &mut TinyGuest, _| guest.put(guest.tasks[2] + task::ON_CPU, 1);
-            assert!(!is_rested(form, &asked, runs), "{form:?}: on its way");
-            let current = |guest: &mut TinyGuest, _| guest.run(1, 2);
-            assert!(!is_rested(form, &asked, current), "{form:?}: current");
-            let silent = |guest: &mut TinyGuest, slot| guest.put(slot, after(function::SILENT));
-            assert!(!is_rested(form, &asked, silent), "{form:?}: unreliable");
-        }
-    }
-
-    #[test]
-    fn a_group_has_its_members_after_a_first_look() {
-        let (mut guest, kernel, slot) = sleeping(Form::New, after(function::OTHERS));
-        let group = forbidden();
-        let question = Question {
-            group: &group,
-            ..Question::default()
-        };
-        let members = |guest: &TinyGuest| -> Answer {
-            let rested = Rested::look(&kernel, guest, &question, &[]).unwrap();
-            quiescent(&kernel, guest, &guest.vcpus, &question, &[], &rested).unwrap()
-        };
-        assert!(members(&guest).inside.is_empty());
-        guest.put(slot, after(function::PLAIN));
-        assert_eq!(members(&guest).inside.len(), 1);
-    }
-}
+mod tests;

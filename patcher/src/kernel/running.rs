@@ -86,18 +86,10 @@ pub(crate) fn running(
     vcpus: &[Vcpu],
     tasks: &Tasks,
 ) -> Result<Running, ScanError> {
-    let mut stacks: Vec<(Gva, usize)> = tasks
-        .tasks
-        .iter()
-        .enumerate()
-        .map(|(index, task)| (task.stack.start, index))
-        .collect();
-    stacks.sort_unstable();
     let mut chain = Chain {
         entry_text,
         word,
         tasks,
-        stacks,
         running: Running::default(),
     };
     // vCPUs that are on no task's stack: as many current tasks may have nothing live.
@@ -140,8 +132,6 @@ struct Chain<'a> {
     entry_text: &'a Range<Gva>,
     word: ReadWord<'a>,
     tasks: &'a Tasks,
-    /// Start of each task's stack, and the task's index; sorted.
-    stacks: Vec<(Gva, usize)>,
     running: Running,
 }
 
@@ -182,10 +172,11 @@ impl Chain<'_> {
     }
 
     fn task_at(&self, sp: Gva) -> Option<usize> {
-        let after = self.stacks.partition_point(|(start, _)| *start <= sp);
-        let (_, index) = *self.stacks.get(after.checked_sub(1)?)?;
+        let stacks = &self.tasks.by_stack;
+        let after = stacks.partition_point(|(start, _)| *start <= sp);
+        let (_, index) = *stacks.get(after.checked_sub(1)?)?;
         let stack = &self.tasks.tasks.get(index)?.stack;
-        (!stack.is_empty() && holds(stack, sp)).then_some(index)
+        holds(stack, sp).then_some(index)
     }
 
     /// Notes the interrupt, exception or entry stack that `context` is on; `Some` is what was interrupted beneath it.

@@ -14,7 +14,7 @@ use std::ops::Range;
 use super::locate::{Kernel, KernelError};
 use super::memory::Memory;
 use super::running::{Running, running};
-use super::tasks::{Hidden, Task, Tasks};
+use super::tasks::{Hidden, Rest, Task, Tasks};
 use super::unwind::{Unreliable, UnwindError};
 use crate::addr::Gva;
 use crate::guest::{ReadPhys, Vcpu};
@@ -55,6 +55,16 @@ pub enum Who {
     CpuStack(usize),
     /// A stack of no known task.
     Unowned,
+}
+
+impl Who {
+    /// Names `task`.
+    pub(crate) fn of(task: &Task) -> Self {
+        Self::Task {
+            pid: task.pid,
+            name: task.name(),
+        }
+    }
 }
 
 /// Something is inside the forbidden code, or may return into it.
@@ -233,7 +243,7 @@ impl<'a, R: ReadPhys + ?Sized> Scanner<'a, R> {
             self.words(stack.clone(), || Who::CpuStack(*vcpu))?;
         }
         for (index, task) in tasks.tasks.iter().enumerate() {
-            if !task.rested || running.is_on(index) {
+            if task.rest == Rest::Unknown || running.is_on(index) {
                 self.task(task, running.live_from(index, task))?;
             }
         }
@@ -291,10 +301,7 @@ impl<'a, R: ReadPhys + ?Sized> Scanner<'a, R> {
 
     /// The stack of `task`, live from `from` up, and what tracers keep for it.
     pub(crate) fn task(&mut self, task: &Task, from: Option<Gva>) -> Result<(), ScanError> {
-        let who = || Who::Task {
-            pid: task.pid,
-            name: task.name(),
-        };
+        let who = || Who::of(task);
         if let Some(sp) = from {
             let end = Gva(task
                 .stack

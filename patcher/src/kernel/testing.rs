@@ -158,6 +158,9 @@ pub(crate) const DATA_SYMBOLS: &[(u64, &str)] = &[
     (0x37a0, "klp_ops"),
     (0x37c0, "mod_tree"),
     (0x3800, "module_bug_list"),
+    (0x3900, "total_forks"),
+    (0x3908, "nr_threads"),
+    (0x3910, "tasklist_lock"),
     (0x3e00, "__start_mcount_loc"),
     (0x3e18, "__stop_mcount_loc"),
     (0, "_sdata"),
@@ -383,6 +386,7 @@ fn task_types(btf: &mut Btf, form: Form, (int, long, byte, list): Basic) {
         ],
     );
     btf.structure("signal_struct", 0x20, &[("thread_head", list, 0x10)]);
+    btf.structure("qrwlock", 8, &[("cnts", int, 0)]);
     btf.structure(
         "ftrace_ret_stack",
         32,
@@ -451,6 +455,11 @@ fn text_types(btf: &mut Btf, form: Form, (int, long, byte, _): Basic) {
     } else {
         let lending = btf.structure("rt_mutex_base", 32, &[("owner", long, owner)]);
         btf.structure("mutex", 32, &[("rtmutex", lending, 0)]);
+        btf.structure(
+            "rwbase_rt",
+            40,
+            &[("readers", int, 0), ("rtmutex", lending, 8)],
+        );
     }
     btf.structure("bp_patching_desc", 16, &[("refs", int, 12)]);
     let hash = btf.structure("hlist_node", 16, &[("next", long, 0)]);

@@ -29,7 +29,7 @@ use super::memory::Memory;
 use super::orc::OrcError;
 use super::running::in_kernel;
 use super::stack::Who;
-use super::tasks::{Task, Tasks};
+use super::tasks::{Rest, Task, Tasks};
 use crate::addr::Gva;
 use crate::guest::{ReadPhys, Vcpu, VcpuState};
 
@@ -154,10 +154,7 @@ impl Whose {
         match self {
             Self::Vcpu(index, _) => Who::Vcpu(index),
             Self::Task(index) => match tasks.tasks.get(index) {
-                Some(task) => Who::Task {
-                    pid: task.pid,
-                    name: task.name(),
-                },
+                Some(task) => Who::of(task),
                 None => Who::Unowned,
             },
             Self::Unowned => Who::Unowned,
@@ -224,17 +221,12 @@ impl<'a, R: ReadPhys + ?Sized> Followed<'a, R> {
         self.unowned(sink);
     }
 
-    /// Whether the stack of the task of `index`, which does not run, can be followed to its end, and no frame of it `is_in` what is asked about.
-    pub(crate) fn is_outside(
-        &mut self,
-        index: usize,
-        task: &Task,
-        is_in: impl Fn(Gva) -> bool,
-    ) -> bool {
+    /// The frames of the task of `index`, which does not run, if its stack can be followed to its end.
+    pub(crate) fn of_sleeper(&mut self, index: usize, task: &Task) -> Option<&[Frame]> {
         self.frames.clear();
-        task.stack.is_empty()
-            || self.walker.sleeping(index, task, &mut self.frames).is_ok()
-                && !self.frames.iter().any(|frame| is_in(frame.ip))
+        let followed =
+            task.stack.is_empty() || self.walker.sleeping(index, task, &mut self.frames).is_ok();
+        followed.then_some(&self.frames)
     }
 
     fn vcpus(&mut self, vcpus: &[Vcpu], sink: Sink<'_>) {
@@ -266,7 +258,7 @@ impl<'a, R: ReadPhys + ?Sized> Followed<'a, R> {
 
     fn sleepers(&mut self, sink: Sink<'_>) {
         let tasks = self.tasks.tasks.iter().enumerate();
-        for (index, task) in tasks.filter(|(_, task)| !task.rested) {
+        for (index, task) in tasks.filter(|(_, task)| task.rest == Rest::Unknown) {
             // A current task that no vCPU was found on is in the user's code, or has just been left for the next one.
             let asleep = task.cpu.is_none() || self.left.contains(&index);
             if !asleep || task.stack.is_empty() || self.live.contains(&task.stack.start) {

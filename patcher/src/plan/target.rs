@@ -102,7 +102,10 @@ impl Target {
         let displaced_sites = function.sites_in(&displaced);
         checks::no_site(&symbol.name, &displaced_sites, |at| kernel.runtime(at))?;
         let runtime = kernel.runtime(displaced.start)..kernel.runtime(displaced.end);
-        checks::no_kprobe(&symbol.name, &kernel.kprobes_in(guest, &runtime)?)?;
+        checks::no_kprobe(
+            &symbol.name,
+            &kernel.kprobes_in(guest, std::slice::from_ref(&runtime))?,
+        )?;
         function.no_way_into(guest, &displaced)?;
 
         let unreadable = |cause| TargetError::Unreadable {

@@ -57,7 +57,7 @@ impl Running for Fake {
         &self,
         _: &G,
         plan: &Plan,
-        _: &Rested,
+        _: Rested,
     ) -> Result<Scanned, Blocked> {
         assert_eq!(plan.forbidden.len(), 1);
         if count_down(&self.busy) {

@@ -106,7 +106,7 @@ impl Layout {
     }
 
     /// What the task says whose fields have just been read, and what lies one pointer further.
-    fn process<R: ReadPhys + ?Sized>(&self, memory: &Memory<'_, R>, task: &Fields<'_>) -> Process {
+    fn process<R: ReadPhys + ?Sized>(&self, memory: &Memory<'_, R>, task: &Fields) -> Process {
         // Where memory ends the answer ends: nothing else depends on it.
         let beyond = |pointer: u64, offset: u64| {
             let at = pointer.checked_add(offset)?;

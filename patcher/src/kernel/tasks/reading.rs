@@ -1,6 +1,6 @@
 //! Tasks that are read one by one: what is asked of each, wherever it was found.
 
-use super::{Hidden, Task, Turns};
+use super::{Hidden, Rest, Task, Turns};
 use crate::addr::Gva;
 use crate::guest::ReadPhys;
 use crate::kernel::gather::{Fields, Gather};
@@ -9,14 +9,16 @@ use crate::kernel::locate::{Kernel, KernelError};
 use crate::kernel::memory::Memory;
 
 /// What reads tasks one by one.
-pub(crate) struct Reader<'k> {
-    layout: &'k TaskLayout,
+pub(crate) struct Reading<'r, R: ?Sized> {
+    layout: &'r TaskLayout,
     stack_size: u64,
-    gather: Gather,
+    memory: &'r Memory<'r, R>,
+    fields: Fields,
 }
 
-impl<'k> Reader<'k> {
-    pub(crate) fn new(kernel: &'k Kernel) -> Self {
+impl<'r, R: ReadPhys + ?Sized> Reading<'r, R> {
+    /// Reads them from `memory`.
+    pub(crate) fn new(kernel: &'r Kernel, memory: &'r Memory<'r, R>) -> Self {
         let layout = &kernel.layout().task;
         let mut fields = vec![
             (layout.stack, 8),
@@ -33,33 +35,11 @@ impl<'k> Reader<'k> {
         Self {
             layout,
             stack_size: kernel.layout().stack_size,
-            gather: Gather::new(&fields),
-        }
-    }
-
-    /// Reads them from `memory`.
-    pub(crate) fn reading<'r, R: ReadPhys + ?Sized>(
-        &'r self,
-        memory: &'r Memory<'r, R>,
-    ) -> Reading<'r, R> {
-        Reading {
-            layout: self.layout,
-            stack_size: self.stack_size,
             memory,
-            fields: self.gather.fields(),
+            fields: Gather::new(&fields).fields(),
         }
     }
-}
 
-/// Tasks as they are read.
-pub(crate) struct Reading<'r, R: ?Sized> {
-    layout: &'r TaskLayout,
-    stack_size: u64,
-    memory: &'r Memory<'r, R>,
-    fields: Fields<'r>,
-}
-
-impl<R: ReadPhys + ?Sized> Reading<'_, R> {
     /// The task at `at`, which has had these turns.
     pub(crate) fn task(&mut self, at: Gva, turns: Option<Turns>) -> Result<Task, KernelError> {
         self.fields.read(self.memory, at)?;
@@ -85,7 +65,7 @@ impl<R: ReadPhys + ?Sized> Reading<'_, R> {
             saved_sp: Gva(fields.u64(layout.sp)),
             cpu: None,
             turns,
-            rested: false,
+            rest: Rest::Unknown,
             hidden: Hidden {
                 graph,
                 rethook: rethook.map_or(0, |hook| fields.u64(hook.first)),

@@ -59,23 +59,23 @@ pub(crate) struct Known {
 
 /// All of them, by address.
 #[derive(Debug)]
-pub(crate) struct KnownStacks(Vec<Known>);
+pub(crate) struct KnownStacks<'a> {
+    tasks: &'a Tasks,
+    /// Those that are no task's, sorted.
+    others: Vec<Known>,
+}
 
-impl KnownStacks {
-    pub(crate) fn of(tasks: &Tasks) -> Self {
-        let mut all =
-            Vec::with_capacity(tasks.tasks.len() + tasks.unowned.len() + 8 * tasks.cpus.len());
+impl<'a> KnownStacks<'a> {
+    pub(crate) fn of(tasks: &'a Tasks) -> Self {
+        let mut others = Vec::with_capacity(tasks.unowned.len() + 8 * tasks.cpus.len());
         let mut add = |range: &Range<Gva>, owner| {
             if !range.is_empty() {
-                all.push(Known {
+                others.push(Known {
                     range: range.clone(),
                     owner,
                 });
             }
         };
-        for (index, task) in tasks.tasks.iter().enumerate() {
-            add(&task.stack, Owner::Task(index));
-        }
         for stack in &tasks.unowned {
             add(stack, Owner::Nobody);
         }
@@ -86,26 +86,44 @@ impl KnownStacks {
             }
             add(&cpu.entry_stack, Owner::Entry(cpu.index));
         }
-        all.sort_unstable_by_key(|known| known.range.start);
-        Self(all)
+        others.sort_unstable_by_key(|known| known.range.start);
+        Self { tasks, others }
     }
 
     /// The one stack that `at` is in. One that overlaps its neighbour is none: no kernel has such.
-    pub(crate) fn at(&self, at: Gva) -> Option<&Known> {
-        let after = self.0.partition_point(|known| known.range.start <= at);
-        let index = after.checked_sub(1)?;
-        let known = self.0.get(index)?;
-        let before = index.checked_sub(1).and_then(|before| self.0.get(before));
-        let overlaps = before.is_some_and(|before| before.range.end > known.range.start)
-            || self
-                .0
-                .get(after)
-                .is_some_and(|next| next.range.start < known.range.end);
-        (known.range.contains(&at) && !overlaps).then_some(known)
+    pub(crate) fn at(&self, at: Gva) -> Option<Known> {
+        let holds = |known: &Known| known.range.contains(&at);
+        let mut found = self
+            .last_before(at.checked_add(1)?)
+            .into_iter()
+            .flatten()
+            .filter(holds);
+        let known = found.next()?;
+        let end = known.range.end;
+        let near = self.last_before(end).into_iter().flatten();
+        let overlapping = near.filter(|near| known.range.start < near.range.end);
+        (overlapping.count() == 1).then_some(known)
+    }
+
+    /// The last two stacks of tasks, and of others, that begin before `end`.
+    fn last_before(&self, end: Gva) -> [Option<Known>; 4] {
+        let stacks = &self.tasks.by_stack;
+        let after = stacks.partition_point(|(start, _)| *start < end);
+        let of_task = |back: usize| {
+            let (_, index) = stacks.get(after.checked_sub(back)?)?;
+            let task = self.tasks.tasks.get(*index)?;
+            Some(Known {
+                range: task.stack.clone(),
+                owner: Owner::Task(*index),
+            })
+        };
+        let after = self.others.partition_point(|known| known.range.start < end);
+        let other = |back: usize| self.others.get(after.checked_sub(back)?).cloned();
+        [of_task(1), of_task(2), other(1), other(2)]
     }
 
     /// The stack that a stack pointer of `sp` means: that of an empty one is its end.
-    pub(crate) fn of_pointer(&self, sp: Gva) -> Option<&Known> {
+    pub(crate) fn of_pointer(&self, sp: Gva) -> Option<Known> {
         self.at(sp).or_else(|| self.at(sp.checked_sub(1)?))
     }
 }

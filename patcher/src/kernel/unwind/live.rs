@@ -13,7 +13,7 @@ use crate::kernel::tasks::Tasks;
 /// Where a walk is.
 pub(crate) struct Live<'a, R: ?Sized> {
     memory: &'a Memory<'a, R>,
-    stacks: KnownStacks,
+    stacks: KnownStacks<'a>,
     current: Option<Known>,
     from: Gva,
     bytes: Vec<u8>,
@@ -22,7 +22,7 @@ pub(crate) struct Live<'a, R: ?Sized> {
 }
 
 impl<'a, R: ReadPhys + ?Sized> Live<'a, R> {
-    pub(crate) fn new(memory: &'a Memory<'a, R>, tasks: &Tasks) -> Self {
+    pub(crate) fn new(memory: &'a Memory<'a, R>, tasks: &'a Tasks) -> Self {
         Self {
             memory,
             stacks: KnownStacks::of(tasks),
@@ -79,7 +79,7 @@ impl<'a, R: ReadPhys + ?Sized> Live<'a, R> {
             return Ok(());
         }
         let known = self.stacks.of_pointer(sp);
-        let known = known.cloned().ok_or(Reason::NoStack { at: sp })?;
+        let known = known.ok_or(Reason::NoStack { at: sp })?;
         let beneath = match &self.current {
             None => self.visited.is_empty(),
             Some(over) => {
@@ -95,7 +95,7 @@ impl<'a, R: ReadPhys + ?Sized> Live<'a, R> {
     /// Goes over to the stack that `at` is in, whatever lies over it: entry code that has left the stack on which it came from the
     /// user finds the user's registers there by a register.
     pub(crate) fn look_aside(&mut self, at: Gva) -> Result<(), Reason> {
-        let known = self.stacks.at(at).cloned();
+        let known = self.stacks.at(at);
         self.enter(known.ok_or(Reason::NoStack { at })?, at)
     }
 

@@ -30,6 +30,11 @@ const THREADS: u32 = 100;
 const WORK_US: f64 = 300.0;
 /// What one task of a larger guest may cost beside one of the guest before: the cost grows with the tasks, and no faster.
 const LINEAR: f64 = 1.5;
+/// In the first byte of the lock of the lists of tasks: somebody changes them.
+const WRITER: u8 = 0xff;
+/// How long a revert may take until its last task has left, and how often that is asked.
+const LEFT: Duration = Duration::from_secs(60);
+const ASKED: Duration = Duration::from_millis(20);
 /// Applies of each kind on a recorded guest, and in the lab.
 const ROUNDS: usize = 7;
 const APPLIES: usize = 10;
@@ -64,6 +69,7 @@ fn natively(figures: &mut Figures, stock: Stock, dir: &Path) -> Result<Vec<PathB
                 packages.push(many::package(stock, &kernel, &guest, count, dir)?);
             }
         }
+        let moving = in_motion(&kernel, &guest)?;
         for ((package, functions), before) in packages.iter().zip(FUNCTIONS).zip(&mut a_task) {
             eprintln!(
                 "measuring updates {}: {functions} functions, {threads} threads",
@@ -82,6 +88,15 @@ fn natively(figures: &mut Figures, stock: Stock, dir: &Path) -> Result<Vec<PathB
             let (work, tasks) = (of(&|report| report.pause_us)?, of(&|report| report.tasks)?);
             let target = (threads == 1000).then_some(Target::AtMost(WORK_US));
             figures.add(name("check and commit, natively"), work, "us", None, target);
+            let reports = rounds(&kernel, &moving, package, functions)?;
+            let whole = median(
+                reports
+                    .iter()
+                    .map(|report| report.pause_us as f64)
+                    .collect(),
+            )?;
+            let what = name("the same, while tasks come and go");
+            figures.add(what, whole, "us", None, target);
             let each = work / tasks * 1e3;
             let peer = before.map(|before| ("the guest before", before));
             let linear = peer.map(|_| Target::RatioAtMost(LINEAR));
@@ -101,6 +116,22 @@ fn natively(figures: &mut Figures, stock: Stock, dir: &Path) -> Result<Vec<PathB
         }
     }
     Ok(packages)
+}
+
+/// The guest at a moment at which its lists of tasks change: nothing that was found out before the pause is known to be all then.
+fn in_motion(kernel: &Kernel, guest: &FakeGuest) -> Result<FakeGuest, String> {
+    let failed = |error: &dyn std::fmt::Display| format!("tasklist_lock: {error}");
+    let mut guest = guest.clone();
+    let lock = kernel
+        .symbol("tasklist_lock")
+        .map_err(|error| failed(&error))?;
+    let lock = kernel
+        .translate(&guest, lock)
+        .map_err(|error| failed(&error))?;
+    guest
+        .poke(lock, &[WRITER])
+        .map_err(|error| failed(&error))?;
+    Ok(guest)
 }
 
 /// Applies a package to copies of a recorded guest: nothing stops or goes there, so that a pause is the work under it.
@@ -198,12 +229,29 @@ pub(crate) fn measure(stock: Stock, vcpus: u32, packages: &[&str]) -> Result<Val
         for _ in 0..APPLIES {
             let update = api.call("POST /v1/updates?deadline_ms=30000", &bytes)?;
             reports.push(update["applied"].clone());
-            let revert = format!("POST /v1/updates/{}/revert?deadline_ms=30000", update["id"]);
+            let update = format!("/v1/updates/{}", update["id"]);
+            let revert = format!("POST {update}/revert?deadline_ms=30000");
             api.call(&revert, b"")?;
+            gone(&mut api, &update)?;
         }
         updates.push(middle(&reports)?);
     }
     Ok(json!({ "bare_us": median(bare)?, "ioctls_per_vcpu": median(ioctls)?, "updates": updates }))
+}
+
+/// Waits until the last task has left `update`.
+fn gone(api: &mut Api, update: &str) -> Result<(), String> {
+    let begun = Instant::now();
+    loop {
+        let shown = api.call(&format!("GET {update}"), b"")?;
+        if shown["state"] == "reverted" {
+            return Ok(());
+        }
+        if begun.elapsed() > LEFT {
+            return Err(format!("{update} is still {}", shown["state"]));
+        }
+        std::thread::sleep(ASKED);
+    }
 }
 
 /// The middle of each number of several reports.
