@@ -96,7 +96,7 @@ fn natively(figures: &mut Figures, stock: Stock, dir: &Path) -> Result<Vec<PathB
                     .collect(),
             )?;
             let what = name("the same, while tasks come and go");
-            figures.add(what, whole, "us", None, target);
+            figures.add(what, whole, "us", None, None);
             let each = work / tasks * 1e3;
             let peer = before.map(|before| ("the guest before", before));
             let linear = peer.map(|_| Target::RatioAtMost(LINEAR));
