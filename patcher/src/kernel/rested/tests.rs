@@ -1,3 +1,5 @@
+//! A first look at a made-up guest, what happens behind it, and what the look under the pause says then.
+
 use super::Rested;
 use crate::addr::Gva;
 use crate::kernel::locate::Kernel;
