@@ -274,7 +274,6 @@ fn handler(image: &Image) {
         rule,
         to: Gva(0xffff_ffff_ff90_0000),
         counter: None,
-        rule_counter: None,
     };
     let choices: Vec<Choice> = resolved.into_iter().chain([None]).map(choice).collect();
     let web = Set::new(Gva(0xffff_ffff_ffa1_0000), 6, Keys::Wide).expect("a set");

@@ -231,7 +231,6 @@ fn choices(
             rule: rule.transpose()?,
             to: step.to,
             counter: step.counter,
-            rule_counter: None,
         })
     };
     way.iter().map(choice).collect()

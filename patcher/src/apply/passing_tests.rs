@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::tune::tick;
+use super::times::{drop_time, set_time};
+use super::tune::{SetChange, SetsError, change_set, drop_set, tick};
 use super::whole_tests::{calling, live, options, started, undo_by};
 use super::{ApplyError, Arena, Life, Model, Report, Request, apply, force, reuse, settle};
 use crate::addr::{Gpa, Gva};
@@ -300,5 +301,46 @@ fn another_rule_waits_for_who_is_within() {
         settle(&mut guest, &kernel, &mut arena, &options).unwrap();
         assert!(arena.holds.passing.is_empty(), "{form:?}");
         assert!(arena.holds.placed.contains_key(&1));
+    }
+}
+
+/// What only a task that is bound still goes by stays, until it has left.
+#[test]
+fn a_set_and_a_time_stay_for_who_is_bound() {
+    let how = |rule: &str| Use {
+        rule: Some(Arc::new(Rule::parse(rule).unwrap())),
+        counted: false,
+    };
+    for form in FORMS {
+        let (mut guest, kernel, mut arena, task, at) = sleeping(form);
+        guest.poke(at, &ELSEWHERE.to_le_bytes()).unwrap();
+        let options = options(false);
+        let add = SetChange {
+            add: vec![7],
+            ..SetChange::default()
+        };
+        change_set(&mut guest, &mut arena, "some", &add).unwrap();
+        set_time(&mut guest, &mut arena, "lunch", true).unwrap();
+        let package = calling(form);
+        let request = Request {
+            model: Model::PerTask,
+            how: how("pid in set some and during lunch"),
+            ..Request::new(1, &package)
+        };
+        apply(&mut guest, &kernel, &mut arena, &request, &options).unwrap();
+        let edition = arena.holds.placed[&1].linked.redirections[0].edition;
+        guest.poke(at, &(edition.0 + 10).to_le_bytes()).unwrap();
+        reuse(&mut guest, &kernel, &mut arena, 1, how("cpu = 1"), &options).unwrap();
+        assert_eq!(bound(&arena), [[task]], "{form:?}");
+        for used in [drop_set(&mut arena, "some"), drop_time(&mut arena, "lunch")] {
+            assert!(
+                matches!(used, Err(SetsError::Used { update: 1, .. })),
+                "{form:?}"
+            );
+        }
+        guest.poke(at, &ELSEWHERE.to_le_bytes()).unwrap();
+        settle(&mut guest, &kernel, &mut arena, &options).unwrap();
+        drop_set(&mut arena, "some").unwrap();
+        drop_time(&mut arena, "lunch").unwrap();
     }
 }

@@ -319,11 +319,14 @@ impl Holdings {
         &self.clocks.times
     }
 
-    /// The first update in effect whose rule is one of these.
+    /// The first update whose rule is one of these: it is in effect, or tasks that are bound still go by it.
     pub(super) fn goes_by(&self, asks: impl Fn(&Rule) -> bool) -> Option<UpdateId> {
-        let mut uses = self.uses.iter();
-        let found = uses.find(|(_, how)| how.rule.as_ref().is_some_and(|rule| asks(rule)));
-        found.map(|(update, _)| *update)
+        let uses = self.uses.iter();
+        let uses = uses.filter_map(|(update, how)| Some((*update, how.rule.as_ref()?)));
+        let steps = self.made.iter().flat_map(|made| &made.bound);
+        let bound = steps.filter_map(|step| Some((step.update?, step.rule.as_ref()?)));
+        let mut all = uses.chain(bound);
+        all.find(|(_, rule)| asks(rule)).map(|(update, _)| update)
     }
 }
 

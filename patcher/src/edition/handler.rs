@@ -92,10 +92,8 @@ pub struct Choice {
     pub rule: Option<Resolved>,
     /// Where the edition begins.
     pub to: Gva,
-    /// Calls that went to the edition, counted in one cell for each processor, [`LINE`] bytes apart.
+    /// Calls that went to the edition, which are those that its rule took, counted in one cell for each processor, [`LINE`] bytes apart.
     pub counter: Option<Gva>,
-    /// The same of the rule.
-    pub rule_counter: Option<Gva>,
 }
 
 /// Tasks for which another list of choices holds.

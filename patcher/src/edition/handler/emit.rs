@@ -134,19 +134,16 @@ impl Emit<'_> {
     /// Counts a call that goes to `choice`. It may be moved to another processor between its number is read and the cell is changed, so that is
     /// locked; and the number is believed only if the cells reach so far.
     fn count(&mut self, choice: &Choice) -> Result<(), HandlerError> {
-        let counters = [choice.counter, choice.rule_counter];
-        if counters == [None, None] {
+        let Some(counter) = choice.counter else {
             return Ok(());
-        }
+        };
         let skip = self.label();
         self.cpu()?;
         self.code.cmp(eax, self.spec.cpus.cast_signed())?;
         self.code.jae(skip)?;
         self.code.shl(eax, LINE.trailing_zeros())?;
-        for counter in counters.into_iter().flatten() {
-            let at = reach("a counter", counter, LINE)?;
-            self.code.lock().inc(qword_ptr(rax + at))?;
-        }
+        let at = reach("a counter", counter, LINE)?;
+        self.code.lock().inc(qword_ptr(rax + at))?;
         self.set(skip)
     }
 
