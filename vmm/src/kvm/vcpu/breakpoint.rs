@@ -9,6 +9,10 @@
 //! a breakpoint that it never set. So debugging is on from a vCPU's beginning: then each of these accesses is KVM's to serve, and
 //! costs an exit that stays in the host's kernel.
 //!
+//! KVM makes steps of its own where it waits for the end of an NMI, and while debugging is on their exceptions come to us too (`nmi_singlestep` in kernel
+//! `arch/x86/kvm/svm/svm.c`). A step is the guest's only if its flags say that it steps: KVM has taken its own flag away by then. (What clears that
+//! flag while the guest steps over it is taken for none of its steps: a debugger in the guest then stops one instruction later.)
+//!
 //! An instruction breakpoint is a fault: the instruction has not been executed, and runs when the resume flag is set
 //! (Intel SDM vol. 3, 18.3.1.1; AMD APM vol. 2, 13.1.4).
 
@@ -34,6 +38,18 @@ const OTHER_CAUSES: u64 = 1 << 13 | SINGLE_STEP | 1 << 15;
 const SINGLE_STEP: u64 = 1 << 14;
 /// In the flags: the next instruction runs whatever breakpoint is on it.
 const RESUME: u64 = 1 << 16;
+
+/// In the flags: an exception comes behind the next instruction.
+const STEPS: u64 = 1 << 8;
+
+/// What of a debug exception's cause is the guest's or ours, given the guest's flags: a step that it did not ask for is neither.
+fn cause_for(cause: u64, flags: u64) -> u64 {
+    if flags & STEPS == 0 {
+        cause & !SINGLE_STEP
+    } else {
+        cause
+    }
+}
 
 /// A debug exception that the guest did not get.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,16 +98,17 @@ impl VcpuHandle {
     /// # Errors
     /// The call that failed.
     pub fn debugged(&mut self, exception: DebugException) -> Result<bool, KvmError> {
+        let mut regs = self.fd.get_regs().map_err(failed("KVM_GET_REGS"))?;
+        let cause = cause_for(exception.cause, regs.rflags);
         let ours = self.breakpoint == Some(exception.at)
-            && exception.cause & AT_FIRST != 0
+            && cause & AT_FIRST != 0
             // The guest hears of its step first, and comes to the breakpoint after that.
-            && exception.cause & SINGLE_STEP == 0;
+            && cause & SINGLE_STEP == 0;
         if ours {
-            let mut regs = self.fd.get_regs().map_err(failed("KVM_GET_REGS"))?;
             regs.rflags |= RESUME;
             self.fd.set_regs(&regs).map_err(failed("KVM_SET_REGS"))?;
-        } else {
-            self.give_back(exception)?;
+        } else if cause & (AT_ANY | OTHER_CAUSES) != 0 {
+            self.give_back(cause)?;
         }
         Ok(ours)
     }
@@ -124,11 +141,11 @@ impl VcpuHandle {
         Ok(own.dr7 & ANY_ON != 0)
     }
 
-    /// Raises the exception in the guest, with its cause in the guest's own DR6.
-    fn give_back(&mut self, exception: DebugException) -> Result<(), KvmError> {
+    /// Raises an exception in the guest, with its cause in the guest's own DR6.
+    fn give_back(&mut self, cause: u64) -> Result<(), KvmError> {
         let own = self.fd.get_debug_regs();
         let mut own = own.map_err(failed("KVM_GET_DEBUGREGS"))?;
-        own.dr6 = own.dr6 & !(AT_ANY | OTHER_CAUSES) | exception.cause & OTHER_CAUSES;
+        own.dr6 = own.dr6 & !(AT_ANY | OTHER_CAUSES) | cause & OTHER_CAUSES;
         self.fd
             .set_debug_regs(&own)
             .map_err(failed("KVM_SET_DEBUGREGS"))?;
@@ -150,5 +167,23 @@ impl VcpuHandle {
         self.fd
             .set_guest_debug(&wanted)
             .map_err(failed("KVM_SET_GUEST_DEBUG"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{AT_FIRST, SINGLE_STEP, STEPS, cause_for};
+
+    #[test]
+    fn a_step_is_the_guests_only_if_it_steps() {
+        for (cause, flags, want) in [
+            (SINGLE_STEP, 2, 0),
+            (SINGLE_STEP, 2 | STEPS, SINGLE_STEP),
+            (SINGLE_STEP | AT_FIRST, 2, AT_FIRST),
+            (SINGLE_STEP | AT_FIRST, STEPS, SINGLE_STEP | AT_FIRST),
+            (AT_FIRST, 2, AT_FIRST),
+        ] {
+            assert_eq!(cause_for(cause, flags), want, "{cause:#x} {flags:#x}");
+        }
     }
 }
