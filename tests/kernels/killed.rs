@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tests::api::Api;
+use tests::figures;
 use tests::guest::{Guest, Options};
 use tests::stock::{self, LTS_6_1, NEWEST_6_12, Stock};
 
@@ -113,6 +114,7 @@ fn killed(stock: Stock) {
         assert_eq!(sum(&tally, answer), 0, "{answer}: {tally:?}");
     }
     assert_clean(&mut guest);
+    figures::note(&serde_json::json!({ "kills": done + left, "killed_before_the_switch": left }));
 }
 
 #[test]

@@ -20,11 +20,12 @@ const ROUNDS: (&str, u32) = ("EXOPATCH_ROUNDS", 500);
 const PAUSES: (&str, u32) = ("EXOPATCH_PAUSES", 1000);
 const INSTANTS: (&str, u32) = ("EXOPATCH_INSTANTS", 100);
 const SWITCHES: (&str, u32) = ("EXOPATCH_SWITCHES", 1000);
+const KILLS: (&str, u32) = ("EXOPATCH_KILLS", 250);
 /// Few, so that not much is lost when the lab fails.
 const STOPS: (&str, u32) = ("EXOPATCH_STOPS", 1000);
 
 /// All parts, in the order in which they are run.
-pub(crate) const PARTS: [Part; 16] = [
+pub(crate) const PARTS: [Part; 18] = [
     rounds(
         "applies-6.1",
         "patch::applies_and_reverts_in_a_row_under_four_callers_on_6_1",
@@ -51,6 +52,14 @@ pub(crate) const PARTS: [Part; 16] = [
     switches(
         "switches-6.12",
         "adaptive::a_pair_of_6_12_is_never_of_two_generations",
+    ),
+    kills(
+        "kills-6.1",
+        "killed::what_killed_clients_of_6_1_asked_for_is_done_or_not",
+    ),
+    kills(
+        "kills-6.12",
+        "killed::what_killed_clients_of_6_12_asked_for_is_done_or_not",
     ),
     instants(
         "instants-6.1",
@@ -123,6 +132,16 @@ const fn switches(name: &'static str, test: &'static str) -> Part {
     }
 }
 
+const fn kills(name: &'static str, test: &'static str) -> Part {
+    Part {
+        name,
+        test,
+        units: 1,
+        count: KILLS,
+        done: "kills",
+    }
+}
+
 const fn instants(name: &'static str, test: &'static str) -> Part {
     Part {
         name,
@@ -168,6 +187,11 @@ pub(crate) fn wanted(all: &Sums) -> Vec<(String, bool)> {
             "switches of a pair of functions, none of whose calls was of two generations",
             sum("switches"),
             10_000,
+        ),
+        at_least(
+            "clients killed at any moment of an apply or a revert, each of which was done or was not",
+            sum("kills"),
+            500,
         ),
         at_least("pauses in a row", sum("pauses"), 1000),
         at_least(
