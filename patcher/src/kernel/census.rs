@@ -31,10 +31,7 @@ impl CensusLayout {
     pub(crate) fn resolve(image: &Image) -> Option<Self> {
         let (symbols, types) = (image.symbols(), image.types());
         let at = |name: &str| symbols.lookup(name).map(|symbol| symbol.address).ok();
-        let word = types.offset_of("qrwlock", "cnts").ok()?;
-        if types.offset_of("rwbase_rt", "readers").is_ok() {
-            return None;
-        }
+        let word = types.offset_of("rwlock_t", "raw_lock.cnts").ok()?;
         Some(Self {
             made: at("total_forks")?,
             present: at("nr_threads")?,

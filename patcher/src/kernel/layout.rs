@@ -112,13 +112,14 @@ pub(crate) struct TaskLayout {
     pub(crate) rethook: Option<RethookLayout>,
 }
 
-/// How often a task stopped running, because it wanted to and because it had to; when it began; and whether it is on a CPU.
+/// How often a task stopped running, because it wanted to and because it had to; when it began; whether it is on a CPU, and whether it is dead.
 #[derive(Clone, Debug)]
 pub(crate) struct TurnsLayout {
     pub(crate) voluntary: u64,
     pub(crate) involuntary: u64,
     pub(crate) since: u64,
     pub(crate) on_cpu: u64,
+    pub(crate) exit_state: u64,
 }
 
 impl TurnsLayout {
@@ -357,6 +358,7 @@ fn turns(member: &dyn Fn(&str) -> Result<u64, TypeError>) -> Result<TurnsLayout,
         involuntary: member("nivcsw")?,
         since: member("start_time")?,
         on_cpu: member("on_cpu")?,
+        exit_state: member("exit_state")?,
     })
 }
 

@@ -7,13 +7,13 @@
 //! Which tasks are in a group of functions is told by the frames; a task whose stack cannot be followed counts as in it, and then refuses
 //! nothing: of the code that must be free its words are looked at all the same.
 
+use std::collections::HashSet;
 use std::ops::Range;
 
 use super::locate::{Kernel, KernelError};
 use super::memory::Memory;
 use super::orc::OrcError;
 use super::rested::Rested;
-use super::running::Running;
 use super::stack::{Scan, ScanError, Scanner, Watched, Who, on_stacks};
 use super::tasks::{Rest, Tasks};
 use super::unwind::{End, Followed, Frame, OtherCode, Reason, Unreliable, UnwindError, Whose};
@@ -99,7 +99,6 @@ pub fn quiescent<R: ReadPhys + ?Sized>(
     let asked = (forbidden, question.group);
     let mut scanner = Scanner::new(kernel, &memory, asked, &mut answer.watched);
     answer.scan = scanner.all(vcpus, &tasks, &running)?;
-    answer.inside = still_inside(inside, &tasks, &running);
     let mut objection = None;
     let followed = Followed::new(kernel, &memory, &tasks, others);
     let looked = followed.map(|mut followed| {
@@ -115,6 +114,7 @@ pub fn quiescent<R: ReadPhys + ?Sized>(
             }
         });
     });
+    answer.still(inside, &tasks);
     answer.scan.bytes_read = memory.bytes_read();
     match looked {
         Ok(()) => objection.map_or(Ok(answer), |(whose, found)| {
@@ -127,6 +127,23 @@ pub fn quiescent<R: ReadPhys + ?Sized>(
 }
 
 impl Answer {
+    /// Notes of those whom a first look found `inside` the group who has not run since, and is not noted yet: a vCPU may be on its stack.
+    fn still(&mut self, inside: Vec<Inside>, tasks: &Tasks) {
+        let noted: HashSet<Option<Gva>> = self.inside.iter().map(|inside| inside.task).collect();
+        let mut stays = vec![false; inside.len()];
+        for task in &tasks.tasks {
+            let Rest::Inside(place) = task.rest else {
+                continue;
+            };
+            if let Some(stays) = stays.get_mut(place) {
+                *stays = !noted.contains(&Some(task.at));
+            }
+        }
+        let inside = inside.into_iter().zip(stays);
+        let inside = inside.filter_map(|(inside, stays)| stays.then_some(inside));
+        self.inside.extend(inside);
+    }
+
     /// Notes where one stack is that was followed.
     fn note(
         &mut self,
@@ -154,23 +171,6 @@ impl Answer {
             });
         }
     }
-}
-
-/// Of those whom a first look found `inside` the group, who has not run since. On whose stack a vCPU is, that is followed.
-fn still_inside(inside: Vec<Inside>, tasks: &Tasks, running: &Running) -> Vec<Inside> {
-    let mut stays = vec![false; inside.len()];
-    for (index, task) in tasks.tasks.iter().enumerate() {
-        let Rest::Inside(place) = task.rest else {
-            continue;
-        };
-        if let Some(stays) = stays.get_mut(place).filter(|_| !running.is_on(index)) {
-            *stays = true;
-        }
-    }
-    let inside = inside.into_iter().zip(stays);
-    inside
-        .filter_map(|(inside, stays)| stays.then_some(inside))
-        .collect()
 }
 
 fn refusal(tasks: &Tasks, whose: Whose, objection: Objection) -> ScanError {

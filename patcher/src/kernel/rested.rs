@@ -15,7 +15,7 @@ use super::locate::{Kernel, KernelError};
 use super::memory::Memory;
 use super::quiescence::{Inside, Question};
 use super::stack::{ScanError, Scanner, Who};
-use super::tasks::{Reading, Rest, Task, Tasks, places};
+use super::tasks::{Reading, Rest, Task, Tasks, by_stack, places};
 use super::unwind::{Followed, Frame, OtherCode};
 use super::vmap;
 use crate::addr::Gva;
@@ -71,14 +71,12 @@ impl Rested {
         let areas = vmap::areas(kernel, &memory, &[])?;
         let mut listed = all.tasks;
         let beyond = listed.split_off(all.in_lists.min(listed.len()));
-        let mut by_stack = all.by_stack;
-        by_stack.retain(|(_, index)| *index < listed.len());
         let rested = Self {
             census,
             places: places(&listed),
+            by_stack: by_stack(&listed),
             listed,
             beyond,
-            by_stack,
             inside,
             areas: areas.iter().map(|area| area.at).collect(),
         };
@@ -97,7 +95,7 @@ impl Rested {
         guest: &R,
     ) -> Result<bool, KernelError> {
         let memory = Memory::new(kernel, guest)?;
-        Ok(self.census.is_some() && !self.has_all(kernel, &memory)?)
+        Ok(kernel.layout().census.is_some() && !self.has_all(kernel, &memory)?)
     }
 
     /// Whether its tasks are known to be all that there are now.
@@ -165,6 +163,11 @@ fn note_rest<R: ReadPhys + ?Sized>(
         let Ok(task) = reading.task(task.at, task.turns) else {
             continue;
         };
+        // Of who is dead the stack is taken away without another turn.
+        let exit = memory.u32(Gva(task.at.0.wrapping_add(layout.exit_state)));
+        if !exit.is_ok_and(|exit| exit == 0) {
+            continue;
+        }
         if scanner.task(&task, Some(task.saved_sp)).is_err() {
             continue;
         }

@@ -16,7 +16,7 @@ use std::ops::Range;
 
 pub use self::cpus::Cpu;
 use self::members::Members;
-pub(crate) use self::members::places;
+pub(crate) use self::members::{by_stack, places};
 pub(crate) use self::reading::Reading;
 use super::locate::{Kernel, KernelError};
 use super::memory::Memory;

@@ -184,6 +184,11 @@ fn who_has_rested_in_the_group_is_still_in_it() {
             guest.enter(1, after(function::PLAIN), slot + 8);
         });
         assert_eq!(switched_to, [Who::Vcpu(1)], "{form:?}");
+        // A user may have any stack pointer while the kernel has yet to take its own.
+        let entered = members(form, |guest, slot| {
+            guest.enter(1, guest.at("__entry_text_start") + 0x10, slot);
+        });
+        assert_eq!(entered, sleeper, "{form:?}");
     }
 }
 

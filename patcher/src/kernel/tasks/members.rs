@@ -104,17 +104,24 @@ impl<'a, R: ReadPhys + ?Sized> Members<'a, R> {
 
     /// Where their stacks begin, sorted, with the index of each task that has one.
     pub(super) fn by_stack(&mut self) -> Vec<(Gva, usize)> {
-        let mut stacks = self.by_stack.take().unwrap_or_else(|| {
-            let tasks = self.tasks.iter().enumerate();
-            let stacks = tasks.filter(|(_, task)| !task.stack.is_empty());
-            stacks
-                .map(|(index, task)| (task.stack.start, index))
-                .collect()
-        });
-        // Most are in order: a stable sort goes by that.
+        let Some(mut stacks) = self.by_stack.take() else {
+            return by_stack(&self.tasks);
+        };
+        // All but those of CPUs are in order: a stable sort goes by that.
         stacks.sort();
         stacks
     }
+}
+
+/// Where the stacks of `tasks` begin, sorted, with the index of each that has one.
+pub(crate) fn by_stack(tasks: &[Task]) -> Vec<(Gva, usize)> {
+    let tasks = tasks.iter().enumerate();
+    let stacks = tasks.filter(|(_, task)| !task.stack.is_empty());
+    let mut stacks: Vec<_> = stacks
+        .map(|(index, task)| (task.stack.start, index))
+        .collect();
+    stacks.sort_unstable();
+    stacks
 }
 
 /// Where `tasks` are, sorted, with the index of each.

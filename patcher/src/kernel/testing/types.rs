@@ -195,7 +195,6 @@ fn task_types(btf: &mut Btf, form: Form, (int, long, byte, list): Basic) {
         ],
     );
     btf.structure("signal_struct", 0x20, &[("thread_head", list, 0x10)]);
-    btf.structure("qrwlock", 8, &[("cnts", int, 0)]);
     btf.structure(
         "ftrace_ret_stack",
         32,
@@ -261,14 +260,14 @@ fn text_types(btf: &mut Btf, form: Form, (int, long, byte, _): Basic) {
     let owner = u32::try_from(form.mutex_owner()).unwrap();
     if owner == 0 {
         btf.structure("mutex", 32, &[("owner", long, owner)]);
+        let queued = btf.structure("qrwlock", 8, &[("cnts", int, 0)]);
+        btf.structure("rwlock_t", 8, &[("raw_lock", queued, 0)]);
     } else {
         let lending = btf.structure("rt_mutex_base", 32, &[("owner", long, owner)]);
         btf.structure("mutex", 32, &[("rtmutex", lending, 0)]);
-        btf.structure(
-            "rwbase_rt",
-            40,
-            &[("readers", int, 0), ("rtmutex", lending, 8)],
-        );
+        let members = [("readers", int, 0), ("rtmutex", lending, 8)];
+        let lock = btf.structure("rwbase_rt", 40, &members);
+        btf.structure("rwlock_t", 40, &[("rwbase", lock, 0)]);
     }
     btf.structure("bp_patching_desc", 16, &[("refs", int, 12)]);
     let hash = btf.structure("hlist_node", 16, &[("next", long, 0)]);
