@@ -271,11 +271,17 @@ impl Holdings {
         self.functions.changes(uses, counter)
     }
 
-    /// The code of the handlers that these functions lead to.
-    pub(super) fn handlers_of(&self, functions: &[Gva]) -> impl Iterator<Item = Range<Gva>> {
-        let of_them = self.made.iter();
-        let of_them = of_them.filter(|made| functions.contains(&made.function));
-        of_them.map(|made| made.code.clone())
+    /// The code that calls of these functions go through on their way: the handlers, worn ones too, and the heads of the originals. Whoever is
+    /// in it goes on to where it led when he came, however short it is.
+    pub(super) fn ways_of(&self, functions: &[Gva]) -> impl Iterator<Item = Range<Gva>> {
+        let worn = self.worn.iter().flat_map(|worn| &worn.made);
+        let handlers = self.made.iter().chain(worn);
+        let handlers = handlers.filter(|made| functions.contains(&made.function));
+        let handlers = handlers.map(|made| made.code.clone());
+        let placed = self.placed.values();
+        let heads = placed.flat_map(|placed| placed.linked.all_redirections());
+        let heads = heads.filter(|it| functions.contains(&it.target.function));
+        handlers.chain(heads.filter_map(|it| it.head.at.range(it.head.bytes.len() as u64)))
     }
 
     /// Keeps handlers that nothing leads to any more until no thread is in them.

@@ -45,9 +45,9 @@ pub struct Passing {
 }
 
 impl Passing {
-    /// Has `plan` take those out of the set who are no longer inside. Whoever is in one of the `handlers` may be on his way there.
-    pub(super) fn shrink(&self, plan: &mut Plan, handlers: impl Iterator<Item = Range<Gva>>) {
-        plan.group = self.old.iter().cloned().chain(handlers).collect();
+    /// Has `plan` take those out of the set who are no longer inside. Whoever is on one of the `ways` may be coming there.
+    pub(super) fn shrink(&self, plan: &mut Plan, ways: impl Iterator<Item = Range<Gva>>) {
+        plan.group = self.old.iter().cloned().chain(ways).collect();
         plan.binding = Some(Binding {
             set: self.set.clone(),
             at: self.at,

@@ -12,7 +12,7 @@ use crate::edition::list::Use;
 use crate::guest::fake::FakeGuest;
 use crate::kernel::locate::Kernel;
 use crate::kernel::testing::guest::{SLIDE, TinyGuest};
-use crate::kernel::testing::orc::{AFTER_CALL, FUNCTION, FUNCTIONS, function};
+use crate::kernel::testing::orc::{AFTER_CALL, FUNCTION, FUNCTIONS, SAVED_REGISTERS, function};
 use crate::kernel::testing::{FORMS, Form, TEXT, task};
 use crate::observe::verify;
 use crate::plan::Lead;
@@ -29,6 +29,25 @@ pub(super) fn sleeping(form: Form) -> (FakeGuest, Kernel, Arena, u64, Gpa) {
     let slot = tiny.get(task + task::SP) + 8 * 6;
     let (guest, kernel, arena) = started(tiny);
     let at = kernel.translate(&guest, Gva(slot)).unwrap();
+    (guest, kernel, arena, task, at)
+}
+
+/// The same with a task that was preempted, and where it is written which instruction it will go on with.
+fn preempted(form: Form) -> (FakeGuest, Kernel, Arena, u64, Gpa) {
+    const SAVED: usize = 7;
+    const IP: usize = SAVED + 16;
+    const SP: usize = SAVED + 19;
+    let mut tiny = TinyGuest::new(form, 4);
+    let mut words = [0; SAVED + 23];
+    words[SAVED - 1] = TEXT + SLIDE + SAVED_REGISTERS;
+    (words[IP], words[IP + 1]) = (ELSEWHERE, 0x10);
+    words[SAVED + 22] = TEXT + SLIDE + FUNCTIONS + function::FIRST * FUNCTION + AFTER_CALL;
+    let index = tiny.task(7, "preempted", &words);
+    let task = tiny.tasks[index];
+    let sp = tiny.get(task + task::SP);
+    tiny.put(sp + 8 * SP as u64, sp + 8 * (SAVED as u64 + 22));
+    let (guest, kernel, arena) = started(tiny);
+    let at = kernel.translate(&guest, Gva(sp + 8 * IP as u64)).unwrap();
     (guest, kernel, arena, task, at)
 }
 
@@ -342,5 +361,66 @@ fn a_set_and_a_time_stay_for_who_is_bound() {
         settle(&mut guest, &kernel, &mut arena, &options).unwrap();
         drop_set(&mut arena, "some").unwrap();
         drop_time(&mut arena, "lunch").unwrap();
+    }
+}
+
+/// A handler that nothing leads to any more still leads whoever is in it: to the side that is old by the next switch.
+#[test]
+fn who_is_in_a_worn_handler_is_bound_too() {
+    for form in FORMS {
+        let (mut guest, kernel, mut arena, task, at) = preempted(form);
+        guest.poke(at, &ELSEWHERE.to_le_bytes()).unwrap();
+        let (package, options) = (calling(form), options(false));
+        let request = Request {
+            model: Model::PerTask,
+            how: Use {
+                rule: None,
+                counted: true,
+            },
+            ..Request::new(1, &package)
+        };
+        apply(&mut guest, &kernel, &mut arena, &request, &options).unwrap();
+        let handler = arena.holds.made.last().unwrap().code.clone();
+        let use_all = Use::default();
+        reuse(&mut guest, &kernel, &mut arena, 1, use_all, &options).unwrap();
+        assert!(arena.holds.made.is_empty(), "a jump and nothing else");
+        guest.poke(at, &handler.start.0.to_le_bytes()).unwrap();
+        let second = Request {
+            model: Model::PerTask,
+            instead_of: &[1],
+            ..Request::new(2, &package)
+        };
+        apply(&mut guest, &kernel, &mut arena, &second, &options).unwrap();
+        assert_eq!(bound(&arena), [[task]], "{form:?}");
+        settle(&mut guest, &kernel, &mut arena, &options).unwrap();
+        assert_eq!(bound(&arena), [[task]], "{form:?}");
+        guest.poke(at, &ELSEWHERE.to_le_bytes()).unwrap();
+        settle(&mut guest, &kernel, &mut arena, &options).unwrap();
+        assert!(bound(&arena).is_empty(), "{form:?}");
+    }
+}
+
+/// A task that is bound to the original comes to it by a head, which is the new update's.
+#[test]
+fn who_is_on_the_way_to_the_original_stays_bound() {
+    for form in FORMS {
+        let (mut guest, kernel, mut arena, task, at) = preempted(form);
+        let (package, options) = (calling(form), options(false));
+        let request = Request {
+            model: Model::PerTask,
+            ..Request::new(1, &package)
+        };
+        guest
+            .poke(at, &(TEXT + SLIDE + 0x440).to_le_bytes())
+            .unwrap();
+        apply(&mut guest, &kernel, &mut arena, &request, &options).unwrap();
+        assert_eq!(bound(&arena), [[task]], "{form:?}");
+        let head = arena.holds.placed[&1].linked.redirections[0].head.at;
+        guest.poke(at, &head.0.to_le_bytes()).unwrap();
+        settle(&mut guest, &kernel, &mut arena, &options).unwrap();
+        assert_eq!(bound(&arena), [[task]], "{form:?}");
+        guest.poke(at, &ELSEWHERE.to_le_bytes()).unwrap();
+        settle(&mut guest, &kernel, &mut arena, &options).unwrap();
+        assert!(bound(&arena).is_empty(), "{form:?}");
     }
 }

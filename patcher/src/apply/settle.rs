@@ -102,7 +102,7 @@ fn shrink<G: Guest>(
         return Ok(false);
     };
     let mut plan = Plan::default();
-    passing.shrink(&mut plan, draft.handlers_of(&passing.functions));
+    passing.shrink(&mut plan, draft.ways_of(&passing.functions));
     keep(guest, kernel, arena, draft, plan, u64::MAX, options)?;
     let mut passing = arena.holds.passing.iter();
     let passing = passing.find(|passing| passing.update == update);

@@ -133,9 +133,8 @@ impl Turn {
             }
             self.apart.extend(passing.set.keys());
             let functions = end_passing(&mut self.draft, passing.update);
-            // In the handler it may be decided already where to go.
-            let handlers = arena.holds.handlers_of(&functions);
-            self.plan.forbidden.extend(handlers);
+            // On the way it may be decided already where to go.
+            self.plan.forbidden.extend(arena.holds.ways_of(&functions));
         }
         Ok(())
     }
@@ -204,7 +203,7 @@ impl Turn {
     /// The code of the old side of `changes`: of a thread in it the next call must still get there.
     fn old_side(&self, kernel: &Kernel, before: &Holdings, changes: &[Change]) -> Vec<Range<Gva>> {
         let functions: Vec<Gva> = changes.iter().map(|(target, _)| target.function).collect();
-        let mut old: Vec<Range<Gva>> = before.handlers_of(&functions).collect();
+        let mut old: Vec<Range<Gva>> = before.ways_of(&functions).collect();
         let shares = |update: &UpdateId| {
             before
                 .functions

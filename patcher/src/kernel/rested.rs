@@ -5,7 +5,7 @@
 //! `finish_task()`). So one that was found let go *after* its count was read, and whose stack was read after that, had stopped for good with that
 //! count or a higher one. If it has the same one under the pause, is no CPU's current task, and no vCPU is on its stack, it has not run in
 //! between: its stack is as it was read. What was read in motion is never believed: it does not fit, and the task is looked at again.
-//! Which tasks there are is asked of the kernel's lists again only if one has come or gone ([`super::census`]).
+//! Which tasks there are is asked of the kernel's lists again only if one has come or gone (`census`).
 
 use std::ops::Range;
 use std::sync::atomic::{Ordering, fence};

@@ -183,10 +183,13 @@ pub(crate) fn wanted(all: &Sums) -> Vec<(String, bool)> {
             sleeping > 0 && sleeping == sleeping_reliable,
         ),
         at_least("applies and as many reverts", sum("applies"), 1500),
-        at_least(
-            "switches of a pair of functions, none of whose calls was of two generations",
-            sum("switches"),
-            10_000,
+        at_least("switches of a pair of functions", sum("switches"), 10_000),
+        (
+            format!(
+                "{} calls of that pair of two generations; none",
+                sum("calls_of_two_generations")
+            ),
+            sum("switches") > 0 && sum("calls_of_two_generations") == 0,
         ),
         at_least(
             "clients killed at any moment of an apply or a revert, each of which was done or was not",
