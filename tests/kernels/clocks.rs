@@ -271,6 +271,8 @@ fn by_rate(stock: Stock) {
     asking.use_for("rate 5/s and cpu = 2");
     asking.wait("a rate of one processor", |got| got.new >= from.new + 10);
 
+    // The rate before would let more through, until the next rule is in force.
+    asking.use_for("cpu = 77");
     // Of first calls, more of them by one store; and then no more.
     for (first, more) in [(10, 10), (25, 15)] {
         let from = asking.got();
