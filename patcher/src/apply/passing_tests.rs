@@ -369,7 +369,6 @@ fn a_set_and_a_time_stay_for_who_is_bound() {
 fn who_is_in_a_worn_handler_is_bound_too() {
     for form in FORMS {
         let (mut guest, kernel, mut arena, task, at) = preempted(form);
-        guest.poke(at, &ELSEWHERE.to_le_bytes()).unwrap();
         let (package, options) = (calling(form), options(false));
         let request = Request {
             model: Model::PerTask,

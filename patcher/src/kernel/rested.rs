@@ -73,7 +73,7 @@ impl Rested {
         let beyond = listed.split_off(all.in_lists.min(listed.len()));
         let rested = Self {
             census,
-            places: places(&listed),
+            places: places(listed.iter().map(|task| task.at)),
             by_stack: by_stack(&listed),
             listed,
             beyond,

@@ -2,7 +2,7 @@
 //!
 //! Sources: kernel `include/linux/sched/signal.h` (`for_each_process()`, `for_each_thread()`).
 
-use super::members::turns;
+use super::members::{places, turns};
 use super::{Task, Turns};
 use crate::addr::Gva;
 use crate::guest::ReadPhys;
@@ -13,12 +13,15 @@ use crate::kernel::locate::{Kernel, KernelError};
 use crate::kernel::memory::Memory;
 
 /// More tasks than any guest that is still worth updating has.
-pub(super) const MAX_TASKS: usize = 1 << 17;
+const MAX_TASKS: usize = 1 << 17;
 
 /// Where a task is, and which turns it has had.
 pub(super) type Member = (Gva, Option<Turns>);
 
-/// All tasks that the lists show, each once. They were found in the order of `before` at an earlier look.
+/// Where tasks are, sorted, with the index of each.
+type Places = Vec<(Gva, usize)>;
+
+/// All tasks that the lists show, each once; and where they are, sorted, with the index of each. They were found in the order of `before` at an earlier look.
 ///
 /// # Errors
 /// When a list does not end, or cannot be read.
@@ -26,7 +29,7 @@ pub(super) fn members<R: ReadPhys + ?Sized>(
     kernel: &Kernel,
     memory: &Memory<'_, R>,
     before: &[Task],
-) -> Result<Vec<Member>, KernelError> {
+) -> Result<(Vec<Member>, Places), KernelError> {
     let layout = &kernel.layout().task;
     let order: Vec<Gva> = before.iter().map(|task| task.at).collect();
     let links = links(layout);
@@ -38,24 +41,28 @@ pub(super) fn members<R: ReadPhys + ?Sized>(
     };
     walk.all(kernel.runtime(layout.init_task))?;
     let mut members = walk.members;
-    once(&mut members);
-    Ok(members)
+    let places = once(&mut members);
+    Ok((members, places))
 }
 
-/// Leaves in `members` each once, where it is first.
-fn once(members: &mut Vec<Member>) {
-    let places = members.iter().enumerate();
-    let mut places: Vec<_> = places.map(|(index, (at, _))| (*at, index)).collect();
-    places.sort_unstable();
-    let again = places.windows(2).filter_map(|pair| match pair {
+/// Leaves in `members` each once, where it is first. Returns where they are, sorted, with the index of each.
+fn once(members: &mut Vec<Member>) -> Places {
+    let known = places(members.iter().map(|(at, _)| *at));
+    let again = known.windows(2).filter_map(|pair| match pair {
         [(first, _), (second, index)] if first == second => Some(*index),
         _ => None,
     });
     let mut again: Vec<usize> = again.collect();
-    again.sort_unstable();
-    for index in again.into_iter().rev() {
-        members.remove(index);
+    if again.is_empty() {
+        return known;
     }
+    again.sort_unstable();
+    let mut index = 0;
+    members.retain(|_| {
+        index += 1;
+        again.binary_search(&(index - 1)).is_err()
+    });
+    places(members.iter().map(|(at, _)| *at))
 }
 
 /// What is read of every task: the way to the next ones, and how often it has stopped.
@@ -168,9 +175,11 @@ mod tests {
             (&[3, 1, 3, 2, 1, 3], &[3, 1, 2]),
         ] {
             let mut members = all.iter().map(|at| (Gva(*at), None)).collect();
-            once(&mut members);
+            let places = once(&mut members);
             let left: Vec<u64> = members.iter().map(|(at, _)| at.0).collect();
             assert_eq!(left, want);
+            assert!(places.iter().all(|(at, index)| members[*index].0 == *at));
+            assert_eq!(places.len(), want.len());
         }
     }
 }

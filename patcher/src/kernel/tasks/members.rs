@@ -52,10 +52,10 @@ impl<'a, R: ReadPhys + ?Sized> Members<'a, R> {
                 beyond,
             });
         }
-        let tasks = finder.anew(lists::members(kernel, memory, &rested.listed)?, &rested)?;
+        let (members, places) = lists::members(kernel, memory, &rested.listed)?;
         Ok(Self {
-            places: places(&tasks),
-            tasks,
+            tasks: finder.anew(members, &rested)?,
+            places,
             finder,
             by_stack: None,
             beyond,
@@ -124,10 +124,10 @@ pub(crate) fn by_stack(tasks: &[Task]) -> Vec<(Gva, usize)> {
     stacks
 }
 
-/// Where `tasks` are, sorted, with the index of each.
-pub(crate) fn places(tasks: &[Task]) -> Vec<(Gva, usize)> {
-    let places = tasks.iter().enumerate();
-    let mut places: Vec<_> = places.map(|(index, task)| (task.at, index)).collect();
+/// Where tasks are, sorted, with the index of each.
+pub(crate) fn places(tasks: impl Iterator<Item = Gva>) -> Vec<(Gva, usize)> {
+    let places = tasks.enumerate();
+    let mut places: Vec<_> = places.map(|(index, at)| (at, index)).collect();
     places.sort_unstable();
     places
 }
