@@ -25,12 +25,15 @@ as_root() {
     fi
 }
 
+# Another script may be installing too: apt waits for it.
+APT_WAITS=(-o DPkg::Lock::Timeout=600)
+
 apt_lists_updated=
 # update_apt_lists: fetches apt's package lists, once a run at most.
 update_apt_lists() {
     [ -z "$apt_lists_updated" ] || return 0
     say "updating the package lists"
-    as_root apt-get update -qq >&2 || die "apt-get update failed; is the network there?"
+    as_root apt-get "${APT_WAITS[@]}" update -qq >&2 || die "apt-get update failed; is the network there?"
     apt_lists_updated=yes
 }
 
@@ -49,7 +52,7 @@ need_root_packages() {
 }
 
 apt_install() {
-    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$@" </dev/null >/dev/null
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get "${APT_WAITS[@]}" install -qq -y --no-install-recommends "$@" </dev/null >/dev/null
 }
 
 # check_rust CARGO_TOML: there is a Rust that is new enough. None is ever downloaded.
