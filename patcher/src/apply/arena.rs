@@ -298,16 +298,16 @@ impl Holdings {
             .collect()
     }
 
-    /// Has memory be given back once no handler that is worn now can be looking into it.
+    /// Has memory be given back once no handler that is worn now can be looking into it. What is worn becomes one, for each handler has its room
+    /// given back once.
     pub(super) fn wear_out_memory(&mut self, at: Gva, len: u64) {
-        self.worn.push(Worn {
-            made: self
-                .worn
-                .iter()
-                .flat_map(|worn| worn.made.clone())
-                .collect(),
-            data: vec![(at, len)],
-        });
+        let mut all = Worn::default();
+        for worn in self.worn.drain(..) {
+            all.made.extend(worn.made);
+            all.data.extend(worn.data);
+        }
+        all.data.push((at, len));
+        self.worn.push(all);
     }
 
     /// Notes that handlers go by `rule` for the editions of `update` now, and what its `cells` are in each of them that leads to one.

@@ -1,5 +1,6 @@
 //! Switches that go by task, on a made-up kernel in a made-up guest: who is bound to which side, and until when.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -421,5 +422,48 @@ fn who_is_on_the_way_to_the_original_stays_bound() {
         guest.poke(at, &ELSEWHERE.to_le_bytes()).unwrap();
         settle(&mut guest, &kernel, &mut arena, &options).unwrap();
         assert!(bound(&arena).is_empty(), "{form:?}");
+    }
+}
+
+/// A set that is done away with while handlers are worn waits for all of them, and each of them gives its room back once.
+#[test]
+fn worn_handlers_give_their_room_back_once() {
+    for form in FORMS {
+        let (mut guest, kernel, mut arena, _, at) = preempted(form);
+        let (package, options) = (calling(form), options(false));
+        change_set(&mut guest, &mut arena, "some", &SetChange::default()).unwrap();
+        let counted = Use {
+            rule: None,
+            counted: true,
+        };
+        let request = Request {
+            how: counted.clone(),
+            ..Request::new(1, &package)
+        };
+        apply(&mut guest, &kernel, &mut arena, &request, &options).unwrap();
+        let mut worn = Vec::new();
+        for _ in 0..2 {
+            let handler = arena.holds.made.last().unwrap().code.clone();
+            // He is in this one while it is worn, and in the next later.
+            guest.poke(at, &handler.start.0.to_le_bytes()).unwrap();
+            worn.push(handler);
+            for how in [Use::default(), counted.clone()] {
+                reuse(&mut guest, &kernel, &mut arena, 1, how, &options).unwrap();
+            }
+        }
+        let rooms = |arena: &Arena| -> Vec<Range<Gva>> {
+            let mut rooms: Vec<_> = arena.holds.all_made().map(|it| it.code.clone()).collect();
+            rooms.sort_by_key(|room| room.start);
+            rooms
+        };
+        let before = rooms(&arena);
+        assert!(worn.iter().all(|room| before.contains(room)), "{form:?}");
+        drop_set(&mut arena, "some").unwrap();
+        assert_eq!(rooms(&arena), before, "{form:?}");
+        settle(&mut guest, &kernel, &mut arena, &options).unwrap();
+        assert!(rooms(&arena).contains(&worn[1]), "{form:?}: he is in it");
+        guest.poke(at, &ELSEWHERE.to_le_bytes()).unwrap();
+        settle(&mut guest, &kernel, &mut arena, &options).unwrap();
+        assert_eq!(rooms(&arena).len(), 1, "{form:?}");
     }
 }

@@ -41,7 +41,7 @@ impl Binding {
     /// [`Blocked::Busy`] when somebody is inside who is no task, or there are more than find room.
     pub fn with(&self, inside: &[Inside]) -> Result<(Set, Vec<Write>), Blocked> {
         let mut set = self.set.clone();
-        let mut tasks = Vec::new();
+        let mut tasks = BTreeSet::new();
         for inside in inside {
             let task = inside.task.ok_or_else(|| Blocked::Busy {
                 cause: format!(
@@ -49,7 +49,7 @@ impl Binding {
                     inside.who
                 ),
             })?;
-            tasks.push(task.0);
+            let _ = tasks.insert(task.0);
         }
         match &self.bind {
             Bind::Fill { but } => {

@@ -131,6 +131,8 @@ fn only_who_is_at_rest_and_elsewhere_need_not_be_looked_at() {
         assert!(!is_rested(form, &asked, runs), "{form:?}: on its way");
         let current = |guest: &mut TinyGuest, _| guest.run(1, 2);
         assert!(!is_rested(form, &asked, current), "{form:?}: current");
+        let dead = |guest: &mut TinyGuest, _| guest.put(guest.tasks[2] + task::EXIT_STATE, 0x20);
+        assert!(!is_rested(form, &asked, dead), "{form:?}: dead");
         let silent = |guest: &mut TinyGuest, slot| guest.put(slot, after(function::SILENT));
         assert!(!is_rested(form, &asked, silent), "{form:?}: unreliable");
     }
