@@ -21,7 +21,7 @@ use crate::publish::{Grace, Publication, Published, published};
 
 fn options() -> ApplyOptions<'static> {
     ApplyOptions {
-        deadline: Instant::now() + Duration::from_millis(200),
+        deadline: Instant::now() + Duration::from_secs(60),
         check_only: false,
         doing: &|_| {},
         written: &|| {},
