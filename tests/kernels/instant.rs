@@ -4,8 +4,8 @@
 //! function's first instruction: each call of it stops the guest just before the probe, the stack is followed from outside, and the guest
 //! goes on into its probe. Both see the same calls in the same order on each CPU, and tell them apart by registers: so hit by hit, address by
 //! address, the two must be equal. The guest's trace begins in its own tracer and goes through the function, where ours begins; from there on
-//! nothing is left out of either, but for the few traces that the guest ends early, at thunks of which its own tables say nothing. Ours may end only there,
-//! in a thunk that was interrupted, and then the guest's ends there too.
+//! nothing is left out of either, but for the few traces that the guest ends early, at thunks of which its own tables say nothing. Ours may end only
+//! there, in a thunk that was interrupted, and then the guest's ends there too.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -58,8 +58,6 @@ struct Hit {
     registers: [u64; 3],
     /// Where its callers go on, from the innermost out.
     callers: Vec<u64>,
-    /// Followed from outside, they end at a thunk of which the kernel's tables say nothing.
-    ends_early: bool,
 }
 
 /// The calls that were seen, in their order, by CPU.
@@ -133,11 +131,7 @@ fn recorded(guest: &Inside, is_own: impl Fn(u64) -> bool) -> Hits<(Context, Hit)
         if let Some((cpu, frames)) = open.take() {
             if let Some((context, registers)) = begun.remove(&cpu) {
                 let callers = callers(&frames, &is_own);
-                let hit = Hit {
-                    registers,
-                    callers,
-                    ends_early: false,
-                };
+                let hit = Hit { registers, callers };
                 hits.entry(cpu).or_default().push((context, hit));
             } else {
                 // Recording can begin between a hit and its stack.
@@ -238,23 +232,17 @@ fn during(guest: &Inside, command: &str, take: &mut dyn FnMut() -> usize) {
 /// The call that a vCPU was stopped at, from its stack and general-purpose registers.
 fn hit(kernel: &Kernel, at: Gva, own: &Stack, gpr: &[u64; 16]) -> Hit {
     let frames: Vec<_> = own.frames.iter().map(|it| it.describe(kernel)).collect();
-    let ends_early = match &own.end {
-        Ok(_) => false,
-        Err(Unreliable { reason, .. }) => {
-            let outermost = frames.last().expect("a frame");
-            let in_thunk = outermost.starts_with(THUNK);
-            assert!(
-                in_thunk && matches!(reason, Reason::Undefined { .. }),
-                "{reason:?} after {frames:?}"
-            );
-            true
-        }
-    };
+    if let Err(Unreliable { reason, .. }) = &own.end {
+        let outermost = frames.last().expect("a frame");
+        assert!(
+            outermost.starts_with(THUNK) && matches!(reason, Reason::Undefined { .. }),
+            "{reason:?} after {frames:?}"
+        );
+    }
     assert_eq!(own.frames[0].ip, at, "{frames:?}");
     Hit {
         registers: [gpr[4], gpr[7], gpr[6]],
         callers: own.frames[1..].iter().map(|frame| frame.ip.0).collect(),
-        ends_early,
     }
 }
 
@@ -298,7 +286,9 @@ fn compare(
                 names(own),
                 names(hit)
             );
-            found.given_up += usize::from(own.ends_early || hit.callers.len() < own.callers.len());
+            let outermost = own.callers.last();
+            let both = outermost.is_some_and(|at| name(*at).starts_with(THUNK));
+            found.given_up += usize::from(both || hit.callers.len() < own.callers.len());
             found.contexts.push(*context);
         }
     }

@@ -18,10 +18,12 @@ use tests::inside::Inside;
 use tests::stock::{LTS_6_1, NEWEST_6_12, Stock};
 use vmm::guest::KvmGuest;
 
-/// Reads at which there is a panic, of each operation's thousands.
+/// At least so many reads have a panic, of each operation's thousands.
 const READS: usize = 16;
 /// Operations whose calls are counted. How many looks one takes is up to who runs in the guest meanwhile.
 const MEASURED: usize = 4;
+/// How often, in all, an operation may make fewer calls than the shortest of these.
+const SHORTER: usize = 24;
 const LIMIT: Duration = Duration::from_secs(20);
 /// What SIOCATMARK on a datagram socket gives when the edition answers.
 const NEW: &str = "answer ENOTTY";
@@ -80,7 +82,7 @@ impl Calls {
         let each = kinds.into_iter().flat_map(|kind| {
             let all = self.count(kind);
             let step = if kind == Kind::Read {
-                all / READS + 1
+                (all / READS).max(1)
             } else {
                 1
             };
@@ -167,9 +169,24 @@ struct End<T> {
     calls: Calls,
 }
 
+/// When an operation panicked: before or behind the last write.
+#[derive(Clone, Copy, Debug)]
+enum Panicked {
+    Before,
+    Behind,
+}
+
 impl<T> End<T> {
     fn written(&self) -> bool {
         self.calls.written.get()
+    }
+
+    fn panicked(&self) -> Option<Panicked> {
+        match (&self.gave, self.written()) {
+            (Some(_), _) => None,
+            (None, false) => Some(Panicked::Before),
+            (None, true) => Some(Panicked::Behind),
+        }
     }
 }
 
@@ -262,11 +279,32 @@ fn fewest(measured: Vec<Calls>) -> Calls {
     fewest.expect("an operation")
 }
 
-/// There was a panic in the most part of the calls that were chosen (an operation may make fewer than the one that was measured), and one behind the
-/// last write.
-fn judge(stock: Stock, what: &str, panics: usize, behind: usize) {
-    println!("{stock:?}: {panics} panics in {what}, {behind} behind the last write");
-    assert!(panics > READS / 2 && behind == 1);
+/// Has an operation panic at each of the calls. `operate` does it with a panic at one, and tells whether there was one before or behind the last write;
+/// there is none when it ended before that call: nothing was in the way. Then it is done again.
+fn panic_at_each(
+    stock: Stock,
+    what: &str,
+    calls: Vec<Call>,
+    mut operate: impl FnMut(Call) -> Option<Panicked>,
+) {
+    let (mut panics, mut behind, mut shorter) = (0, 0, 0);
+    for call in calls {
+        let panicked = loop {
+            if let Some(panicked) = operate(call) {
+                break panicked;
+            }
+            shorter += 1;
+            assert!(shorter <= SHORTER, "{what} ended before {call:?}");
+        };
+        match panicked {
+            Panicked::Before => panics += 1,
+            Panicked::Behind => behind += 1,
+        }
+    }
+    println!(
+        "{stock:?}: {panics} panics in {what}, {behind} behind the last write; {shorter} ended before"
+    );
+    assert!(panics > READS && behind == 1);
 }
 
 fn applies(stock: Stock) {
@@ -282,23 +320,16 @@ fn applies(stock: Stock) {
     // The first one maps the arena too.
     let _ = measure();
     let calls = fewest((0..MEASURED).map(|_| measure()).collect());
-    let (mut panics, mut behind) = (0, 0);
-    for call in calls.chosen() {
+    panic_at_each(stock, "applies", calls.chosen(), |call| {
         let end = scene.apply(Some(call));
         assert_eq!(scene.is_new(), end.written(), "apply, {call:?}");
-        match end.gave {
-            // It took fewer calls this time: nothing was in the way.
-            Some(applied) => drop(scene.revert(applied, None)),
-            None if !end.written() => panics += 1,
-            // It is in effect, and known to be.
-            None => {
-                behind += 1;
-                let _ = scene.revert(scene.updates, None);
-                assert!(!scene.is_new(), "the update behind {call:?} is undone");
-            }
+        // What was written is in effect, and known to be.
+        if end.written() {
+            let _ = scene.revert(scene.updates, None);
+            assert!(!scene.is_new(), "the update behind {call:?} is undone");
         }
-    }
-    judge(stock, "applies", panics, behind);
+        end.panicked()
+    });
 }
 
 fn reverts(stock: Stock) {
@@ -309,19 +340,14 @@ fn reverts(stock: Stock) {
     };
     let calls = fewest((0..MEASURED).map(|_| measure()).collect());
     let mut applied = scene.apply(None).gave.expect("an update");
-    let (mut panics, mut behind) = (0, 0);
-    for call in calls.chosen() {
+    panic_at_each(stock, "reverts", calls.chosen(), |call| {
         let end = scene.revert(applied, Some(call));
         assert_eq!(scene.is_new(), !end.written(), "revert, {call:?}");
-        match end.gave {
-            None if !end.written() => panics += 1,
-            gave => {
-                behind += usize::from(gave.is_none());
-                applied = scene.apply(None).gave.expect("an update");
-            }
+        if end.written() {
+            applied = scene.apply(None).gave.expect("an update");
         }
-    }
-    judge(stock, "reverts", panics, behind);
+        end.panicked()
+    });
 }
 
 #[test]
