@@ -93,8 +93,8 @@ pub trait Running {
     /// # Errors
     /// [`Blocked::InFlux`], [`Blocked::Unreadable`].
     fn settled<G: ReadPhys>(&self, guest: &G) -> Result<(), Blocked>;
-    /// What can be told before the pause of who is in nothing that the plan asks about. The guest runs.
-    fn first_look<G: ReadPhys>(&self, guest: &G, plan: &Plan) -> Rested;
+    /// What can be told before the pause, `until` then at most, of who is in nothing that the plan asks about. The guest runs.
+    fn first_look<G: ReadPhys>(&self, guest: &G, plan: &Plan, until: Instant) -> Rested;
     /// No thread is in, or returns into, what the plan forbids. Those that have `rested` since the first look are not looked at again.
     ///
     /// # Errors

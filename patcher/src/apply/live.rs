@@ -1,5 +1,7 @@
 //! What planning and committing ask of a kernel, answered by the located [`Kernel`].
 
+use std::time::Instant;
+
 use crate::addr::{Gpa, Gva, LinkAddr};
 use crate::commit::{Blocked, Running, Scanned};
 use crate::edition::link::{Resolve, Returns};
@@ -96,11 +98,11 @@ impl Running for Inhabited<'_> {
         }
     }
 
-    fn first_look<G: ReadPhys>(&self, guest: &G, plan: &Plan) -> Rested {
+    fn first_look<G: ReadPhys>(&self, guest: &G, plan: &Plan, until: Instant) -> Rested {
         // The lists of a guest that runs may be in motion. Then less is known before the pause, or nothing.
         let mut last = Rested::default();
         for _ in 0..FIRST_LOOKS {
-            let look = Rested::look(self.kernel, guest, &question(plan), &self.others);
+            let look = Rested::look(self.kernel, guest, &question(plan), &self.others, until);
             let Ok(rested) = look else { continue };
             last = rested;
             if let Ok(false) = last.is_outdated(self.kernel, guest) {

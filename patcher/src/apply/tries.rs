@@ -164,7 +164,7 @@ fn one_try<G: Guest, K: Running>(
     options: &ApplyOptions<'_>,
     seen: &dyn Fn(&Scanned),
 ) -> Result<Tried, CommitFailed> {
-    let rested = kernel.first_look(guest, plan);
+    let rested = kernel.first_look(guest, plan, options.deadline);
     let start = Instant::now();
     let paused = Counted::new(guest.pause(options.deadline).map_err(CommitFailed::Pause)?);
     let stopped = start.elapsed();

@@ -9,6 +9,7 @@
 
 use std::ops::Range;
 use std::sync::atomic::{Ordering, fence};
+use std::time::Instant;
 
 use super::census::Census;
 use super::locate::{Kernel, KernelError};
@@ -45,7 +46,7 @@ pub struct Rested {
 
 impl Rested {
     /// Looks at every task of the running guest that is at rest, for a look under a pause with the same `question`. What cannot be read now is left
-    /// to that.
+    /// to that, and so is what is left of them `until` then.
     ///
     /// # Errors
     /// When the tasks cannot be listed, or no stack of the kernel can be followed.
@@ -54,6 +55,7 @@ impl Rested {
         guest: &R,
         question: &Question<'_>,
         others: &[OtherCode],
+        until: Instant,
     ) -> Result<Self, ScanError> {
         if kernel.layout().task.turns.is_none() {
             return Ok(Self::default());
@@ -63,7 +65,7 @@ impl Rested {
         let mut all = Tasks::listed(kernel, &memory, Self::default())?;
         // Counts are read before it is asked who was let go.
         fence(Ordering::Acquire);
-        let inside = note_rest(kernel, &memory, &mut all, question, others)?;
+        let inside = note_rest(kernel, &memory, &mut all, question, others, until)?;
         // Who is on a CPU is asked again.
         for task in &mut all.tasks {
             task.cpu = None;
@@ -139,6 +141,7 @@ fn note_rest<R: ReadPhys + ?Sized>(
     all: &mut Tasks,
     question: &Question<'_>,
     others: &[OtherCode],
+    until: Instant,
 ) -> Result<Vec<Inside>, ScanError> {
     let Some(layout) = &kernel.layout().task.turns else {
         return Ok(Vec::new());
@@ -154,6 +157,9 @@ fn note_rest<R: ReadPhys + ?Sized>(
     let (mut inside, mut rested) = (Vec::new(), Vec::new());
     let asleep = all.tasks.iter().enumerate();
     for (index, task) in asleep.filter(|(_, task)| task.cpu.is_none()) {
+        if Instant::now() >= until {
+            break;
+        }
         let let_go = memory.u32(Gva(task.at.0.wrapping_add(layout.on_cpu)));
         if !let_go.is_ok_and(|on_cpu| on_cpu == 0) {
             continue;

@@ -49,7 +49,7 @@ impl Running for Fake {
         }
     }
 
-    fn first_look<G: ReadPhys>(&self, _: &G, _: &Plan) -> Rested {
+    fn first_look<G: ReadPhys>(&self, _: &G, _: &Plan, _: Instant) -> Rested {
         Rested::default()
     }
 

@@ -1,5 +1,7 @@
 //! A first look at a made-up guest, what happens behind it, and what the look under the pause says then.
 
+use std::time::{Duration, Instant};
+
 use super::Rested;
 use crate::addr::Gva;
 use crate::kernel::locate::Kernel;
@@ -24,6 +26,11 @@ fn sleeping(form: Form, at: u64) -> (TinyGuest, Kernel, u64) {
     (guest, kernel, slot)
 }
 
+/// More time than a look takes.
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(60)
+}
+
 /// What is called so, and is done to a guest.
 type Change = (&'static str, fn(&mut TinyGuest));
 
@@ -41,7 +48,7 @@ fn looked(form: Form, at: u64, happens: impl Fn(&mut TinyGuest, u64)) -> Result<
         forbidden: &forbidden,
         ..Question::default()
     };
-    let rested = Rested::look(&kernel, &guest, &question, &[]).unwrap();
+    let rested = Rested::look(&kernel, &guest, &question, &[], soon()).unwrap();
     happens(&mut guest, slot);
     let answer = quiescent(&kernel, &guest, &guest.vcpus, &question, &[], rested);
     answer
@@ -63,6 +70,28 @@ fn who_has_not_run_is_not_looked_at_again() {
             guest.put(slot, after(function::PLAIN));
         });
         assert_eq!(unseen.unwrap(), words, "{form:?}");
+    }
+}
+
+#[test]
+fn a_look_ends_when_its_time_is_over() {
+    for form in FORMS {
+        let (guest, kernel, _) = sleeping(form, after(function::OTHERS));
+        let forbidden = forbidden();
+        let question = Question {
+            forbidden: &forbidden,
+            ..Question::default()
+        };
+        let rested = |until| Rested::look(&kernel, &guest, &question, &[], until).unwrap();
+        let at_rest = |rested: &Rested| {
+            let mut listed = rested.listed.iter();
+            listed.any(|task| task.rest == Rest::Outside)
+        };
+        assert!(at_rest(&rested(soon())), "{form:?}");
+        let late = rested(Instant::now());
+        assert!(!at_rest(&late), "{form:?}");
+        let answer = quiescent(&kernel, &guest, &guest.vcpus, &question, &[], late);
+        assert!(answer.is_ok(), "what is left is looked at then: {answer:?}");
     }
 }
 
@@ -104,7 +133,7 @@ fn who_has_run_is_looked_at_again() {
 fn is_rested(form: Form, question: &Question<'_>, prepare: impl Fn(&mut TinyGuest, u64)) -> bool {
     let (mut guest, kernel, slot) = sleeping(form, after(function::OTHERS));
     prepare(&mut guest, slot);
-    let rested = Rested::look(&kernel, &guest, question, &[]).unwrap();
+    let rested = Rested::look(&kernel, &guest, question, &[], soon()).unwrap();
     rested
         .listed
         .iter()
@@ -146,7 +175,7 @@ fn members(form: Form, happens: impl Fn(&mut TinyGuest, u64)) -> Vec<Who> {
         group: &group,
         ..Question::default()
     };
-    let rested = Rested::look(&kernel, &guest, &question, &[]).unwrap();
+    let rested = Rested::look(&kernel, &guest, &question, &[], soon()).unwrap();
     happens(&mut guest, slot);
     let answer = quiescent(&kernel, &guest, &guest.vcpus, &question, &[], rested).unwrap();
     // An idle task that has just been left has nothing on its stack here.
@@ -260,22 +289,25 @@ fn who_came_since_is_looked_at() {
                 ..Question::default()
             };
             // Its stack is one of no known task before.
+            let sp = guest.get(guest.tasks[3] + task::SP);
             guest.put(guest.tasks[3] + task::SP, 0);
-            let rested = Rested::look(&kernel, &guest, &question, &[]).unwrap();
+            let rested = Rested::look(&kernel, &guest, &question, &[], soon()).unwrap();
+            guest.put(guest.tasks[3] + task::SP, sp);
             if listed {
                 guest.list(first, &[sleeper, comes]);
             } else {
                 // It has left the lists already, and runs.
                 guest.run(1, 3);
-                let sp = guest.stack_top(3) - 0x200;
-                guest.enter(1, after(function::PLAIN), sp);
+                guest.enter(1, after(function::OTHERS), sp + 6 * 8);
             }
             if counted {
                 count(&mut guest, "total_forks");
                 count(&mut guest, "nr_threads");
             }
             let answer = quiescent(&kernel, &guest, &guest.vcpus, &question, &[], rested);
-            assert!(answer.is_err(), "{form:?}: {listed}: {answer:?}");
+            let error = answer.unwrap_err().to_string();
+            let who = "task 8 (comes)";
+            assert!(error.contains(who), "{form:?}: {listed}: {error}");
         }
     }
 }
