@@ -271,17 +271,21 @@ impl Holdings {
         self.functions.changes(uses, counter)
     }
 
-    /// The code that calls of these functions go through on their way: the handlers, worn ones too, and the heads of the originals. Whoever is
-    /// in it goes on to where it led when he came, however short it is.
+    /// The code that calls of these functions go through on their way: the handlers, and the heads of the originals. Whoever is in it goes on to
+    /// where it led when he came, however short it is.
     pub(super) fn ways_of(&self, functions: &[Gva]) -> impl Iterator<Item = Range<Gva>> {
-        let worn = self.worn.iter().flat_map(|worn| &worn.made);
-        let handlers = self.made.iter().chain(worn);
-        let handlers = handlers.filter(|made| functions.contains(&made.function));
-        let handlers = handlers.map(|made| made.code.clone());
         let placed = self.placed.values();
         let heads = placed.flat_map(|placed| placed.linked.all_redirections());
         let heads = heads.filter(|it| functions.contains(&it.target.function));
-        handlers.chain(heads.filter_map(|it| it.head.at.range(it.head.bytes.len() as u64)))
+        let heads = heads.filter_map(|it| it.head.at.range(it.head.bytes.len() as u64));
+        self.choosers_of(functions).chain(heads)
+    }
+
+    /// The code in which it is chosen where a call of these functions goes: the handlers, worn ones too.
+    pub(super) fn choosers_of(&self, functions: &[Gva]) -> impl Iterator<Item = Range<Gva>> {
+        let made = self.all_made();
+        let made = made.filter(|made| functions.contains(&made.function));
+        made.map(|made| made.code.clone())
     }
 
     /// Keeps handlers that nothing leads to any more until no thread is in them.

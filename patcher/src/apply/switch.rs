@@ -18,7 +18,7 @@ use crate::commit::Scanned;
 use crate::edition::handler::LINE;
 use crate::edition::link::Placed;
 use crate::edition::list::{ListError, Step, UpdateId};
-use crate::edition::set::{Keys, Set};
+use crate::edition::set::Set;
 use crate::guest::Guest;
 use crate::kernel::locate::{Kernel, KernelError};
 use crate::plan::binding::{Bind, Binding};
@@ -133,8 +133,11 @@ impl Turn {
             }
             self.apart.extend(passing.set.keys());
             let functions = end_passing(&mut self.draft, passing.update);
-            // On the way it may be decided already where to go.
-            self.plan.forbidden.extend(arena.holds.ways_of(&functions));
+            // In a handler it may be decided already where to go. Who is in a head goes on with the original whatever comes, and so would he
+            // behind the head, where nobody looks for him.
+            self.plan
+                .forbidden
+                .extend(arena.holds.choosers_of(&functions));
         }
         Ok(())
     }
@@ -265,7 +268,7 @@ impl Turn {
         } = self;
         let bits = bits(scanned.inside.len());
         let at = draft.space.data.take(8 << bits, LINE)?;
-        let set = Set::new(at, bits, Keys::Wide)?;
+        let set = Set::new(at, bits)?;
         let physical = map
             .physical(at)
             .ok_or(PlanError::NotInArena { at, len: 8 << bits })?;
