@@ -387,12 +387,45 @@ fn by_set(stock: Stock) {
     let _ = dropped.expect("a set that no rule asks for");
     asking.assert_only_old("the first set again");
 
+    by_half(&mut asking);
+
     asking.use_for("not pid in set chosen");
     asking.assert_only_new("all that are not in it");
     set(&asking.guest, "add", "chosen", &[first]);
     let from = asking.got();
     asking.wait("one that is", |got| got.old > from.old + 10);
     let _ = asking.end();
+}
+
+/// A set that is looked into for 32 bits takes no key for which these could be taken, until it is looked into otherwise.
+fn by_half(asking: &mut Asking) {
+    // The lower half of it is what they all ask for.
+    let wide = ["set", "add", "orders", "0x100008905"];
+    set(&asking.guest, "add", "orders", &["0x8904"]);
+    asking.use_for("cmd in set orders");
+    asking.assert_only_old("another order");
+    set(&asking.guest, "add", "orders", &["0x8905"]);
+    asking.assert_only_new("their order");
+    let refused = asking.guest.client.call(&wide);
+    assert_eq!(refused.refusal("a key of more bits"), "set_key_wide");
+    asking.assert_only_new("the set as it was");
+    asking.use_for("pid in set chosen");
+    // A thread may still be in the handler of the rule before.
+    let end = Instant::now() + Duration::from_secs(30);
+    let mut added = asking.guest.client.call(&wide);
+    while added.status != 0 && Instant::now() < end {
+        assert_eq!(added.refusal("a handler that is worn"), "set_key_wide");
+        added = asking.guest.client.call(&wide);
+    }
+    let _ = added.expect("a key of more bits in a set that no rule asks for");
+    set(&asking.guest, "remove", "orders", &["0x8905"]);
+    asking.use_for("cmd in set orders");
+    asking.assert_only_old("a key that is theirs but for its upper half");
+    set(&asking.guest, "add", "orders", &["0x8905"]);
+    asking.assert_only_new("their order beside it");
+    asking.use_for("pid in set chosen");
+    let dropped = asking.guest.client.call(&["set", "drop", "orders"]);
+    let _ = dropped.expect("a set that no rule asks for");
 }
 
 #[test]

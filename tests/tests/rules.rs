@@ -6,7 +6,7 @@ use std::sync::Arc;
 use patcher::addr::Gva;
 use patcher::edition::handler::{Choice, Region, Spec, assemble};
 use patcher::edition::link::Returns;
-use patcher::edition::set::{Keys, Set};
+use patcher::edition::set::Set;
 use patcher::kernel::image::Image;
 use patcher::kernel::payload::Payload;
 use patcher::rule::Rule;
@@ -276,7 +276,7 @@ fn handler(image: &Image) {
         counter: None,
     };
     let choices: Vec<Choice> = resolved.into_iter().chain([None]).map(choice).collect();
-    let web = Set::new(Gva(0xffff_ffff_ffa1_0000), 6, Keys::Wide).expect("a set");
+    let web = Set::new(Gva(0xffff_ffff_ffa1_0000), 6).expect("a set");
     let region = Region::new(Gva(0xffff_ffff_ff80_0040), Returns::Plain).expect("a region");
     let spec = Spec {
         region: &region,

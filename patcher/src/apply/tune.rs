@@ -13,7 +13,7 @@ use super::handlers::{Made, asked_of};
 use crate::addr::{Gpa, Gva};
 use crate::edition::handler::Owner;
 use crate::edition::list::{ListError, Step, UpdateId, Use as How};
-use crate::edition::set::{Keys, Set, SetError, Store};
+use crate::edition::set::{self, Set, SetError, Store};
 use crate::edition::space::Full;
 use crate::guest::{Guest, GuestError};
 use crate::kernel::locate::Kernel;
@@ -77,6 +77,18 @@ pub enum SetsError {
         name: String,
         /// The update.
         update: UpdateId,
+    },
+    /// A handler looks into the set for 32 bits, among which the key would be taken for another.
+    #[error(
+        "{key:#x} has more than 32 bits, and the rule of {function} asks {name} for a value that has no more"
+    )]
+    Wide {
+        /// The set.
+        name: String,
+        /// The key.
+        key: u64,
+        /// The function that leads to the handler.
+        function: String,
     },
     /// A key finds no room, or is none.
     #[error(transparent)]
@@ -319,6 +331,24 @@ impl Holdings {
         &self.clocks.times
     }
 
+    /// Whether no handler would take `key` for another if it were in the set of this name.
+    fn can_hold(&self, name: &str, key: u64) -> Result<(), SetsError> {
+        let mut made = self.all_made();
+        let by = made.find(|made| made.assembled.halves.contains(name));
+        let Some(by) = by.filter(|_| !set::is_low(key)) else {
+            return Ok(());
+        };
+        let function = self.functions.get(by.function);
+        Err(SetsError::Wide {
+            name: name.to_owned(),
+            key,
+            function: function.map_or_else(
+                || by.function.to_string(),
+                |function| function.target.name.clone(),
+            ),
+        })
+    }
+
     /// The first update whose rule is one of these: it is in effect, or tasks that are bound still go by it.
     pub(super) fn goes_by(&self, asks: impl Fn(&Rule) -> bool) -> Option<UpdateId> {
         let uses = self.uses.iter();
@@ -380,7 +410,7 @@ pub fn change_set<G: Guest>(
             named(name)?;
             let bits = change.bits()?;
             let at = arena.holds.space.data.take(8 << bits, 64)?;
-            let set = Set::new(at, bits, Keys::Wide)?;
+            let set = Set::new(at, bits)?;
             let words = set.bytes();
             let words = words.as_chunks::<8>().0.iter().enumerate();
             let empty = words.map(|(slot, word)| Store {
@@ -398,7 +428,10 @@ pub fn change_set<G: Guest>(
         changed = changed.and(store(guest, arena, gone.as_slice()));
     }
     for key in &change.add {
-        changed = changed.and_then(|()| store(guest, arena, &set.insert(*key)?));
+        changed = changed.and_then(|()| {
+            arena.holds.can_hold(name, *key)?;
+            store(guest, arena, &set.insert(*key)?)
+        });
     }
     let len = set.len();
     arena.holds.sets.insert(name.to_owned(), set);

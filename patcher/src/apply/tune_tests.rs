@@ -288,6 +288,50 @@ fn a_set_has_the_room_that_was_asked_for() {
 }
 
 #[test]
+fn what_would_be_taken_for_another_stays_out_of_a_set() {
+    let (mut guest, kernel, mut arena) = ruled("pid = 1");
+    let add = |guest: &mut FakeGuest, arena: &mut Arena, keys: &[u64]| {
+        let change = SetChange {
+            add: keys.to_vec(),
+            ..SetChange::default()
+        };
+        change_set(guest, arena, "chosen", &change).map_err(|error| error.to_string())
+    };
+    assert_eq!(add(&mut guest, &mut arena, &[5]), Ok(1));
+    // As when a rule asks for an `int`.
+    let made = Arc::make_mut(&mut arena.holds.made[0]);
+    made.assembled.halves.insert("chosen".to_owned());
+    let wide = 5 | 1 << 32;
+    let refused = add(&mut guest, &mut arena, &[6, wide, 7]).unwrap_err();
+    assert!(
+        refused.contains("0x100000005 has more than 32 bits") && refused.contains("patient"),
+        "{refused}"
+    );
+    let keys = |arena: &Arena| {
+        let mut keys: Vec<u64> = arena.holds.sets["chosen"].keys().collect();
+        keys.sort_unstable();
+        keys
+    };
+    assert_eq!(keys(&arena), [5, 6], "those before it are in");
+    // Worn, it may still be looking.
+    reuse(
+        &mut guest,
+        &kernel,
+        &mut arena,
+        1,
+        how("cpu = 1"),
+        &options(false),
+    )
+    .unwrap();
+    assert!(add(&mut guest, &mut arena, &[wide]).is_err());
+    while arena.holds.is_settling() {
+        super::settle(&mut guest, &kernel, &mut arena, &options(false)).unwrap();
+    }
+    assert_eq!(add(&mut guest, &mut arena, &[wide]), Ok(3));
+    assert!(!arena.holds.sets["chosen"].place().low);
+}
+
+#[test]
 fn sets_are_made_filled_and_done_away_with() {
     let (mut guest, kernel, mut arena) = ruled("pid = 1");
     let asks = how("pid in set chosen");

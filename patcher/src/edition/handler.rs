@@ -14,7 +14,7 @@ mod region;
 mod thunk;
 mod value;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::CodeAssembler;
@@ -155,6 +155,8 @@ pub struct Assembled {
     pub bytes: Vec<u8>,
     /// Its cells; those of one rule are in the order of [`tune::cells`], one after the other.
     pub cells: Vec<Cell>,
+    /// Sets that it looks into for 32 bits: they must get no key of more.
+    pub halves: BTreeSet<String>,
 }
 
 impl Assembled {
@@ -241,8 +243,13 @@ pub fn assemble(spec: &Spec<'_>, at: Gva) -> Result<Assembled, HandlerError> {
     spec.check()?;
     reach("a handler", at, 1)?;
     let cells = spec.cells();
-    let bytes = emit::handler(spec, &cells, at)?;
-    Ok(Assembled { at, bytes, cells })
+    let (bytes, halves) = emit::handler(spec, &cells, at)?;
+    Ok(Assembled {
+        at,
+        bytes,
+        cells,
+        halves,
+    })
 }
 
 /// `at` as a displacement without a base, if an instruction can name it so.

@@ -7,10 +7,9 @@
 
 use crate::addr::Gva;
 
-/// Multipliers of the two hashes; only that they are odd and look random matters.
+/// Multipliers of the two hashes, of a key's lower half and of all of it; only that they are odd and look random matters.
 pub(crate) const FIRST: u32 = 0x9e37_79b1;
-pub(crate) const SECOND: u32 = 0x85eb_ca77;
-pub(crate) const SECOND_WIDE: u64 = 0x9e37_79b9_7f4a_7c15;
+pub(crate) const SECOND: u64 = 0x9e37_79b9_7f4a_7c15;
 /// Sizes that are possible, as powers of two.
 const BITS: std::ops::RangeInclusive<u8> = 1..=20;
 /// Most keys that are moved to make room for one.
@@ -50,15 +49,6 @@ pub enum SetError {
     },
 }
 
-/// Which bits of the keys tell them apart.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Keys {
-    /// The lower 32 will do: numbers of tasks, users and the like. Of keys that differ only above, at most two find room.
-    Narrow,
-    /// Any may: addresses. Costs a look-up one instruction.
-    Wide,
-}
-
 /// Where a set is: all that a handler needs to know of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SetPlace {
@@ -66,8 +56,9 @@ pub struct SetPlace {
     pub at: Gva,
     /// Its slots, as a power of two.
     pub bits: u8,
-    /// What its keys are.
-    pub keys: Keys,
+    /// Whether no key in it has more than 32 bits, as numbers of tasks, users and the like. A look-up for so many is then one of the lower half
+    /// alone, and must not outlive that.
+    pub low: bool,
 }
 
 /// Eight bytes to store at an address that is aligned to as many.
@@ -82,22 +73,16 @@ pub struct Store {
 /// A set, as the host knows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Set {
-    place: SetPlace,
+    at: Gva,
+    bits: u8,
     slots: Vec<u64>,
     len: usize,
 }
 
-impl SetPlace {
-    /// The slots that `key` may be in, in the order in which they are looked into.
-    fn slots_of(self, key: u64) -> [usize; 2] {
-        let low = u32::try_from(key & 0xffff_ffff).unwrap_or(0);
-        let narrow = |times: u32| u64::from(low.wrapping_mul(times) >> (32 - u32::from(self.bits)));
-        let second = match self.keys {
-            Keys::Narrow => narrow(SECOND),
-            Keys::Wide => key.wrapping_mul(SECOND_WIDE) >> (64 - u32::from(self.bits)),
-        };
-        [narrow(FIRST), second].map(|slot| usize::try_from(slot).unwrap_or(0))
-    }
+/// Whether `key` has at most 32 bits.
+#[must_use]
+pub fn is_low(key: u64) -> bool {
+    u32::try_from(key).is_ok()
 }
 
 impl Set {
@@ -105,17 +90,17 @@ impl Set {
     ///
     /// # Errors
     /// [`SetError::Size`] or [`SetError::Place`].
-    pub fn new(at: Gva, bits: u8, keys: Keys) -> Result<Self, SetError> {
+    pub fn new(at: Gva, bits: u8) -> Result<Self, SetError> {
         if !BITS.contains(&bits) {
             return Err(SetError::Size { bits });
         }
         let size = 8 << bits;
-        let place = SetPlace { at, bits, keys };
         if !at.0.is_multiple_of(8) || at.checked_add(size).is_none() {
             return Err(SetError::Place { at, size });
         }
         let mut set = Self {
-            place,
+            at,
+            bits,
             slots: vec![0; 1 << bits],
             len: 0,
         };
@@ -123,10 +108,23 @@ impl Set {
         Ok(set)
     }
 
-    /// Where it is.
+    /// Where it is, with the keys that are in it now.
     #[must_use]
     pub fn place(&self) -> SetPlace {
-        self.place
+        SetPlace {
+            at: self.at,
+            bits: self.bits,
+            low: self.keys().all(is_low),
+        }
+    }
+
+    /// The slots that `key` may be in, in the order in which they are looked into.
+    fn slots_of(&self, key: u64) -> [usize; 2] {
+        let bits = u32::from(self.bits);
+        let low = u32::try_from(key & 0xffff_ffff).unwrap_or(0);
+        let first = u64::from(low.wrapping_mul(FIRST) >> (32 - bits));
+        let second = key.wrapping_mul(SECOND) >> (64 - bits);
+        [first, second].map(|slot| usize::try_from(slot).unwrap_or(0))
     }
 
     /// Its memory as it is to be now.
@@ -174,11 +172,8 @@ impl Set {
         if self.contains(key) {
             return Ok(Vec::new());
         }
-        let way = self
-            .place
-            .slots_of(key)
-            .into_iter()
-            .find_map(|slot| self.way(slot));
+        let mut slots = self.slots_of(key).into_iter();
+        let way = slots.find_map(|slot| self.way(slot));
         let Some(way) = way else {
             return Err(SetError::Full {
                 key,
@@ -206,7 +201,7 @@ impl Set {
     /// What an empty slot holds: nothing that a look-up for it finds there. Zero does, but in the first slot, which is where zero is looked for;
     /// there it is a key that is looked for elsewhere.
     fn empty(&self, slot: usize) -> u64 {
-        let elsewhere = |key: &u64| !self.place.slots_of(*key).contains(&0);
+        let elsewhere = |key: &u64| !self.slots_of(*key).contains(&0);
         match slot {
             0 => (1..).find(elsewhere).unwrap_or(0),
             _ => 0,
@@ -214,7 +209,7 @@ impl Set {
     }
 
     fn slot_of(&self, key: u64) -> Option<usize> {
-        let slots = self.place.slots_of(key);
+        let slots = self.slots_of(key);
         slots
             .into_iter()
             .find(|slot| key != 0 && self.slots[*slot] == key)
@@ -229,7 +224,7 @@ impl Set {
             if key == self.empty(at) {
                 return Some(way);
             }
-            let [first, second] = self.place.slots_of(key);
+            let [first, second] = self.slots_of(key);
             if first != at || way.contains(&second) {
                 return None;
             }
@@ -241,7 +236,7 @@ impl Set {
     fn store(&mut self, slot: usize, value: u64) -> Store {
         self.slots[slot] = value;
         Store {
-            at: Gva(self.place.at.0.wrapping_add(slot as u64 * 8)),
+            at: Gva(self.at.0.wrapping_add(slot as u64 * 8)),
             value,
         }
     }
@@ -253,7 +248,7 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::{Keys, Set, SetError, Store};
+    use super::{Set, SetError, Store};
     use crate::addr::Gva;
 
     const AT: Gva = Gva(0xffff_ffff_ffa0_1000);
@@ -278,7 +273,7 @@ mod tests {
 
         /// A look-up that reads its first slot before the first of `stores` and the second behind any number of them.
         fn found(&self, set: &Set, key: u64, stores: &[Store]) -> bool {
-            let [first, second] = set.place().slots_of(key);
+            let [first, second] = set.slots_of(key);
             let mut now = self.0.clone();
             let mut seen = now[second] == key;
             let early = now[first] == key;
@@ -294,30 +289,22 @@ mod tests {
 
     #[test]
     fn zero_and_impossible_sizes_are_errors() {
-        let mut set = Set::new(AT, 4, Keys::Wide).unwrap();
+        let mut set = Set::new(AT, 4).unwrap();
         assert_eq!(set.insert(0), Err(SetError::Zero));
         assert!(!set.contains(0) && set.remove(0).is_none());
         for bits in [0, 21, 255] {
-            assert_eq!(
-                Set::new(AT, bits, Keys::Wide).unwrap_err(),
-                SetError::Size { bits }
-            );
+            assert_eq!(Set::new(AT, bits).unwrap_err(), SetError::Size { bits });
         }
-        assert!(matches!(
-            Set::new(Gva(4), 1, Keys::Wide),
-            Err(SetError::Place { .. })
-        ));
+        assert!(matches!(Set::new(Gva(4), 1), Err(SetError::Place { .. })));
     }
 
     #[test]
     fn what_an_empty_slot_holds_is_never_found() {
         for bits in 1..=12 {
-            for keys in [Keys::Narrow, Keys::Wide] {
-                let set = Set::new(AT, bits, keys).unwrap();
-                let memory = Memory::of(&set);
-                for key in (0..2000).chain([u64::MAX, 1 << 32, 5 << 32]) {
-                    assert!(!memory.found(&set, key, &[]), "{key:#x} of {bits}");
-                }
+            let set = Set::new(AT, bits).unwrap();
+            let memory = Memory::of(&set);
+            for key in (0..2000).chain([u64::MAX, 1 << 32, 5 << 32]) {
+                assert!(!memory.found(&set, key, &[]), "{key:#x} of {bits}");
             }
         }
     }
@@ -328,13 +315,10 @@ mod tests {
         let task = |index: u64| {
             0xffff_8880_0000_0000 + ((index % 16) << 32) + (index / 16) * 9280 / 64 * 64
         };
-        let mut set = Set::new(AT, 12, Keys::Wide).unwrap();
+        let mut set = Set::new(AT, 12).unwrap();
         for index in 0..1300 {
             set.insert(task(index)).unwrap();
         }
-        let mut narrow = Set::new(AT, 12, Keys::Narrow).unwrap();
-        let refused = (0..1300).filter(|index| narrow.insert(task(*index)).is_err());
-        assert!(refused.count() > 0, "else the wide form has no reason");
     }
 
     proptest! {
@@ -342,10 +326,8 @@ mod tests {
         fn what_stays_is_found_between_any_two_stores(
             changes in proptest::collection::vec((any::<bool>(), 1_u64..60), 1..120),
             bits in 1_u8..7,
-            wide in any::<bool>(),
         ) {
-            let keys = if wide { Keys::Wide } else { Keys::Narrow };
-            let mut set = Set::new(AT, bits, keys).unwrap();
+            let mut set = Set::new(AT, bits).unwrap();
             let mut memory = Memory::of(&set);
             let mut model = BTreeSet::new();
             for (insert, key) in changes {
@@ -377,6 +359,7 @@ mod tests {
                 }
                 prop_assert_eq!(&memory.0, &Memory::of(&set).0);
                 prop_assert_eq!(set.len(), model.len());
+                prop_assert!(!set.place().low || model.is_empty());
                 let all = (1..60).map(|key| key * 0x0001_0000_0440);
                 prop_assert!(all.clone().all(|key| memory.found(&set, key, &[]) == model.contains(&key)));
             }

@@ -198,6 +198,14 @@ pub struct Value {
     pub bits: Option<(u8, u8)>,
 }
 
+impl Value {
+    /// Whether it is told apart by 32 bits.
+    #[must_use]
+    pub fn is_half(&self) -> bool {
+        self.size <= 4 && self.bits.is_none()
+    }
+}
+
 /// Where the way to a value begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {

@@ -4,7 +4,7 @@
 //! store or none: between two, what the guest asks would be neither of the rules.
 
 use super::During;
-use super::resolve::{Check, Resolved, Span};
+use super::resolve::{Check, Resolved, Span, Value};
 
 /// What a cell is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,8 +49,11 @@ fn of_check(check: &Check, all: &mut Vec<(Use, u64)>) {
     let mut constant = |value| all.push((Use::Constant, value));
     match check {
         Check::Order { with, .. } => constant(*with),
-        Check::In { spans, .. } => spans.iter().for_each(|span| match span {
-            Span::One(value) => constant(*value),
+        Check::In { value, spans } => spans.iter().for_each(|span| match span {
+            Span::One(one) => constant(*one),
+            Span::Range(low, high) if to_zero(value, *low).is_some() => {
+                constant(high.wrapping_sub(*low));
+            }
             Span::Range(low, high) => {
                 constant(*low);
                 constant(*high);
@@ -72,6 +75,18 @@ fn of_check(check: &Check, all: &mut Vec<(Use, u64)>) {
         }
         Check::Kthread { .. } | Check::InSet { .. } | Check::Predicate { .. } => {}
     }
+}
+
+/// What is to be added to `value` so that `low`, where a range begins, becomes zero, if an instruction can name it: then a cell holds how long
+/// the range is. Else one holds each end.
+#[must_use]
+pub fn to_zero(value: &Value, low: u64) -> Option<i32> {
+    let by = low.wrapping_neg();
+    if value.is_half() {
+        let half = u32::try_from(by & 0xffff_ffff).ok()?;
+        return Some(half.cast_signed());
+    }
+    i32::try_from(by.cast_signed()).ok()
 }
 
 /// At most eight bytes as the upper ones of a little-endian word: as what is left of one when those behind them are shifted out.
@@ -115,9 +130,11 @@ fn shape_of(check: &Check) -> Check {
     let mut shape = check.clone();
     match &mut shape {
         Check::Order { with, .. } => *with = 0,
-        Check::In { spans, .. } => spans.iter_mut().for_each(|span| match span {
-            Span::One(value) => *value = 0,
-            Span::Range(low, high) => (*low, *high) = (0, 0),
+        Check::In { value, spans } => spans.iter_mut().for_each(|span| match span {
+            Span::One(one) => *one = 0,
+            Span::Range(low, high) if to_zero(value, *low).is_some() => *high = *low,
+            // No range of the other kind is left with this.
+            Span::Range(low, high) => (*low, *high) = (0, 1),
         }),
         Check::Comm { bytes, .. } => bytes.fill(0),
         Check::Share { last } => *last = 0,
@@ -152,9 +169,12 @@ mod tests {
         Check::Order { value, order, with }
     }
 
-    fn within(low: u64, high: u64) -> Check {
+    /// No instruction names so much.
+    const FAR: u64 = 0x8000_0001;
+
+    fn within(size: u8, low: u64, high: u64) -> Check {
         Check::In {
-            value: value(4),
+            value: value(size),
             spans: vec![Span::Range(low, high), Span::One(1)],
         }
     }
@@ -182,9 +202,30 @@ mod tests {
                 vec![is(other, 1), share(6)],
                 Some(vec![(1, 6)]),
             ),
-            (vec![within(5, 9)], vec![within(4, 9)], Some(vec![(0, 4)])),
-            (vec![within(5, 9)], vec![within(5, 8)], Some(vec![(1, 8)])),
-            (vec![within(5, 9)], vec![within(6, 10)], None),
+            (vec![within(4, 5, 9)], vec![within(4, 4, 9)], None),
+            (
+                vec![within(4, 5, 9)],
+                vec![within(4, 5, 8)],
+                Some(vec![(0, 3)]),
+            ),
+            (vec![within(4, 5, 9)], vec![within(4, 6, 10)], None),
+            (
+                vec![within(8, FAR, FAR + 4)],
+                vec![within(8, FAR + 1, FAR + 4)],
+                Some(vec![(0, FAR + 1)]),
+            ),
+            (
+                vec![within(8, FAR, FAR + 4)],
+                vec![within(8, FAR, FAR + 3)],
+                Some(vec![(1, FAR + 3)]),
+            ),
+            (
+                vec![within(8, FAR, FAR + 4)],
+                vec![within(8, FAR + 1, FAR + 5)],
+                None,
+            ),
+            (vec![within(8, FAR, FAR)], vec![within(8, 0, FAR)], None),
+            (vec![within(8, 0, 1)], vec![within(8, FAR, FAR)], None),
             (
                 vec![comm(b"nginx\0")],
                 vec![comm(b"httpd\0")],

@@ -15,7 +15,8 @@ pub enum SetCommand {
     Add {
         /// Name of the set
         name: String,
-        /// The numbers: decimal, or 0x and hexadecimal; addresses are as `exopatch kernel` shows them
+        /// The numbers: decimal, or 0x and hexadecimal; addresses are as `exopatch kernel` shows them. Of more than 32 bits none goes into
+        /// a set while a rule asks it for an argument that has no more
         #[arg(value_name = "NUMBER")]
         keys: Vec<String>,
         /// So many numbers the set is to have room for, if this makes it; it cannot grow

@@ -1,37 +1,51 @@
 //! The instructions of a handler.
 //!
 //! A test is compiled to a comparison and one conditional jump, given where to go on when it is true, where when it is false, and which of
-//! the two comes next. `r11` holds the current task wherever anything asks about it; `rax` and `r10` are free between tests.
+//! the two comes next; the last of a choice whose calls are not counted jumps to the edition itself. `r11` holds the current task wherever anything asks about it; `rax` and `r10` are free between tests.
+
+use std::collections::BTreeSet;
 
 use iced_x86::code_asm::{
-    AsmMemoryOperand, AsmRegister32, AsmRegister64, CodeAssembler, CodeLabel, al, dword_ptr, eax,
-    qword_ptr, r10, r10d, r11, r11d, rax,
+    AsmMemoryOperand, CodeAssembler, CodeLabel, al, dword_ptr, eax, qword_ptr, r10, r10d, r11, rax,
 };
 
-use super::value::{ARGUMENTS, Held, displacement};
+use super::value::{Held, displacement};
 use super::{Cell, Choice, HandlerError, LINE, Owner, Spec, reach};
 use crate::addr::Gva;
-use crate::edition::set::{FIRST, Keys, SECOND, SECOND_WIDE, SetPlace};
+use crate::edition::set::{FIRST, SECOND, SetPlace};
 use crate::rule::Order;
 use crate::rule::resolve::{Check, KERNEL_THREAD, Resolved, Source, Span, Value};
+use crate::rule::tune;
 
 /// Multiplier that spreads the numbers 0, 1, 2, ... evenly: 2^64 divided by the golden ratio.
 const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;
 
-/// The code of a handler at `at`.
-pub(super) fn handler(spec: &Spec<'_>, cells: &[Cell], at: Gva) -> Result<Vec<u8>, HandlerError> {
+/// The code of a handler at `at`, and the sets that it looks into for 32 bits.
+pub(super) fn handler(
+    spec: &Spec<'_>,
+    cells: &[Cell],
+    at: Gva,
+) -> Result<(Vec<u8>, BTreeSet<String>), HandlerError> {
     let mut emit = Emit {
         spec,
         code: CodeAssembler::new(64)?,
         cells: cells.iter(),
         needs_task: needs_task(spec),
         fault: CodeLabel::default(),
+        halves: BTreeSet::new(),
     };
     emit.start()?;
-    Ok(emit.code.assemble(at.0)?)
+    Ok((emit.code.assemble(at.0)?, emit.halves))
 }
 
-/// Which of two labels comes right behind.
+/// Where code goes on.
+#[derive(Clone, Copy)]
+enum To {
+    Here(CodeLabel),
+    Edition(Gva),
+}
+
+/// Which of two ways comes right behind.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Next {
     Yes,
@@ -41,8 +55,8 @@ enum Next {
 /// Where a test goes on.
 #[derive(Clone, Copy)]
 struct Ways {
-    yes: CodeLabel,
-    no: CodeLabel,
+    yes: To,
+    no: To,
     next: Next,
 }
 
@@ -84,6 +98,24 @@ impl When {
     }
 }
 
+/// The conditional jump to a label or an address, for which the assembler has a trait each.
+macro_rules! jump_when {
+    ($code:expr, $when:expr, $to:expr) => {
+        match $when {
+            When::Equal => $code.je($to)?,
+            When::NotEqual => $code.jne($to)?,
+            When::Below { signed: false } => $code.jb($to)?,
+            When::Below { signed: true } => $code.jl($to)?,
+            When::AtMost { signed: false } => $code.jbe($to)?,
+            When::AtMost { signed: true } => $code.jle($to)?,
+            When::Above { signed: false } => $code.ja($to)?,
+            When::Above { signed: true } => $code.jg($to)?,
+            When::AtLeast { signed: false } => $code.jae($to)?,
+            When::AtLeast { signed: true } => $code.jge($to)?,
+        }
+    };
+}
+
 pub(super) struct Emit<'a> {
     pub(super) spec: &'a Spec<'a>,
     pub(super) code: CodeAssembler,
@@ -92,6 +124,8 @@ pub(super) struct Emit<'a> {
     needs_task: bool,
     /// Where a rule goes on that cannot be answered: it does not match.
     pub(super) fault: CodeLabel,
+    /// Sets that were looked into for 32 bits.
+    halves: BTreeSet<String>,
 }
 
 impl Emit<'_> {
@@ -102,11 +136,11 @@ impl Emit<'_> {
         if let Some(bound) = self.spec.bound {
             let (yes, no) = (self.label(), self.label());
             let ways = Ways {
-                yes,
-                no,
+                yes: To::Here(yes),
+                no: To::Here(no),
                 next: Next::Yes,
             };
-            self.member(r11, bound.tasks, ways)?;
+            self.member(Held::Whole(r11), bound.tasks, ways)?;
             self.set(yes)?;
             self.choices(true, &bound.choices)?;
             self.set(no)?;
@@ -116,16 +150,30 @@ impl Emit<'_> {
 
     fn choices(&mut self, bound: bool, choices: &[Choice]) -> Result<(), HandlerError> {
         for (choice, of) in choices.iter().enumerate() {
-            let no = self.label();
-            if let Some(rule) = &of.rule {
-                let yes = self.label();
-                self.fault = no;
-                let next = Next::Yes;
-                self.rule(rule, Owner { bound, choice }, Ways { yes, no, next })?;
+            let Some(rule) = &of.rule else {
+                self.count(of)?;
+                self.go(To::Edition(of.to))?;
+                continue;
+            };
+            let (yes, no) = (self.label(), self.label());
+            let counted = of.counter.is_some();
+            let (yes_to, next) = if counted {
+                (To::Here(yes), Next::Yes)
+            } else {
+                (To::Edition(of.to), Next::No)
+            };
+            let ways = Ways {
+                yes: yes_to,
+                no: To::Here(no),
+                next,
+            };
+            self.fault = no;
+            self.rule(rule, Owner { bound, choice }, ways)?;
+            if counted {
                 self.set(yes)?;
+                self.count(of)?;
+                self.go(To::Edition(of.to))?;
             }
-            self.count(of)?;
-            self.code.jmp(of.to.0)?;
             self.set(no)?;
         }
         Ok(())
@@ -165,10 +213,11 @@ impl Emit<'_> {
         any: bool,
     ) -> Result<(), HandlerError> {
         let Some((last, before)) = rules.split_last() else {
-            return Ok(());
+            return self.go(if any { ways.no } else { ways.yes });
         };
         for rule in before {
-            let then = self.label();
+            let behind = self.label();
+            let then = To::Here(behind);
             let step = if any {
                 Ways {
                     yes: ways.yes,
@@ -183,7 +232,7 @@ impl Emit<'_> {
                 }
             };
             self.rule(rule, of, step)?;
-            self.set(then)?;
+            self.set(behind)?;
         }
         self.rule(last, of, ways)
     }
@@ -214,7 +263,10 @@ impl Emit<'_> {
             Check::InSet { value, set } => {
                 let place = self.spec.sets.get(set);
                 let place = *place.ok_or_else(|| HandlerError::NoSet { name: set.clone() })?;
-                let key = self.key(value)?;
+                let key = self.key(value, place.low)?;
+                if matches!(key, Held::Half(_)) {
+                    self.halves.insert(set.clone());
+                }
                 self.member(key, place, ways)
             }
             Check::Share { .. } => {
@@ -231,7 +283,7 @@ impl Emit<'_> {
                 // Once there were enough, the cell is only read, and stays in every processor's cache.
                 self.code.mov(r10, calls)?;
                 self.code.cmp(r10, limit)?;
-                self.code.jae(ways.no)?;
+                self.jump(When::AtLeast { signed: false }, ways.no)?;
                 self.code.mov(r10d, 1)?;
                 self.code.lock().xadd(calls, r10)?;
                 self.code.cmp(r10, limit)?;
@@ -240,7 +292,7 @@ impl Emit<'_> {
             Check::Rate { .. } => {
                 let tokens = self.cell(of)?;
                 self.code.cmp(tokens, 0)?;
-                self.code.jle(ways.no)?;
+                self.jump(When::AtMost { signed: true }, ways.no)?;
                 self.code.mov(r10, -1_i64)?;
                 self.code.lock().xadd(tokens, r10)?;
                 self.code.test(r10, r10)?;
@@ -263,27 +315,50 @@ impl Emit<'_> {
         ways: Ways,
     ) -> Result<(), HandlerError> {
         let held = self.value(value)?;
-        let signed = value.signed;
         for (index, span) in spans.iter().enumerate() {
             let last = index + 1 == spans.len();
             let behind = self.label();
             let (no, next) = if last {
                 (ways.no, ways.next)
             } else {
-                (behind, Next::No)
+                (To::Here(behind), Next::No)
             };
-            let yes = ways.yes;
-            self.compare(held, of)?;
-            if matches!(span, Span::Range(..)) {
-                self.jump(When::Below { signed }, no)?;
-                self.compare(held, of)?;
-                self.branch(When::AtMost { signed }, Ways { yes, no, next })?;
-            } else {
-                self.branch(When::Equal, Ways { yes, no, next })?;
+            let ways = Ways { no, next, ..ways };
+            match span {
+                Span::One(_) => {
+                    self.compare(held, of)?;
+                    self.branch(When::Equal, ways)?;
+                }
+                Span::Range(low, _) => self.range(value, held, *low, of, ways)?,
             }
             self.set(behind)?;
         }
         Ok(())
+    }
+
+    /// Whether `value`, which is held, is in a range that begins with `low`: how far behind that it is, whatever its sign, is one comparison.
+    fn range(
+        &mut self,
+        value: &Value,
+        held: Held,
+        low: u64,
+        of: Owner,
+        ways: Ways,
+    ) -> Result<(), HandlerError> {
+        let signed = value.signed;
+        match tune::to_zero(value, low) {
+            Some(by) => {
+                let behind = self.moved(held, by)?;
+                self.compare(behind, of)?;
+                self.branch(When::AtMost { signed: false }, ways)
+            }
+            None => {
+                self.compare(held, of)?;
+                self.jump(When::Below { signed }, ways.no)?;
+                self.compare(held, of)?;
+                self.branch(When::AtMost { signed }, ways)
+            }
+        }
     }
 
     fn comm(
@@ -320,31 +395,21 @@ impl Emit<'_> {
         self.branch(When::NotEqual, ways)
     }
 
-    /// Whether `key` is in the set at `place`. Neither `r10` nor, unless it is the key, `rax` is as before.
-    fn member(
-        &mut self,
-        key: AsmRegister64,
-        place: SetPlace,
-        ways: Ways,
-    ) -> Result<(), HandlerError> {
+    /// Whether `key`, which is not in `r10`, is in the set at `place`. Neither `r10` nor, unless it is the key, `rax` is as before.
+    fn member(&mut self, key: Held, place: SetPlace, ways: Ways) -> Result<(), HandlerError> {
         let at = reach("a set", place.at, 8)?;
-        let low = half(key);
         let bits = u32::from(place.bits);
-        self.code.imul_3(r10d, low, FIRST.cast_signed())?;
+        self.code.imul_3(r10d, key.half(), FIRST.cast_signed())?;
         self.code.shr(r10d, 32 - bits)?;
-        self.code.cmp(qword_ptr(r10 * 8 + at), key)?;
-        self.jump(When::Equal, ways.yes)?;
-        match place.keys {
-            Keys::Narrow => {
-                self.code.imul_3(r10d, low, SECOND.cast_signed())?;
-                self.code.shr(r10d, 32 - bits)?;
-            }
-            Keys::Wide => {
-                self.code.mov(r10, SECOND_WIDE)?;
-                self.code.imul_2(r10, key)?;
-                self.code.shr(r10, 64 - bits)?;
-            }
+        match key {
+            Held::Half(half) => self.code.cmp(dword_ptr(r10 * 8 + at), half)?,
+            Held::Whole(whole) => self.code.cmp(qword_ptr(r10 * 8 + at), whole)?,
         }
+        self.jump(When::Equal, ways.yes)?;
+        let key = self.widened(key)?;
+        self.code.mov(r10, SECOND)?;
+        self.code.imul_2(r10, key)?;
+        self.code.shr(r10, 64 - bits)?;
         self.code.cmp(qword_ptr(r10 * 8 + at), key)?;
         self.branch(When::Equal, ways)
     }
@@ -377,18 +442,18 @@ impl Emit<'_> {
         }
     }
 
-    fn jump(&mut self, when: When, to: CodeLabel) -> Result<(), HandlerError> {
-        match when {
-            When::Equal => self.code.je(to)?,
-            When::NotEqual => self.code.jne(to)?,
-            When::Below { signed: false } => self.code.jb(to)?,
-            When::Below { signed: true } => self.code.jl(to)?,
-            When::AtMost { signed: false } => self.code.jbe(to)?,
-            When::AtMost { signed: true } => self.code.jle(to)?,
-            When::Above { signed: false } => self.code.ja(to)?,
-            When::Above { signed: true } => self.code.jg(to)?,
-            When::AtLeast { signed: false } => self.code.jae(to)?,
-            When::AtLeast { signed: true } => self.code.jge(to)?,
+    fn jump(&mut self, when: When, to: To) -> Result<(), HandlerError> {
+        match to {
+            To::Here(label) => jump_when!(self.code, when, label),
+            To::Edition(at) => jump_when!(self.code, when, at.0),
+        }
+        Ok(())
+    }
+
+    fn go(&mut self, to: To) -> Result<(), HandlerError> {
+        match to {
+            To::Here(label) => self.code.jmp(label)?,
+            To::Edition(at) => self.code.jmp(at.0)?,
         }
         Ok(())
     }
@@ -420,15 +485,5 @@ fn asks_task(rule: &Resolved) -> bool {
             Check::Comm { .. } | Check::Kthread { .. } => true,
             _ => false,
         },
-    }
-}
-
-/// The lower half of a key's register.
-fn half(key: AsmRegister64) -> AsmRegister32 {
-    let known = ARGUMENTS.iter().find(|(whole, ..)| *whole == key);
-    match known {
-        Some((_, half, ..)) => *half,
-        None if key == r11 => r11d,
-        None => eax,
     }
 }

@@ -4,12 +4,11 @@ use proptest::prelude::*;
 
 use super::Owner;
 use super::tests::{
-    ASKS, COMM, CPUS, CREDS, Call, EDITION, FLAGS, OBJECTS, PID, TGID, THUNK, UID, VSYSCALL, World,
-    argument, choices, cpu, number, task,
+    ANY, ASKS, COMM, CPUS, CREDS, Call, EDITION, FLAGS, LOW, OBJECTS, PID, TGID, THUNK, UID,
+    VSYSCALL, World, argument, choices, cpu, number, task,
 };
 use crate::addr::Gva;
 use crate::edition::link::Returns;
-use crate::edition::set::Keys;
 use crate::rule::resolve::{Check, Resolved, Span, Value};
 use crate::rule::{During, Order};
 
@@ -47,6 +46,7 @@ fn a_value() -> impl Strategy<Value = Value> {
         Just(task(&[CREDS, UID], 4, false)),
         Just(task(&[], 8, false)),
         Just(cpu()),
+        (0_u8..6, any::<bool>()).prop_map(|(number, signed)| argument(number, &[], 4, signed)),
         (0_u8..6, loads, sizes(), any::<bool>(), bits).prop_map(
             |(number, loads, size, signed, bits)| {
                 let mut value = argument(number, &loads, size, signed);
@@ -99,8 +99,8 @@ fn a_check() -> impl Strategy<Value = Check> {
             let spans = spans.into_iter().map(span).collect();
             Check::In { value, spans }
         }),
-        2 => (a_value(), any::<bool>()).prop_map(|(value, wide)| {
-            let set = format!("{:?}", if wide { Keys::Wide } else { Keys::Narrow });
+        2 => (a_value(), prop::sample::select(vec![LOW, ANY])).prop_map(|(value, set)| {
+            let set = set.to_owned();
             Check::InSet { value, set }
         }),
         1 => prop::sample::select(vec![&b"nginx\0"[..], b"ngin", b"a task called\0", b"a task c", b"sixteen bytes ok"])

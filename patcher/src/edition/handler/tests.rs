@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::{Assembled, Bound, Choice, HandlerError, Owner, Region, Spec, Thunk, assemble};
 use crate::addr::Gva;
 use crate::edition::link::Returns;
-use crate::edition::set::{Keys, Set};
+use crate::edition::set::{Set, is_low};
 use crate::rule::Order;
 use crate::rule::resolve::{Check, KERNEL_THREAD, PerCpu, Resolved, Source, Span, Value};
 use crate::rule::tune;
@@ -17,6 +17,9 @@ const CODE: u64 = 0xffff_ffff_ff80_0040;
 const HANDLER: u64 = 0xffff_ffff_ff80_0800;
 const CELLS: u64 = 0xffff_ffff_ffa0_1000;
 const SETS: u64 = 0xffff_ffff_ffa1_0000;
+/// Sets: one whose keys have at most 32 bits, and one of keys of any kind.
+pub(super) const LOW: &str = "low";
+pub(super) const ANY: &str = "any";
 pub(super) const COUNTERS: u64 = 0xffff_ffff_ffa2_0000;
 pub(super) const EDITION: u64 = 0xffff_ffff_ff90_0000;
 const PREDICATE: u64 = 0xffff_ffff_ff91_0000;
@@ -115,16 +118,17 @@ impl World {
         let region = Region::new(Gva(CODE), returns).unwrap();
         assert!(CODE + region.bytes.len() as u64 <= HANDLER);
         let mut sets = BTreeMap::new();
-        for (index, keys) in [Keys::Narrow, Keys::Wide].into_iter().enumerate() {
+        for (index, name) in [LOW, ANY].into_iter().enumerate() {
             let at = Gva(SETS + index as u64 * 0x400);
-            let mut set = Set::new(at, 5, keys).unwrap();
-            for key in [1, 2, 100, 0xffff_fffe, !0, OBJECTS[0], TASK] {
+            let mut set = Set::new(at, 5).unwrap();
+            let keys = [1, 2, 100, 0xffff_fffe, !0, OBJECTS[0], TASK];
+            for key in keys.into_iter().filter(|key| name == ANY || is_low(*key)) {
                 set.insert(key).unwrap();
             }
-            sets.insert(format!("{keys:?}"), set);
+            sets.insert(name.to_owned(), set);
         }
         let bound = bound.map(|choices| Bound {
-            tasks: sets["Wide"].place(),
+            tasks: sets[ANY].place(),
             choices,
         });
         let places = sets
@@ -263,9 +267,8 @@ impl World {
     /// What `call` should get to, asked directly.
     pub(super) fn want(&mut self, call: &Call) -> Gva {
         self.place(call);
-        let tasks = "Wide";
         let bound = self.bound.as_ref().map(|bound| bound.choices.clone());
-        let bound = bound.filter(|_| self.sets[tasks].contains(TASK));
+        let bound = bound.filter(|_| self.sets[ANY].contains(TASK));
         let (is_bound, choices) = match bound {
             Some(choices) => (true, choices),
             None => (false, self.choices.clone()),
@@ -464,8 +467,8 @@ fn within(value: Value, low: u64, high: u64) -> Resolved {
     Resolved::Check(Check::In { value, spans })
 }
 
-fn in_set(value: Value, keys: Keys) -> Resolved {
-    let set = format!("{keys:?}");
+fn in_set(value: Value, set: &str) -> Resolved {
+    let set = set.to_owned();
     Resolved::Check(Check::InSet { value, set })
 }
 
@@ -511,23 +514,64 @@ fn common_rules_cost_few_instructions() {
         pid.clone(),
         is(cpu(), 3),
         within(argument(1, &[], 4, false), 5, 9),
-        in_set(argument(0, &[], 8, false), Keys::Narrow),
+        in_set(argument(0, &[], 4, false), LOW),
     ];
+    let whole = [in_set(argument(0, &[], 8, false), ANY)];
     for (what, rules, most) in [
         ("none", &[][..], 0),
         ("pid", &four[..1], 4),
         ("cpu", &four[1..2], 3),
         ("argument", &[is(argument(1, &[], 4, false), 5)], 2),
-        ("set", &four[3..], 8),
-        (
-            "task in a set",
-            &[in_set(task(&[], 8, false), Keys::Wide)],
-            10,
-        ),
-        ("four", &four, 19),
+        ("argument in a range", &four[2..3], 3),
+        ("set", &four[3..], 10),
+        ("address in a set", &whole, 9),
+        ("task in a set", &[in_set(task(&[], 8, false), ANY)], 10),
+        ("four", &four, 20),
     ] {
         let steps = longest(rules);
         assert!(steps <= most, "{what}: {steps}");
+    }
+    let mut world = World::new(
+        choices(&[Resolved::All(four.to_vec())], EDITION, false),
+        None,
+        Returns::Plain,
+    );
+    let call = Call {
+        pid: 7,
+        cpu: 3,
+        // What is above an `int` is anything.
+        arguments: [0x5555_0000_0001, 0x5555_0000_0005, 0, 0, 0, 0],
+        ..Call::default()
+    };
+    assert_eq!(world.call(&call), (Gva(EDITION), 13));
+}
+
+/// Keys are told from others of which the lower halves are theirs.
+#[test]
+fn a_set_is_asked_for_as_many_bits_as_there_are() {
+    for (size, set, argument_is, is_in) in [
+        (4, LOW, 1, true),
+        (4, LOW, OBJECTS[0] << 32 | 1, true),
+        (4, LOW, 3, false),
+        (4, LOW, 0, false),
+        (4, ANY, OBJECTS[0] << 32 | 1, true),
+        (4, ANY, OBJECTS[0], false),
+        (4, ANY, TASK, false),
+        (8, ANY, OBJECTS[0], true),
+        (8, ANY, OBJECTS[0] & 0xffff_ffff, false),
+        (8, LOW, OBJECTS[0] << 32 | 1, false),
+    ] {
+        let rule = in_set(argument(0, &[], size, false), set);
+        let mut world = World::new(choices(&[rule], EDITION, false), None, Returns::Plain);
+        let call = Call {
+            arguments: [argument_is, 0, 0, 0, 0, 0],
+            ..Call::default()
+        };
+        let came = world.call(&call).0 == Gva(EDITION);
+        assert_eq!(came, is_in, "{argument_is:#x} of {size} bytes in {set}");
+        let halves = &world.handler.halves;
+        assert_eq!(halves.contains(LOW), size == 4 && set == LOW);
+        assert!(!halves.contains(ANY));
     }
 }
 
@@ -538,7 +582,7 @@ fn bound_tasks_go_by_their_own_choices() {
     let mut world = World::new(new, Some(old), Returns::Plain);
     let call = Call::default();
     assert_eq!(world.call(&call).0, Gva(EDITION + 0x1000));
-    let set = world.sets.get_mut("Wide").unwrap();
+    let set = world.sets.get_mut(ANY).unwrap();
     let store = set.remove(TASK).unwrap();
     world.run.store(store.at.0, 8, store.value);
     assert_eq!(world.call(&call).0, Gva(EDITION));
@@ -615,11 +659,7 @@ fn what_cannot_be_reached_or_found_is_an_error() {
         HANDLER,
         "an edition at 0x1000",
     );
-    check(
-        &rules(in_set(cpu(), Keys::Wide)),
-        HANDLER,
-        "no set is called Wide",
-    );
+    check(&rules(in_set(cpu(), ANY)), HANDLER, "no set is called any");
     check(&rules(asks(0x1000)), HANDLER, "what asks a predicate");
     let thunk = |predicate: u64, at: u64| {
         let thunk = Thunk::new("asks", Gva(predicate), Gva(at), Returns::Plain);

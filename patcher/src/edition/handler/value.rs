@@ -5,7 +5,7 @@
 use iced_x86::code_asm::{
     AsmMemoryOperand, AsmRegister8, AsmRegister16, AsmRegister32, AsmRegister64, byte_ptr, cl, cx,
     di, dil, dl, dword_ptr, dx, eax, ecx, edi, edx, esi, qword_ptr, r8, r8b, r8d, r8w, r9, r9b,
-    r9d, r9w, r10, r10b, r10d, r10w, r11, rax, rcx, rdi, rdx, rsi, si, sil, word_ptr,
+    r9d, r9w, r10, r10b, r10d, r10w, r11, r11d, rax, rcx, rdi, rdx, rsi, si, sil, word_ptr,
 };
 use iced_x86::{Code, Instruction, MemoryOperand, Register};
 
@@ -30,28 +30,94 @@ pub(super) enum Held {
     Whole(AsmRegister64),
 }
 
+impl Held {
+    /// The lower half of its register.
+    pub(super) fn half(self) -> AsmRegister32 {
+        match self {
+            Self::Half(half) => half,
+            Self::Whole(whole) => {
+                let known = HALVES.iter().find(|(it, _)| *it == whole);
+                known.map_or(eax, |(_, half)| *half)
+            }
+        }
+    }
+
+    /// Its register whole, of which the upper half may be anything.
+    fn whole(self) -> AsmRegister64 {
+        match self {
+            Self::Whole(whole) => whole,
+            Self::Half(half) => {
+                let known = HALVES.iter().find(|(_, it)| *it == half);
+                known.map_or(rax, |(whole, _)| *whole)
+            }
+        }
+    }
+}
+
+/// The registers that hold values, but for `rax`, and their lower halves.
+const HALVES: [(AsmRegister64, AsmRegister32); 8] = [
+    (rdi, edi),
+    (rsi, esi),
+    (rdx, edx),
+    (rcx, ecx),
+    (r8, r8d),
+    (r9, r9d),
+    (r10, r10d),
+    (r11, r11d),
+];
+
 impl Emit<'_> {
-    /// `value` as a key of a set: what it has not of 64 bits is zero.
-    pub(super) fn key(&mut self, value: &Value) -> Result<AsmRegister64, HandlerError> {
+    /// `value` as a key of a set, and not in `r10`: what it has not of 64 bits is zero. If the set has no key of more than 32, it may be a half.
+    pub(super) fn key(&mut self, value: &Value, low: bool) -> Result<Held, HandlerError> {
         let unsigned = Value {
             signed: false,
             ..value.clone()
         };
         let held = match self.value(&unsigned)? {
+            Held::Half(register) if low && register != r10d && register != eax => {
+                Held::Half(register)
+            }
             Held::Whole(register) if register == r10 => {
                 self.code.mov(rax, r10)?;
-                rax
+                Held::Whole(rax)
             }
-            Held::Whole(register) => register,
+            held => Held::Whole(self.widened(held)?),
+        };
+        Ok(held)
+    }
+
+    /// What is held, as 64 bits.
+    pub(super) fn widened(&mut self, held: Held) -> Result<AsmRegister64, HandlerError> {
+        match held {
+            Held::Whole(register) => Ok(register),
             // What is above the lower half of an argument is anything; a move of that half clears it.
             Held::Half(register) => {
                 if register != eax {
                     self.code.mov(eax, register)?;
                 }
-                rax
+                Ok(rax)
             }
-        };
-        Ok(held)
+        }
+    }
+
+    /// What is held and `by` more, in another register.
+    pub(super) fn moved(&mut self, held: Held, by: i32) -> Result<Held, HandlerError> {
+        if by == 0 {
+            return Ok(held);
+        }
+        let from = held.whole();
+        let to = if from == rax { r10 } else { rax };
+        match held {
+            Held::Half(_) => {
+                let to = Held::Whole(to).half();
+                self.code.lea(to, dword_ptr(from + by))?;
+                Ok(Held::Half(to))
+            }
+            Held::Whole(_) => {
+                self.code.lea(to, qword_ptr(from + by))?;
+                Ok(Held::Whole(to))
+            }
+        }
     }
 
     /// `value` in a register: an argument's own, or `rax` or `r10`.
@@ -134,11 +200,7 @@ impl Emit<'_> {
         (first, count): (u8, u8),
         signed: bool,
     ) -> Result<Held, HandlerError> {
-        let register = match held {
-            Held::Half(half) if half == eax => rax,
-            Held::Half(_) => r10,
-            Held::Whole(register) => register,
-        };
+        let register = held.whole();
         let count = u32::from(count);
         let above = 64_u32.saturating_sub(u32::from(first) + count);
         self.code.shl(register, above)?;

@@ -36,14 +36,14 @@ const LIMIT: Duration = Duration::from_secs(30);
 /// A way to redirect: its name, its rule, and what should come of it.
 type Kind = (&'static str, Option<&'static str>, Option<Target>);
 
-/// The redirections: a jump adds one instruction, four rules fewer than twenty, and all but these take a fifth of the kernel's own means at most.
+/// The redirections: a jump adds one instruction, and rules take a fifth of the kernel's own means at most, which is less than twenty.
 const KINDS: [Kind; 4] = [
     ("direct", None, Some(Target::AtMost(1.0))),
     ("one rule", Some("pid != 1"), Some(Target::RatioAtMost(0.2))),
     (
         "four rules",
         Some("pid != 1 and cpu = 0 and cmd in 0x8900..0x890f and cmd in set marks"),
-        Some(Target::AtMost(19.0)),
+        Some(Target::RatioAtMost(0.2)),
     ),
     ("C predicate", Some("predicate of_marks"), None),
 ];

@@ -33,6 +33,7 @@ async fn sets(State(api): State<Api>) -> Result<Json<SetList>, ApiError> {
     request_body = SetChange,
     responses(
         (status = OK, body = Set),
+        (status = CONFLICT, description = "A rule asks for values of 32 bits, and a key has more", body = ErrorBody),
         (status = UNPROCESSABLE_ENTITY, description = "A key finds no room, or the name is none", body = ErrorBody),
         Crowded, Wrong,
     ))]

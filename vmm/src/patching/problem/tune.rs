@@ -43,6 +43,11 @@ fn asked_for(kind: &str, message: &str, cause: &SetsError) -> Problem {
             &format!("{kind}_in_use"),
             "exopatch update list shows all updates, exopatch update show their rules",
         ),
+        SetsError::Wide { .. } => problem(
+            Failing::Conflict,
+            "set_key_wide",
+            "put it into a set of its own; or take the rule out of use, put it in, and use the rule again",
+        ),
         SetsError::Set(_) => problem(
             Failing::Refused,
             "set_full",
