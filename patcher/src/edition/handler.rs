@@ -274,3 +274,5 @@ fn returned(code: &mut CodeAssembler, returns: Returns) -> Result<(), IcedError>
 mod random_tests;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod world;

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::Owner;
-use super::tests::{
+use super::world::{
     ANY, ASKS, COMM, CPUS, CREDS, Call, EDITION, FLAGS, LOW, OBJECTS, PID, TGID, THUNK, UID,
     VSYSCALL, World, argument, choices, cpu, number, task,
 };
