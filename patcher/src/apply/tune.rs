@@ -443,8 +443,8 @@ pub fn change_set<G: Guest>(
 /// # Errors
 /// [`SetsError`].
 pub fn drop_set(arena: &mut Arena, name: &str) -> Result<(), SetsError> {
-    let place = arena.holds.sets.get(name).map(|set| set.place());
-    let Some(place) = place else {
+    let memory = arena.holds.sets.get(name).map(Set::memory);
+    let Some((at, len)) = memory else {
         let name = name.to_owned();
         return Err(SetsError::None { name });
     };
@@ -454,6 +454,6 @@ pub fn drop_set(arena: &mut Arena, name: &str) -> Result<(), SetsError> {
     }
     arena.holds.sets.remove(name);
     // A worn handler may still be looking into it.
-    arena.holds.wear_out_memory(place.at, 8 << place.bits);
+    arena.holds.wear_out_memory(at, len);
     Ok(())
 }

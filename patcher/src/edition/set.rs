@@ -108,7 +108,13 @@ impl Set {
         Ok(set)
     }
 
-    /// Where it is, with the keys that are in it now.
+    /// Its memory: the first byte, and how many.
+    #[must_use]
+    pub fn memory(&self) -> (Gva, u64) {
+        (self.at, 8 << self.bits)
+    }
+
+    /// Where it is, with the keys that are in it now, which are all looked at.
     #[must_use]
     pub fn place(&self) -> SetPlace {
         SetPlace {

@@ -68,7 +68,7 @@ impl Binding {
                     let Some(store) = set.remove(key) else {
                         continue;
                     };
-                    let offset = store.at.0.wrapping_sub(set.place().at.0);
+                    let offset = store.at.0.wrapping_sub(set.memory().0.0);
                     let (old, new) = (key.to_le_bytes(), store.value.to_le_bytes());
                     writes.push(self.write(offset, Some(old.to_vec()), new.to_vec()));
                 }
@@ -81,7 +81,7 @@ impl Binding {
         Write {
             purpose: Purpose::Arena,
             subject: "the set of bound tasks".to_owned(),
-            gva: Gva(self.set.place().at.0.wrapping_add(offset)),
+            gva: Gva(self.set.memory().0.0.wrapping_add(offset)),
             gpa: Gpa(self.at.0.wrapping_add(offset)),
             expect,
             bytes,
