@@ -194,6 +194,9 @@ impl<'p, P: PausedGuest> Quiescent<'p, P> {
         kernel.prove_same(&paused)?;
         kernel.settled(&paused)?;
         times.prove = lap(&mut clock);
+        if clock > deadline {
+            return Err(Blocked::Late);
+        }
         let scanned = kernel.scan(&paused, plan, rested)?;
         times.scan = lap(&mut clock);
         let mut found = match &plan.binding {
