@@ -381,6 +381,8 @@ fn place<G: Guest>(
 }
 
 #[cfg(test)]
+mod back_tests;
+#[cfg(test)]
 mod fault_tests;
 #[cfg(test)]
 mod hooks_tests;

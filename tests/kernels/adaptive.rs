@@ -305,9 +305,13 @@ fn one_asleep(stock: Stock) {
     wait_state(&guest, two, "reverted");
     wait_gone(&guest, two);
 
-    // Taken back while it is under way: nobody notices.
+    // Taken back while it is under way: nobody notices. The sleeper could not go on with a third side.
     let pid = sleeper(&mut guest);
     let two = begin(&guest);
+    let instead_of = two.to_string();
+    let third = ["update", "apply", package, "--instead-of", &instead_of];
+    let refused = guest.client.call(&third);
+    assert_eq!(refused.refusal("a third side"), "update_switching");
     let call = ["update", "revert", &two.to_string(), "--deadline", "5s"];
     let update = guest.client.call(&call).expect("the revert");
     assert_eq!(update["state"], "reverted", "{update:#}");

@@ -34,7 +34,7 @@ pub(super) fn sleeping(form: Form) -> (FakeGuest, Kernel, Arena, u64, Gpa) {
 }
 
 /// The same with a task that was preempted, and where it is written which instruction it will go on with.
-fn preempted(form: Form) -> (FakeGuest, Kernel, Arena, u64, Gpa) {
+pub(super) fn preempted(form: Form) -> (FakeGuest, Kernel, Arena, u64, Gpa) {
     const SAVED: usize = 7;
     const IP: usize = SAVED + 16;
     const SP: usize = SAVED + 19;
@@ -65,7 +65,7 @@ pub(super) fn bound(arena: &Arena) -> Vec<Vec<u64>> {
 }
 
 /// Takes an update back, each task when it is outside.
-fn back(
+pub(super) fn back(
     guest: &mut FakeGuest,
     kernel: &Kernel,
     arena: &mut Arena,
@@ -422,39 +422,6 @@ fn who_is_on_the_way_to_the_original_stays_bound() {
         guest.poke(at, &ELSEWHERE.to_le_bytes()).unwrap();
         settle(&mut guest, &kernel, &mut arena, &options).unwrap();
         assert!(bound(&arena).is_empty(), "{form:?}");
-    }
-}
-
-/// Who sleeps in a call within a head goes on with the original, which is where a switch that is taken back leads him too.
-#[test]
-fn who_is_in_a_head_does_not_keep_a_switch_from_being_taken_back() {
-    for form in FORMS {
-        let (mut guest, kernel, mut arena, task, at) = preempted(form);
-        let (package, options) = (calling(form), options(false));
-        let request = Request {
-            model: Model::PerTask,
-            ..Request::new(1, &package)
-        };
-        guest
-            .poke(at, &(TEXT + SLIDE + 0x440).to_le_bytes())
-            .unwrap();
-        apply(&mut guest, &kernel, &mut arena, &request, &options).unwrap();
-        assert_eq!(bound(&arena), [[task]], "{form:?}");
-        let head = arena.holds.placed[&1].linked.redirections[0].head.at;
-        guest.poke(at, &head.0.to_le_bytes()).unwrap();
-        back(&mut guest, &kernel, &mut arena, 1).unwrap();
-        assert!(arena.holds.functions.of(1).next().is_none(), "{form:?}");
-        assert!(bound(&arena).concat().is_empty(), "{form:?}");
-        for _ in 0..4 {
-            settle(&mut guest, &kernel, &mut arena, &options).unwrap();
-            assert!(arena.holds.placed.contains_key(&1), "he is in it: {form:?}");
-        }
-        assert!(arena.holds.passing.is_empty(), "{form:?}");
-        guest.poke(at, &ELSEWHERE.to_le_bytes()).unwrap();
-        while arena.holds.is_settling() {
-            settle(&mut guest, &kernel, &mut arena, &options).unwrap();
-        }
-        assert!(arena.holds.placed.is_empty(), "{form:?}");
     }
 }
 

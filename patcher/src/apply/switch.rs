@@ -25,6 +25,7 @@ use crate::plan::binding::{Bind, Binding};
 use crate::plan::target::Target;
 use crate::plan::{ArenaMap, Lead, Plan, PlanError, Purpose};
 use crate::publish;
+use crate::rule::Rule;
 
 /// Sizes of sets of bound tasks, as powers of two.
 const SET_BITS: std::ops::RangeInclusive<u8> = 6..=17;
@@ -115,42 +116,27 @@ impl Turn {
         }
     }
 
-    /// A switch of this very update that is under way ends with this one: whoever is bound is on the side that all go to now. That is not so
-    /// when it took the place of others, which do not come back.
+    /// A switch of this very update that is under way ends with this one, if everybody goes now to where those are who are bound by it. Where else
+    /// they went, they could come to new code beneath old.
     fn end_own_passing(&mut self, arena: &Arena) -> Result<(), ListError> {
+        let of_it = |update| self.update == update || self.going.contains(&update);
         let passing = arena.holds.passing.iter();
-        for passing in passing.filter(|passing| self.going.contains(&passing.update)) {
-            if self.bound_to_gone(&arena.holds, passing) {
-                let functions = passing.functions.iter();
-                let mut functions = functions.filter_map(|at| arena.holds.functions.get(*at));
-                let name = functions
-                    .next()
-                    .map(|function| function.target.name.clone());
-                return Err(ListError::Passing {
-                    function: name.unwrap_or_default(),
-                    by: passing.update,
-                });
-            }
-            self.apart.extend(passing.set.keys());
+        let own: Vec<&Passing> = passing.filter(|passing| of_it(passing.update)).collect();
+        for passing in &own {
             let functions = end_passing(&mut self.draft, passing.update);
             // In a handler it may be decided already where to go. Who is in a head goes on with the original whatever comes, and so would he
             // behind the head, where nobody looks for him.
             self.plan
                 .forbidden
                 .extend(arena.holds.choosers_of(&functions));
+            self.apart.extend(passing.set.keys());
         }
-        Ok(())
-    }
-
-    /// Whether the old side of a switch leads to editions of updates that are on no list any more.
-    fn bound_to_gone(&self, holds: &Holdings, passing: &Passing) -> bool {
-        let switched = |made: &&Arc<Made>| passing.functions.contains(&made.function);
-        let made = holds.made.iter().filter(switched);
-        let mut led_to = made.flat_map(|made| made.bound.iter().filter_map(|step| step.update));
-        let gone = |update: UpdateId| {
-            !self.going.contains(&update) && self.draft.functions.of(update).next().is_none()
-        };
-        led_to.any(gone)
+        let changes = self.draft.changes();
+        let mut others = own.iter().filter(|passing| !passing.set.is_empty());
+        match others.find(|passing| !goes_back(&arena.holds, passing, &changes)) {
+            Some(passing) => Err(passed(&arena.holds, passing)),
+            None => Ok(()),
+        }
     }
 
     /// The functions that are to be led elsewhere.
@@ -269,6 +255,7 @@ impl Turn {
         let bits = bits(scanned.inside.len());
         let at = draft.space.data.take(8 << bits, LINE)?;
         let set = Set::new(at, bits)?;
+        let tasks = set.place();
         let physical = map
             .physical(at)
             .ok_or(PlanError::NotInArena { at, len: 8 << bits })?;
@@ -280,7 +267,7 @@ impl Turn {
             };
             let head = head_of(&draft, target);
             let (old, new) = (or_original(&function.way, head), or_original(way, head));
-            let bound = Some((set.place(), old.as_slice()));
+            let bound = Some((tasks, old.as_slice()));
             draft.wear_out(target.function, &mut worn);
             let mut made = workshop.make(kernel, target, &new, bound, &mut draft)?;
             go_on(guest, kernel, &mut made, &worn, &draft.clocks);
@@ -321,6 +308,33 @@ fn bits(tasks: usize) -> u8 {
     bits.clamp(*SET_BITS.start(), *SET_BITS.end())
 }
 
+/// Whether `changes` lead everybody, and by nothing but the functions of `passing`, to where those are who are bound by it. Were there other
+/// functions, it could not be told what of these a bound task is in.
+fn goes_back(holds: &Holdings, passing: &Passing, changes: &[Change]) -> bool {
+    // The original is what is left.
+    let editions = |way: &[Step]| -> Vec<(UpdateId, Option<Arc<Rule>>)> {
+        let steps = way.iter();
+        let steps = steps.filter_map(|step| Some((step.update?, step.rule.clone())));
+        steps.collect()
+    };
+    changes.iter().all(|(target, way)| {
+        let mut made = holds.made.iter();
+        let made = made.find(|made| made.function == target.function);
+        let bound = made.map(|made| editions(&made.bound));
+        passing.functions.contains(&target.function) && bound == Some(editions(way))
+    })
+}
+
+/// `passing` is in the way.
+fn passed(holds: &Holdings, passing: &Passing) -> ListError {
+    let mut functions = passing.functions.iter();
+    let function = functions.find_map(|at| holds.functions.get(*at));
+    ListError::Passing {
+        function: function.map_or_else(String::new, |function| function.target.name.clone()),
+        by: passing.update,
+    }
+}
+
 /// A head by which the original of `target` can be called.
 fn head_of(draft: &Holdings, target: &Target) -> Option<Gva> {
     let redirections = draft
@@ -354,8 +368,7 @@ pub(super) fn end_passing(draft: &mut Holdings, update: UpdateId) -> Vec<Gva> {
             return true;
         }
         functions.extend(passing.functions.iter().copied());
-        worn.data
-            .push((passing.set.place().at, 8 << passing.set.place().bits));
+        worn.data.push(passing.set.memory());
         false
     });
     for function in &functions {

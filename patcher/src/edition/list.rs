@@ -80,7 +80,7 @@ pub enum ListError {
     },
     /// Another one is still switching a function that this one is about.
     #[error(
-        "{function} is still being switched by update {by}: some tasks have yet to leave its old side; wait for that, or force or revert it"
+        "{function} is still being switched by update {by}: some tasks have yet to leave its old side; wait for that, force it, or take that switch back by itself"
     )]
     Passing {
         /// The function.

@@ -138,7 +138,7 @@ fn list(message: &str, cause: &ListError) -> Problem {
         ),
         ListError::Passing { .. } => (
             "update_switching",
-            "exopatch update show tells which tasks it waits for; update force ends it, update revert takes it back",
+            "exopatch update show tells which tasks it waits for; update force ends it; update revert takes it back, or update use with the rule before",
         ),
         ListError::Beneath { .. } => (
             "update_beneath_another",
