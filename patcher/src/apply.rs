@@ -387,6 +387,8 @@ mod fault_tests;
 #[cfg(test)]
 mod hooks_tests;
 #[cfg(test)]
+mod overlap_tests;
+#[cfg(test)]
 mod passing_tests;
 #[cfg(test)]
 mod predicate_tests;

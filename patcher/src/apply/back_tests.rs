@@ -10,17 +10,20 @@ use crate::kernel::testing::guest::SLIDE;
 use crate::kernel::testing::{BUILD_ID, FORMS, TEXT};
 use crate::rule::Rule;
 
-/// Asserts that the switch of update `by` is in the way.
-fn in_the_way(result: Result<Report, ApplyError>, by: u64) {
+/// Asserts that the switch of `function` by update `by` is in the way.
+pub(super) fn in_the_way(result: Result<Report, ApplyError>, function: &str, by: u64) {
     match result {
-        Err(ApplyError::List(ListError::Passing { function, by: is })) => {
-            assert_eq!((function.as_str(), is), ("patient", by));
+        Err(ApplyError::List(ListError::Passing {
+            function: of,
+            by: is,
+        })) => {
+            assert_eq!((of.as_str(), is), (function, by));
         }
         other => panic!("{other:?}"),
     }
 }
 
-fn how(rule: &str) -> Use {
+pub(super) fn how(rule: &str) -> Use {
     Use {
         rule: Some(Arc::new(Rule::parse(rule).unwrap())),
         counted: false,
@@ -42,7 +45,11 @@ fn another_update_does_not_take_the_place_of_one_that_is_being_switched() {
         assert_eq!(bound(&arena), [[task]], "{form:?}");
         let before = live(&guest, &kernel);
         let second = request(2, &[1]);
-        in_the_way(apply(&mut guest, &kernel, &mut arena, &second, &options), 1);
+        in_the_way(
+            apply(&mut guest, &kernel, &mut arena, &second, &options),
+            "patient",
+            1,
+        );
         assert_eq!(live(&guest, &kernel), before, "{form:?}");
         assert_eq!(bound(&arena), [[task]], "{form:?}");
         guest.poke(at, &ELSEWHERE.to_le_bytes()).unwrap();
@@ -71,7 +78,7 @@ fn two_updates_do_not_go_at_once_while_one_is_bound_to_the_lower() {
         assert_eq!(bound(&arena), [[task]], "{form:?}");
         for model in [Model::PerTask, Model::Immediate] {
             let both = undo_by(&mut guest, &kernel, &mut arena, &[2, 1], model);
-            in_the_way(both, 2);
+            in_the_way(both, "patient", 2);
         }
         back(&mut guest, &kernel, &mut arena, 2).unwrap();
         assert!(bound(&arena).concat().is_empty(), "{form:?}");
@@ -98,9 +105,9 @@ fn a_rule_is_taken_back_before_its_update_is() {
         guest.poke(at, &(edition.0 + 10).to_le_bytes()).unwrap();
         reuse(&mut guest, &kernel, &mut arena, 1, how("pid = 1"), &options).unwrap();
         assert_eq!(bound(&arena), [[task]], "{form:?}");
-        in_the_way(back(&mut guest, &kernel, &mut arena, 1), 1);
+        in_the_way(back(&mut guest, &kernel, &mut arena, 1), "patient", 1);
         let third = reuse(&mut guest, &kernel, &mut arena, 1, how("pid = 2"), &options);
-        in_the_way(third, 1);
+        in_the_way(third, "patient", 1);
         assert_eq!(arena.holds.uses[&1], how("pid = 1"), "{form:?}");
         reuse(&mut guest, &kernel, &mut arena, 1, how("cpu < 5"), &options).unwrap();
         assert!(bound(&arena).concat().is_empty(), "{form:?}");
@@ -124,10 +131,10 @@ fn a_switch_is_taken_back_by_itself() {
             };
             apply(&mut guest, &kernel, &mut arena, &request, &options).unwrap();
         }
-        // Where he goes on is the end of one and the beginning of the other.
+        // His stack cannot be followed: he may be in either.
         assert_eq!(bound(&arena), [[task], [task]], "{form:?}");
         let both = undo_by(&mut guest, &kernel, &mut arena, &[1, 2], Model::PerTask);
-        in_the_way(both, 1);
+        in_the_way(both, "patient", 1);
         for (update, left) in [(1, &[task][..]), (2, &[])] {
             back(&mut guest, &kernel, &mut arena, update).unwrap();
             assert_eq!(bound(&arena).concat(), left, "{form:?}");

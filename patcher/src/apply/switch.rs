@@ -1,7 +1,7 @@
 //! One operation: a draft of who holds what, the plan that makes it true, and the switch from one to the other.
 
 use std::cell::RefCell;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
@@ -97,6 +97,7 @@ impl Turn {
         options: &ApplyOptions<'_>,
     ) -> Result<Report, ApplyError> {
         self.end_own_passing(arena)?;
+        self.keep_out_of_others(&arena.holds)?;
         let changes = self.changes(guest, kernel)?;
         let old = self.old_side(kernel, &arena.holds, &changes);
         let at_once = self.at_once(guest, kernel, &changes)?;
@@ -137,6 +138,34 @@ impl Turn {
             Some(passing) => Err(passed(&arena.holds, passing)),
             None => Ok(()),
         }
+    }
+
+    /// Whoever is bound by another switch goes on by updates that stay as they are, with all of their functions: so those that go, are used
+    /// otherwise, or come to light beneath another must be none of them.
+    fn keep_out_of_others(&self, holds: &Holdings) -> Result<(), ListError> {
+        let led_to =
+            |way: &[Step]| -> Vec<UpdateId> { way.iter().filter_map(|step| step.update).collect() };
+        let mut touched = self.going.clone();
+        touched.insert(self.update);
+        for (target, way) in self.draft.changes() {
+            let before = holds.functions.get(target.function);
+            let before = before.map_or_else(Vec::new, |function| led_to(&function.way));
+            touched.extend(
+                led_to(&way)
+                    .into_iter()
+                    .filter(|update| !before.contains(update)),
+            );
+        }
+        let others = self.draft.passing.iter();
+        for passing in others.filter(|passing| !passing.set.is_empty()) {
+            let made = holds.made.iter();
+            let mut made = made.filter(|made| passing.functions.contains(&made.function));
+            let of = |made: &Arc<Made>| [led_to(&made.way), led_to(&made.bound)].concat();
+            if made.any(|made| of(made).iter().any(|update| touched.contains(update))) {
+                return Err(passed(holds, passing));
+            }
+        }
+        Ok(())
     }
 
     /// The functions that are to be led elsewhere.
@@ -189,9 +218,20 @@ impl Turn {
         workshop(guest, kernel, &mut self.draft, &mut self.plan, &self.map)
     }
 
-    /// The code of the old side of `changes`: of a thread in it the next call must still get there.
+    /// The code of the old side of `changes`: of a thread in it the next call must still get there. To that belong all functions of the updates
+    /// that come, go, or are used otherwise: also where nothing changes, since another one lies on top.
     fn old_side(&self, kernel: &Kernel, before: &Holdings, changes: &[Change]) -> Vec<Range<Gva>> {
-        let functions: Vec<Gva> = changes.iter().map(|(target, _)| target.function).collect();
+        let changed = changes.iter().map(|(target, _)| target.clone());
+        let mut sides: BTreeMap<Gva, Target> =
+            changed.map(|target| (target.function, target)).collect();
+        for update in self.going.iter().chain([&self.update]) {
+            for at in before.functions.of(*update) {
+                if let Some(function) = before.functions.get(at) {
+                    sides.entry(at).or_insert_with(|| function.target.clone());
+                }
+            }
+        }
+        let functions: Vec<Gva> = sides.keys().copied().collect();
         let mut old: Vec<Range<Gva>> = before.ways_of(&functions).collect();
         let shares = |update: &UpdateId| {
             before
@@ -210,7 +250,7 @@ impl Turn {
             }
         }
         // An edition may jump to its original and leave no frame behind: who is in that then goes on for the edition.
-        old.extend(changes.iter().flat_map(|(target, _)| target.code(kernel)));
+        old.extend(sides.values().flat_map(|target| target.code(kernel)));
         old
     }
 

@@ -140,6 +140,10 @@ pub(super) fn retune<G: Guest>(
     if old.counted != how.counted || holds.passing.iter().any(|it| it.update == update) {
         return Ok(false);
     }
+    // Several functions are switched together, though only one of them may lead to it now.
+    if holds.functions.of(update).count() > 1 {
+        return Ok(false);
+    }
     let (mut stores, mut cells) = (Vec::new(), Vec::new());
     for made in &holds.made {
         let nth = made.way.iter().position(|step| step.update == Some(update));

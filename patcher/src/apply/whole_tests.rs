@@ -164,10 +164,20 @@ fn a_package_reaches_the_guest_and_leaves_it() {
 
 /// A package whose edition of `patient` calls the original, and goes on behind that 10 bytes into it.
 pub(super) fn calling(form: Form) -> Package {
-    let mut maker = Maker::for_kernel(&[0xe8, 0, 0, 0, 0, 0xe8, 0, 0, 0, 0, 0xc3], &BUILD_ID);
-    maker.relocate_text(1, 4, "__fentry__", -4);
-    maker.relocate_text(6, 4, "exopatch_original_patient", -4);
-    maker.edition("patient", 0, 0);
+    calling_all(form, &["patient"])
+}
+
+/// The same of several functions.
+pub(super) fn calling_all(form: Form, functions: &[&str]) -> Package {
+    let edition = [
+        0xe8, 0, 0, 0, 0, 0xe8, 0, 0, 0, 0, 0xc3, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc,
+    ];
+    let mut maker = Maker::for_kernel(&edition.repeat(functions.len()), &BUILD_ID);
+    for (function, at) in functions.iter().zip((0..).step_by(edition.len())) {
+        maker.relocate_text(at + 1, 4, "__fentry__", -4);
+        maker.relocate_text(at + 6, 4, &format!("exopatch_original_{function}"), -4);
+        maker.edition(function, 0, at);
+    }
     maker.orc_entry(entry(form, Rule::Call((5, 8), (0, 0))));
     Package::parse(&maker.finish()).unwrap()
 }
