@@ -2,12 +2,11 @@
 
 use std::sync::Arc;
 
-use super::passing_tests::{ELSEWHERE, back, bound, preempted, sleeping};
+use super::passing_tests::{ELSEWHERE, back, bound, in_a_head, sleeping};
 use super::whole_tests::{calling, live, options, package, undo_by};
 use super::{ApplyError, Model, Report, Request, apply, reuse, settle};
 use crate::edition::list::{ListError, Use};
-use crate::kernel::testing::guest::SLIDE;
-use crate::kernel::testing::{BUILD_ID, FORMS, TEXT};
+use crate::kernel::testing::{BUILD_ID, FORMS};
 use crate::rule::Rule;
 
 /// Asserts that the switch of `function` by update `by` is in the way.
@@ -151,19 +150,8 @@ fn a_switch_is_taken_back_by_itself() {
 #[test]
 fn who_is_in_a_head_does_not_keep_a_switch_from_being_taken_back() {
     for form in FORMS {
-        let (mut guest, kernel, mut arena, task, at) = preempted(form);
-        let (package, options) = (calling(form), options(false));
-        let request = Request {
-            model: Model::PerTask,
-            ..Request::new(1, &package)
-        };
-        guest
-            .poke(at, &(TEXT + SLIDE + 0x440).to_le_bytes())
-            .unwrap();
-        apply(&mut guest, &kernel, &mut arena, &request, &options).unwrap();
-        assert_eq!(bound(&arena), [[task]], "{form:?}");
-        let head = arena.holds.placed[&1].linked.redirections[0].head.at;
-        guest.poke(at, &head.0.to_le_bytes()).unwrap();
+        let (mut guest, kernel, mut arena, _, at) = in_a_head(form);
+        let options = options(false);
         back(&mut guest, &kernel, &mut arena, 1).unwrap();
         assert!(arena.holds.functions.of(1).next().is_none(), "{form:?}");
         assert!(bound(&arena).concat().is_empty(), "{form:?}");

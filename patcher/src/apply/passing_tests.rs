@@ -400,23 +400,30 @@ fn who_is_in_a_worn_handler_is_bound_too() {
     }
 }
 
+/// A guest in which task 7 is bound to the original by the switch of update 1, and in the head that leads there.
+pub(super) fn in_a_head(form: Form) -> (FakeGuest, Kernel, Arena, u64, Gpa) {
+    let (mut guest, kernel, mut arena, task, at) = preempted(form);
+    let package = calling(form);
+    let request = Request {
+        model: Model::PerTask,
+        ..Request::new(1, &package)
+    };
+    guest
+        .poke(at, &(TEXT + SLIDE + 0x440).to_le_bytes())
+        .unwrap();
+    apply(&mut guest, &kernel, &mut arena, &request, &options(false)).unwrap();
+    assert_eq!(bound(&arena), [[task]], "{form:?}");
+    let head = arena.holds.placed[&1].linked.redirections[0].head.at;
+    guest.poke(at, &head.0.to_le_bytes()).unwrap();
+    (guest, kernel, arena, task, at)
+}
+
 /// A task that is bound to the original comes to it by a head, which is the new update's.
 #[test]
 fn who_is_on_the_way_to_the_original_stays_bound() {
     for form in FORMS {
-        let (mut guest, kernel, mut arena, task, at) = preempted(form);
-        let (package, options) = (calling(form), options(false));
-        let request = Request {
-            model: Model::PerTask,
-            ..Request::new(1, &package)
-        };
-        guest
-            .poke(at, &(TEXT + SLIDE + 0x440).to_le_bytes())
-            .unwrap();
-        apply(&mut guest, &kernel, &mut arena, &request, &options).unwrap();
-        assert_eq!(bound(&arena), [[task]], "{form:?}");
-        let head = arena.holds.placed[&1].linked.redirections[0].head.at;
-        guest.poke(at, &head.0.to_le_bytes()).unwrap();
+        let (mut guest, kernel, mut arena, task, at) = in_a_head(form);
+        let options = options(false);
         settle(&mut guest, &kernel, &mut arena, &options).unwrap();
         assert_eq!(bound(&arena), [[task]], "{form:?}");
         guest.poke(at, &ELSEWHERE.to_le_bytes()).unwrap();
