@@ -1,13 +1,10 @@
 //! Switches under way that another operation ends, on a made-up kernel in a made-up guest: only if who is bound goes on as everybody will.
 
-use std::sync::Arc;
-
-use super::passing_tests::{ELSEWHERE, back, bound, in_a_head, sleeping};
-use super::whole_tests::{calling, live, options, package, undo_by};
+use super::passing_tests::{ELSEWHERE, back, bound, in_a_head, in_an_edition, sleeping};
+use super::whole_tests::{calling, how, live, options, package, undo_by};
 use super::{ApplyError, Model, Report, Request, apply, reuse, settle};
 use crate::edition::list::{ListError, Use};
 use crate::kernel::testing::{BUILD_ID, FORMS};
-use crate::rule::Rule;
 
 /// Asserts that the switch of `function` by update `by` is in the way.
 pub(super) fn in_the_way(result: Result<Report, ApplyError>, function: &str, by: u64) {
@@ -19,13 +16,6 @@ pub(super) fn in_the_way(result: Result<Report, ApplyError>, function: &str, by:
             assert_eq!((of.as_str(), is), (function, by));
         }
         other => panic!("{other:?}"),
-    }
-}
-
-pub(super) fn how(rule: &str) -> Use {
-    Use {
-        rule: Some(Arc::new(Rule::parse(rule).unwrap())),
-        counted: false,
     }
 }
 
@@ -62,18 +52,13 @@ fn another_update_does_not_take_the_place_of_one_that_is_being_switched() {
 #[test]
 fn two_updates_do_not_go_at_once_while_one_is_bound_to_the_lower() {
     for form in FORMS {
-        let (mut guest, kernel, mut arena, task, at) = sleeping(form);
-        guest.poke(at, &ELSEWHERE.to_le_bytes()).unwrap();
+        let (mut guest, kernel, mut arena, task, _) = in_an_edition(form, Use::default());
         let (package, options) = (calling(form), options(false));
-        let request = |id| Request {
+        let second = Request {
             model: Model::PerTask,
-            ..Request::new(id, &package)
+            ..Request::new(2, &package)
         };
-        apply(&mut guest, &kernel, &mut arena, &request(1), &options).unwrap();
-        let edition = arena.holds.placed[&1].linked.redirections[0].edition;
-        let inside = edition.0 + 10;
-        guest.poke(at, &inside.to_le_bytes()).unwrap();
-        apply(&mut guest, &kernel, &mut arena, &request(2), &options).unwrap();
+        apply(&mut guest, &kernel, &mut arena, &second, &options).unwrap();
         assert_eq!(bound(&arena), [[task]], "{form:?}");
         for model in [Model::PerTask, Model::Immediate] {
             let both = undo_by(&mut guest, &kernel, &mut arena, &[2, 1], model);
@@ -91,17 +76,8 @@ fn two_updates_do_not_go_at_once_while_one_is_bound_to_the_lower() {
 #[test]
 fn a_rule_is_taken_back_before_its_update_is() {
     for form in FORMS {
-        let (mut guest, kernel, mut arena, task, at) = sleeping(form);
-        guest.poke(at, &ELSEWHERE.to_le_bytes()).unwrap();
-        let (package, options) = (calling(form), options(false));
-        let request = Request {
-            model: Model::PerTask,
-            how: how("cpu < 5"),
-            ..Request::new(1, &package)
-        };
-        apply(&mut guest, &kernel, &mut arena, &request, &options).unwrap();
-        let edition = arena.holds.placed[&1].linked.redirections[0].edition;
-        guest.poke(at, &(edition.0 + 10).to_le_bytes()).unwrap();
+        let (mut guest, kernel, mut arena, task, _) = in_an_edition(form, how("cpu < 5"));
+        let options = options(false);
         reuse(&mut guest, &kernel, &mut arena, 1, how("pid = 1"), &options).unwrap();
         assert_eq!(bound(&arena), [[task]], "{form:?}");
         in_the_way(back(&mut guest, &kernel, &mut arena, 1), "patient", 1);

@@ -1,8 +1,8 @@
 //! Updates that share some of their functions, on a made-up kernel in a made-up guest: each keeps its own together.
 
-use super::back_tests::{how, in_the_way};
+use super::back_tests::in_the_way;
 use super::passing_tests::{ELSEWHERE, back, bound, preempted, sleeping};
-use super::whole_tests::{calling_all, options, undo_by};
+use super::whole_tests::{calling_all, how, options, undo_by};
 use super::{Arena, Model, Request, apply, reuse, settle};
 use crate::addr::Gpa;
 use crate::edition::list::Use;

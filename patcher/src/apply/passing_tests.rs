@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::times::{drop_time, set_time};
 use super::tune::{SetChange, SetsError, change_set, drop_set, tick};
-use super::whole_tests::{calling, live, options, started, undo_by};
+use super::whole_tests::{calling, how, live, options, started, undo_by};
 use super::{ApplyError, Arena, Life, Model, Report, Request, apply, force, reuse, settle};
 use crate::addr::{Gpa, Gva};
 use crate::edition::list::Use;
@@ -49,6 +49,22 @@ pub(super) fn preempted(form: Form) -> (FakeGuest, Kernel, Arena, u64, Gpa) {
     tiny.put(sp + 8 * SP as u64, sp + 8 * (SAVED as u64 + 22));
     let (guest, kernel, arena) = started(tiny);
     let at = kernel.translate(&guest, Gva(sp + 8 * IP as u64)).unwrap();
+    (guest, kernel, arena, task, at)
+}
+
+/// A guest in which task 7 sleeps in the edition of update 1, which was applied by task and is used like this.
+pub(super) fn in_an_edition(form: Form, how: Use) -> (FakeGuest, Kernel, Arena, u64, Gpa) {
+    let (mut guest, kernel, mut arena, task, at) = sleeping(form);
+    guest.poke(at, &ELSEWHERE.to_le_bytes()).unwrap();
+    let package = calling(form);
+    let request = Request {
+        model: Model::PerTask,
+        how,
+        ..Request::new(1, &package)
+    };
+    apply(&mut guest, &kernel, &mut arena, &request, &options(false)).unwrap();
+    let edition = arena.holds.placed[&1].linked.redirections[0].edition;
+    guest.poke(at, &(edition.0 + 10).to_le_bytes()).unwrap();
     (guest, kernel, arena, task, at)
 }
 
@@ -298,22 +314,17 @@ fn what_drains_does_not_keep_the_next_update() {
 #[test]
 fn another_rule_waits_for_who_is_within() {
     for form in FORMS {
-        let (mut guest, kernel, mut arena, task, at) = sleeping(form);
-        guest.poke(at, &ELSEWHERE.to_le_bytes()).unwrap();
-        let package = calling(form);
+        let (mut guest, kernel, mut arena, task, at) = in_an_edition(form, Use::default());
         let options = options(false);
-        let request = Request {
-            model: Model::PerTask,
-            ..Request::new(1, &package)
-        };
-        apply(&mut guest, &kernel, &mut arena, &request, &options).unwrap();
-        let edition = arena.holds.placed[&1].linked.redirections[0].edition;
-        guest.poke(at, &(edition.0 + 10).to_le_bytes()).unwrap();
-        let how = Use {
-            rule: Some(Arc::new(Rule::parse("cpu = 77").unwrap())),
-            counted: false,
-        };
-        reuse(&mut guest, &kernel, &mut arena, 1, how, &options).unwrap();
+        reuse(
+            &mut guest,
+            &kernel,
+            &mut arena,
+            1,
+            how("cpu = 77"),
+            &options,
+        )
+        .unwrap();
         assert_eq!(bound(&arena), [[task]], "{form:?}");
         let bound_way = &arena.holds.made.last().unwrap().bound;
         assert!(bound_way[0].rule.is_none() && bound_way[0].update == Some(1));
@@ -327,10 +338,6 @@ fn another_rule_waits_for_who_is_within() {
 /// What only a task that is bound still goes by stays, until it has left.
 #[test]
 fn a_set_and_a_time_stay_for_who_is_bound() {
-    let how = |rule: &str| Use {
-        rule: Some(Arc::new(Rule::parse(rule).unwrap())),
-        counted: false,
-    };
     for form in FORMS {
         let (mut guest, kernel, mut arena, task, at) = sleeping(form);
         guest.poke(at, &ELSEWHERE.to_le_bytes()).unwrap();

@@ -4,11 +4,10 @@ use std::sync::Arc;
 
 use iced_x86::Mnemonic;
 
-use super::whole_tests::{options, started, undo};
+use super::whole_tests::{how, options, started, undo};
 use super::{ApplyError, Arena, Request, apply, reuse, settle};
 use crate::addr::Gva;
 use crate::edition::link::LinkError;
-use crate::edition::list::Use;
 use crate::edition::object::Package;
 use crate::edition::object::tests::Maker;
 use crate::guest::fake::FakeGuest;
@@ -18,7 +17,6 @@ use crate::kernel::testing::guest::{SLIDE, TinyGuest};
 use crate::kernel::testing::orc::{AFTER_CALL, FUNCTION, FUNCTIONS, Rule, entry, function};
 use crate::kernel::testing::{BUILD_ID, FORMS, Form, TEXT, task};
 use crate::kernel::unwind::{End, Stack, stacks};
-use crate::rule;
 use crate::x86::insn::whole_instructions;
 
 /// Where the predicate returns to from the function that it calls.
@@ -41,13 +39,6 @@ fn package(form: Form) -> Package {
     maker.predicate("asks", 0x10);
     maker.orc_entry(entry(form, Rule::Call((5, 8), (0, 0))));
     Package::parse(&maker.finish()).unwrap()
-}
-
-fn how(rule: &str) -> Use {
-    Use {
-        rule: Some(Arc::new(rule::Rule::parse(rule).unwrap())),
-        counted: false,
-    }
 }
 
 fn come(

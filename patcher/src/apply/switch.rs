@@ -96,8 +96,7 @@ impl Turn {
         model: Model,
         options: &ApplyOptions<'_>,
     ) -> Result<Report, ApplyError> {
-        self.end_own_passing(arena)?;
-        self.keep_out_of_others(&arena.holds)?;
+        self.heed_passing(arena)?;
         let changes = self.changes(guest, kernel)?;
         let old = self.old_side(kernel, &arena.holds, &changes);
         let at_once = self.at_once(guest, kernel, &changes)?;
@@ -118,8 +117,8 @@ impl Turn {
     }
 
     /// A switch of this very update that is under way ends with this one, if everybody goes now to where those are who are bound by it. Where else
-    /// they went, they could come to new code beneath old.
-    fn end_own_passing(&mut self, arena: &Arena) -> Result<(), ListError> {
+    /// they went, they could come to new code beneath old. Those of others are kept out of.
+    fn heed_passing(&mut self, arena: &Arena) -> Result<(), ListError> {
         let of_it = |update| self.update == update || self.going.contains(&update);
         let passing = arena.holds.passing.iter();
         let own: Vec<&Passing> = passing.filter(|passing| of_it(passing.update)).collect();
@@ -136,22 +135,22 @@ impl Turn {
         let mut others = own.iter().filter(|passing| !passing.set.is_empty());
         match others.find(|passing| !goes_back(&arena.holds, passing, &changes)) {
             Some(passing) => Err(passed(&arena.holds, passing)),
-            None => Ok(()),
+            None => self.keep_out_of_others(&arena.holds, &changes),
         }
     }
 
     /// Whoever is bound by another switch goes on by updates that stay as they are, with all of their functions: so those that go, are used
     /// otherwise, or come to light beneath another must be none of them.
-    fn keep_out_of_others(&self, holds: &Holdings) -> Result<(), ListError> {
+    fn keep_out_of_others(&self, holds: &Holdings, changes: &[Change]) -> Result<(), ListError> {
         let led_to =
             |way: &[Step]| -> Vec<UpdateId> { way.iter().filter_map(|step| step.update).collect() };
         let mut touched = self.going.clone();
         touched.insert(self.update);
-        for (target, way) in self.draft.changes() {
+        for (target, way) in changes {
             let before = holds.functions.get(target.function);
             let before = before.map_or_else(Vec::new, |function| led_to(&function.way));
             touched.extend(
-                led_to(&way)
+                led_to(way)
                     .into_iter()
                     .filter(|update| !before.contains(update)),
             );

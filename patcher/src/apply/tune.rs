@@ -337,9 +337,11 @@ impl Holdings {
 
     /// Whether no handler would take `key` for another if it were in the set of this name.
     fn can_hold(&self, name: &str, key: u64) -> Result<(), SetsError> {
+        if set::is_low(key) {
+            return Ok(());
+        }
         let mut made = self.all_made();
-        let by = made.find(|made| made.assembled.halves.contains(name));
-        let Some(by) = by.filter(|_| !set::is_low(key)) else {
+        let Some(by) = made.find(|made| made.assembled.halves.contains(name)) else {
             return Ok(());
         };
         let function = self.functions.get(by.function);

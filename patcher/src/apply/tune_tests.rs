@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::times::{drop_time, set_time};
 use super::tune::{MAX_SET_ROOM, SetChange, SetsError, change_set, drop_set, tick};
-use super::whole_tests::{booted, options, package, undo};
+use super::whole_tests::{booted, how, options, package, undo};
 use super::{ApplyError, Arena, Request, apply, reuse};
 use crate::addr::Gva;
 use crate::edition::list::Use;
@@ -13,15 +13,7 @@ use crate::guest::fake::{Call, FakeGuest, Fault};
 use crate::kernel::locate::Kernel;
 use crate::kernel::testing::{BUILD_ID, Form};
 use crate::plan::Lead;
-use crate::rule::Rule;
 use crate::rule::tune;
-
-fn how(rule: &str) -> Use {
-    Use {
-        rule: Some(Arc::new(Rule::parse(rule).unwrap())),
-        counted: false,
-    }
-}
 
 /// A guest with an update whose editions are for these calls.
 fn ruled(rule: &str) -> (FakeGuest, Kernel, Arena) {

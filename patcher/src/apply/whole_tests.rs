@@ -167,6 +167,14 @@ pub(super) fn calling(form: Form) -> Package {
     calling_all(form, &["patient"])
 }
 
+/// For calls of this rule, which are not counted.
+pub(super) fn how(rule: &str) -> Use {
+    Use {
+        rule: Some(Arc::new(rule::Rule::parse(rule).unwrap())),
+        counted: false,
+    }
+}
+
 /// The same of several functions.
 pub(super) fn calling_all(form: Form, functions: &[&str]) -> Package {
     let edition = [

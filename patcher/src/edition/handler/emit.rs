@@ -1,7 +1,8 @@
 //! The instructions of a handler.
 //!
 //! A test is compiled to a comparison and one conditional jump, given where to go on when it is true, where when it is false, and which of
-//! the two comes next; the last of a choice whose calls are not counted jumps to the edition itself. `r11` holds the current task wherever anything asks about it; `rax` and `r10` are free between tests.
+//! the two comes next; the last of a choice whose calls are not counted jumps to the edition itself. `r11` holds the current task wherever
+//! anything asks about it; `rax` and `r10` are free between tests.
 
 use std::collections::BTreeSet;
 
@@ -150,26 +151,21 @@ impl Emit<'_> {
 
     fn choices(&mut self, bound: bool, choices: &[Choice]) -> Result<(), HandlerError> {
         for (choice, of) in choices.iter().enumerate() {
-            let Some(rule) = &of.rule else {
-                self.count(of)?;
-                self.go(To::Edition(of.to))?;
-                continue;
-            };
             let (yes, no) = (self.label(), self.label());
-            let counted = of.counter.is_some();
-            let (yes_to, next) = if counted {
-                (To::Here(yes), Next::Yes)
-            } else {
-                (To::Edition(of.to), Next::No)
+            let (yes_way, next) = match of.counter {
+                Some(_) => (To::Here(yes), Next::Yes),
+                None => (To::Edition(of.to), Next::No),
             };
-            let ways = Ways {
-                yes: yes_to,
-                no: To::Here(no),
-                next,
-            };
-            self.fault = no;
-            self.rule(rule, Owner { bound, choice }, ways)?;
-            if counted {
+            if let Some(rule) = &of.rule {
+                let ways = Ways {
+                    yes: yes_way,
+                    no: To::Here(no),
+                    next,
+                };
+                self.fault = no;
+                self.rule(rule, Owner { bound, choice }, ways)?;
+            }
+            if of.rule.is_none() || of.counter.is_some() {
                 self.set(yes)?;
                 self.count(of)?;
                 self.go(To::Edition(of.to))?;

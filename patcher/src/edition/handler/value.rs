@@ -36,8 +36,8 @@ impl Held {
         match self {
             Self::Half(half) => half,
             Self::Whole(whole) => {
-                let known = HALVES.iter().find(|(it, _)| *it == whole);
-                known.map_or(eax, |(_, half)| *half)
+                let known = halves().find(|(it, _)| *it == whole);
+                known.map_or(eax, |(_, half)| half)
             }
         }
     }
@@ -47,24 +47,19 @@ impl Held {
         match self {
             Self::Whole(whole) => whole,
             Self::Half(half) => {
-                let known = HALVES.iter().find(|(_, it)| *it == half);
-                known.map_or(rax, |(whole, _)| *whole)
+                let known = halves().find(|(_, it)| *it == half);
+                known.map_or(rax, |(whole, _)| whole)
             }
         }
     }
 }
 
 /// The registers that hold values, but for `rax`, and their lower halves.
-const HALVES: [(AsmRegister64, AsmRegister32); 8] = [
-    (rdi, edi),
-    (rsi, esi),
-    (rdx, edx),
-    (rcx, ecx),
-    (r8, r8d),
-    (r9, r9d),
-    (r10, r10d),
-    (r11, r11d),
-];
+fn halves() -> impl Iterator<Item = (AsmRegister64, AsmRegister32)> {
+    let arguments = ARGUMENTS.into_iter();
+    let arguments = arguments.map(|(whole, half, ..)| (whole, half));
+    arguments.chain([(r10, r10d), (r11, r11d)])
+}
 
 impl Emit<'_> {
     /// `value` as a key of a set, and not in `r10`: what it has not of 64 bits is zero. If the set has no key of more than 32, it may be a half.
